@@ -1,0 +1,1 @@
+"Measurements of paramfx; see README.md in this folder."

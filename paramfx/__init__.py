@@ -1,0 +1,3 @@
+"""Parameter-efficient training for fast.ai"""
+
+__version__ = "0.0.1"
