@@ -129,7 +129,7 @@ class EffectKeeper(LeanCallback):
         for cb in self.held.values(): cb.on_start(self.learn)
         if self.flags['finding']: return
         for cb in self.active():
-            cb.state.clock.start(self.epoch, self.n_epoch, len(self.dls.train), self.flags.get('new_fit', False))
+            cb.effect.clock.start(self.epoch, self.n_epoch, len(self.dls.train), self.flags.get('new_fit', False))
             cb.on_epoch()
         self.flags.update(new_fit=False, trained=True)
 
@@ -144,12 +144,12 @@ class EffectKeeper(LeanCallback):
         if self.flags['finding']: return
         for cb in self.active():
             cb.on_step()
-            cb.state.clock.step()
+            cb.effect.clock.step()
 
     def after_batch(self):
         if self.flags.get('finding', True): return
         for cb in self.active():
-            cb.state.clock.batch()
+            cb.effect.clock.batch()
             cb.on_batch()
 
     def after_cancel_fit(self): self.flags['cancelled'] = True
@@ -159,7 +159,7 @@ class EffectKeeper(LeanCallback):
         self._drop_columns()
         if not self.flags.pop('trained', False): return
         for cb in self.active():
-            if not self.flags.get('cancelled'): cb.state.clock.close()
+            if not self.flags.get('cancelled'): cb.effect.clock.close()
             cb.on_fit_end()
 
     def _add_columns(self):
@@ -219,7 +219,7 @@ class EffectCallback(LeanCallback):
         if old is not None:
             self._check_settings(old)
             old.settings = {**old.settings, **self.settings} # a verb on the model may have recorded fewer
-        self.__dict__['state'] = old or self.attach(model, learner).attach(model)
+        self.__dict__['effect'] = old or self.attach(model, learner).attach(model)
         if 'effect_keeper' not in learner.__dict__: learner.add_cb(EffectKeeper())
         learner.effect_keeper.hold(self)
 

@@ -17,7 +17,8 @@ from fastcore.basics import store_attr
 from fastai.basics import get_model
 from .core import CONVS, Table, match_layers, weighted_layers, zero_is_fixed
 from .effects import EffectState, effects
-from .masks import (Masked, MaskStore, check_granularity, density_erk, generator, live_units, make_mask, nm_pattern, unit_shape)
+from .masks import Masked, MaskStore, density_erk, make_mask
+from .units import check_granularity, generator, live_units, nm_pattern, unit_shape
 
 # %% ../nbs/40_sparse.ipynb #f561d5fe
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -75,7 +76,7 @@ def _erk(take, rates):
 def check_options(granularity, distribution, init_mask):
     check_granularity(granularity)
     for k,v,ok in (('distribution', distribution, ('uniform','erk')), ('init_mask', init_mask, ('random','magnitude'))):
-        if v not in ok: raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
+        if not isinstance(v, dict) and v not in ok: raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
 
 def plan_masks(
     model:nn.Module, # Network; it is not changed
@@ -84,15 +85,15 @@ def plan_masks(
     distribution:str='uniform', # 'uniform' or 'erk'
     include=None, # Layers to mask; None: all but the first convolution
     exclude=None, # Layers to leave dense
-    init_mask:str='random', # 'random' or 'magnitude'
-    masks:dict=None, # Parameter name -> bool tensor: these masks instead of new ones
+    init_mask='random', # 'random', 'magnitude', or masks: parameter name -> bool tensor
     seed:int=0 # Of the random choice
 ) -> Table: # A row per parameter, those left out last, with the reason
     "What would be masked, to the unit; raises where it could not be done"
     check_options(granularity, distribution, init_mask)
     for k,v in (sparsity.items() if isinstance(sparsity, dict) else [('sparsity', sparsity)]): check_sparsity(v, k)
     take,skip = candidates(model, include, exclude)
-    rows = _given_rows(take, skip, masks, granularity) if masks is not None else _rows(model, take, skip, sparsity, granularity, distribution)
+    given = isinstance(init_mask, dict)
+    rows = _given_rows(take, skip, init_mask, granularity) if given else _rows(model, take, skip, sparsity, granularity, distribution)
     if not rows: raise ValueError("Nothing to mask: no layer is selected. Layers left out: " +
         ('; '.join(f"{r['layer']} ({r['note']})" for r in skip) or 'none, the model has no weighted layer') + ". Change include= or exclude=.")
     return Table(rows+skip, note=f"{sum(r['live'] for r in rows):,} of {sum(r['units'] for r in rows):,} units live")
@@ -122,12 +123,10 @@ def _given_rows(take, skip, masks, granularity):
     for n,m,p in take:
         name,w = f'{n}.{p}',m._parameters[p]
         if name not in left: skip.append(dict(layer=name, note='no mask given for it')); continue
-        mask = left.pop(name)
-        given_mask(mask, w, unit_shape(tuple(w.shape), granularity, isinstance(m, TRANSPOSED)), name)
-        units = w.numel() if granularity == 'weight' else prod(unit_shape(tuple(w.shape), granularity, isinstance(m, TRANSPOSED)))
-        live = int(given_mask(mask, w, unit_shape(tuple(w.shape), granularity, isinstance(m, TRANSPOSED)), name).sum())
+        mask = given_mask(left.pop(name), w, unit_shape(tuple(w.shape), granularity, isinstance(m, TRANSPOSED)), name)
+        units,live = mask.numel(),int(mask.sum())
         rows.append(dict(layer=name, shape='x'.join(map(str, w.shape)), units=units, live=live, sparsity=1-live/units))
-    if left: raise ValueError(f"masks: no masked parameter is called {', '.join(map(repr, left))}. There are: {', '.join(r['layer'] for r in rows)}.")
+    if left: raise ValueError(f"init_mask: no masked parameter is called {', '.join(map(repr, left))}. There are: {', '.join(r['layer'] for r in rows)}.")
     return rows
 
 def given_mask(mask, w, shape, name):
@@ -151,17 +150,16 @@ def mask_state(
 ) -> EffectState: # Not yet attached; its holder is the `MaskStore`
     "Plan, make and register the masks of a network"
     plan = [r for r in plan_masks(model, **kwargs) if 'live' in r]
-    granularity,how,masks,seed = (kwargs.get(k, d) for k,d in (('granularity','weight'), ('init_mask','random'), ('masks',None), ('seed',0)))
+    granularity,how,seed = (kwargs.get(k, d) for k,d in (('granularity','weight'), ('init_mask','random'), ('seed',0)))
     items = []
     for i,r in enumerate(plan):
         n,_,p = r['layer'].rpartition('.')
         m = model.get_submodule(n)
         w,shape = m._parameters[p],unit_shape(tuple(m._parameters[p].shape), granularity, isinstance(m, TRANSPOSED))
-        mask = given_mask(masks[r['layer']], w, shape, r['layer']).clone() if masks is not None else make_mask(
+        mask = given_mask(how[r['layer']], w, shape, r['layer']).clone() if isinstance(how, dict) else make_mask(
             w, r['live'], shape, generator(seed, 'init', i), how, nm_pattern(granularity), r['layer'])
         items.append((n, m, p, mask))
-    state = EffectState('dynamic_sparse', settings, clock, MaskStore([Masked(*o) for o in items]), **VALUES)
-    return state
+    return EffectState('dynamic_sparse', settings, clock, MaskStore([Masked(*o) for o in items]), **VALUES)
 
 def sparsify(
     model:nn.Module, # Network, masked in place
@@ -170,13 +168,12 @@ def sparsify(
     distribution:str='uniform', # 'uniform' or 'erk'
     include=None, # Layers to mask; None: all but the first convolution
     exclude=None, # Layers to leave dense
-    init_mask:str='random', # 'random' or 'magnitude': keep the largest, for a trained network
-    masks:dict=None, # Parameter name -> bool tensor: these masks instead of new ones
+    init_mask='random', # 'random'; 'magnitude', for a trained network; or masks: parameter name -> bool tensor
     seed:int=0 # Of the random choice
 ) -> Table: # The plan that was carried out
     "Mask `model` in place; its weights outside of the masks become exactly 0"
     kw = dict(sparsity=sparsity, granularity=granularity, distribution=distribution, include=include, exclude=exclude,
-              init_mask=init_mask, masks=masks, seed=seed)
+              init_mask=init_mask, seed=seed)
     if 'dynamic_sparse' in effects(model): raise ValueError("This model is masked already. Build a new one, or call `learn.release()` on its Learner first.")
     plan = plan_masks(model, **kw)
     mask_state(model, kw, **kw).attach(model)
@@ -197,7 +194,7 @@ def group_lasso(weights:list) -> torch.Tensor:
 class MaskedEffect:
     "Mixin of sparse callbacks: keeps weights, gradients and optimizer state masked"
     @property
-    def store(self) -> MaskStore: return self.state.holder
+    def store(self) -> MaskStore: return self.effect.holder
     @property
     def masks(self) -> dict:
         "Parameter name -> bool tensor of its shape, True = kept"
@@ -209,14 +206,14 @@ class MaskedEffect:
         self._clean(learn.opt)
 
     def _clean(self, opt):
-        if self.keep_state: self.__dict__['pass_weights'] = True
+        if self.state == 'keep': self.__dict__['pass_weights'] = True
         else:
             self.store.state_(opt)
             self.__dict__['pass_weights'] = not zero_is_fixed(opt)
-        self.state.dirty = False
+        self.effect.dirty = False
 
     def on_grads(self, learn):
-        if self.state.dirty: self._clean(learn.opt) # a file was loaded in mid-fit
+        if self.effect.dirty: self._clean(learn.opt) # a file was loaded in mid-fit
         self.store.grads_()
 
     def on_update(self, learn):
