@@ -29,11 +29,11 @@ def density_erk(
     shapes:list, # Weight shapes
     sparsity:float # Share of all weights together that are zero, in [0, 1)
 ) -> list: # Density of each layer, in [0, 1]
-    "Erdos-Renyi-Kernel densities; their weighted mean is 1 - `sparsity`"
+    "Erdos-Renyi-Kernel densities; they keep what `sparsity`, rounded down in each layer, would keep in all"
     sizes,raw = [prod(s) for s in shapes],[sum(s)/prod(s) for s in shapes]
-    dense = set()
+    dense,total = set(),sum(n-int(sparsity*n) for n in sizes)
     while True:
-        left = (1-sparsity)*sum(sizes) - sum(sizes[i] for i in dense)
+        left = total - sum(sizes[i] for i in dense)
         free = [i for i in range(len(shapes)) if i not in dense]
         if not free: return [1.]*len(shapes)
         eps = left/sum(raw[i]*sizes[i] for i in free)

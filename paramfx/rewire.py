@@ -251,3 +251,5 @@ def sparsify(self:Learner,
 ):
     "Mask the model now, and rewire it in every fit from here on; returns the Learner"
     return self.add_cb(DynamicSparse(sparsity, **kwargs))
+
+Learner.sparsify.effect = DynamicSparse # what `learn.plan` looks at

@@ -1,0 +1,238 @@
+"""Dynamic sparse training against the published code (tests/golden/dynamic_sparse/README.md).
+
+Each test calls the function that `DynamicSparse` calls, or trains with the callback itself."""
+import json
+from functools import partial
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from fastai.basics import Callback, DataLoaders, Learner, OptimWrapper
+from torch import nn
+
+import paramfx.rewire as rewire
+from paramfx.clock import SchedSteps, read_steps
+from paramfx.masks import Masked, density_erk, initial_counts
+from paramfx.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_below
+from paramfx.units import unit_shape
+
+GRANULARITY = {1: 'filter', 2: 'kernel', 3: 'row', 4: 'weight'}
+
+
+@pytest.fixture(scope='module')
+def folder(golden): return golden/'dynamic_sparse'
+
+
+def load(folder, name): return json.loads((folder/f'{name}.json').read_text())
+def arrays(folder, name): return dict(np.load(folder/f'{name}.npz'))
+def as_mask(m, ndim): return torch.from_numpy(m).view(*m.shape, *[1]*(ndim-m.ndim))
+
+
+def masked(w, mask):
+    "A `Masked` weight with the recorded mask; the weight is set as recorded afterwards"
+    layer = (nn.Linear if w.ndim == 2 else nn.Conv2d)(w.shape[1], w.shape[0], **({} if w.ndim == 2 else {'kernel_size': w.shape[2:]}))
+    e = Masked('l', layer, 'weight', as_mask(mask, w.ndim))
+    e.weight.data.copy_(torch.from_numpy(w)).mul_(e.float)
+    return e
+
+
+def drop(e, threshold):
+    "Mask after the callback's own drop, in the recorded shape"
+    gone = drop_below(e, threshold)
+    return e.mask & ~e.picked(gone), len(gone)
+
+
+# -- counts and densities
+def test_initial_counts(folder):
+    models = load(folder, 'initial_counts')
+    for m in models:
+        unit = 'kernel' if 'sub_kernel_granularity=2' in m['model'] else 'weight'
+        for layer in m['sparse_layers']:
+            shape = tuple(layer['shape'])
+            got = initial_counts([shape], sparsity_of(m['model'], len(shape) == 2), unit)
+            assert got == [layer['units']], (m['model'], layer['name'])
+            assert got[0]*prod(shape)//prod(unit_shape(shape, unit)) == layer['nonzeros']
+        assert sum(layer['nonzeros'] for layer in m['sparse_layers']) == m['sparse']
+    assert sum(len(m['sparse_layers']) for m in models) > 300
+
+
+def sparsity_of(name, fc):
+    args = dict(a.split('=') for a in name.split('(')[1].rstrip(')').split(',') if '=' in a)
+    if name.startswith('mnist_mlp'): return float(name.split('(')[1].split(',')[0].rstrip(')'))
+    return float(args.get('initial_sparsity_fc' if fc else 'initial_sparsity_conv', 0))
+
+
+def test_erk(folder):
+    for case in load(folder, 'erk'):
+        shapes = [tuple(o['shape_hwio_or_io']) for o in case['layers']]
+        got = density_erk(shapes, case['sparsity'])
+        for d, o in zip(got, case['layers']): assert abs((1-d)-o['sparsity']) < 1e-9, o['name']
+        total = sum(d*prod(s) for d, s in zip(got, shapes))/sum(map(prod, shapes))
+        assert abs(total-case['total_density']) < 1e-9
+
+
+def test_schedule_lookup(folder):
+    golden = load(folder, 'schedule_lookup')
+    odd = golden.pop('first_key_not_zero')
+    for file, knobs in golden.items():
+        for knob, points in knobs.items():
+            table = {}  # the change points of the recorded values
+            for e, v in points:
+                if not table or v != list(table.values())[-1]: table[e] = v
+            text = f'{knob}:\n' + ''.join(f'  - {e}: {v!r}\n' for e, v in table.items())
+            sched, = read_steps(text, n_epoch=400).values()
+            for e, v in points: assert sched.at(e) == v == sched(e/400), (file, knob, e)
+    table = {int(k): v for o in odd['schedule'] for k, v in o.items()}
+    for e, v in odd['values']:  # before the first key ours holds the first value, the original its last one
+        assert SchedSteps(table).at(e) == (v if e >= min(table) else table[min(table)])
+
+
+# -- one rewire, piece by piece
+def test_growth_allocation(folder):
+    for c in load(folder, 'growth_allocation'):
+        got = allocate_growth(c['pruned'], c['R'], c['free'])
+        assert got == c['spec_G'], c['name']
+        assert sum(got) == c['K']-c['spec_unplaced']
+
+
+def test_dsr_trace(folder):
+    z = arrays(folder, 'dsr_trace')
+    n_p, tol, steps, layers = int(z['N_p']), float(z['tolerance']), int(z['steps']), int(z['n_layers'])
+    unpack = lambda key, shape: np.unpackbits(z[key])[:prod(shape)].astype(bool).reshape(shape)
+    seen = 0
+    for t in range(steps):
+        n = 0
+        for l in range(layers):
+            w = z[f'w_{t}_{l}']
+            shape = w.shape[:int(z['granularity'][l])]
+            e = masked(w, unpack(f'mask_before_{t}_{l}', shape))
+            kept, k = drop(e, float(z['thresholds'][t]))
+            expect = unpack(f'mask_pruned_{t}_{l}', shape)
+            if k == e.live-1 and expect.sum() == 1: assert kept.sum() == 1  # the original keeps the first unit, ours the largest
+            else: assert np.array_equal(kept.view(shape).numpy(), expect), (t, l)
+            n, seen = n+k, seen+1
+        assert adapt_threshold(float(z['thresholds'][t]), n, n_p, tol) == z['thresholds'][t+1], t
+    assert seen == steps*layers and steps > 10
+    if 'nonzeros' in z: assert len(set(z['nonzeros'].sum(1))) == 1
+
+
+@pytest.mark.parametrize('g', [1, 2, 3, 4])
+def test_subkernel(folder, g):
+    facts = next(o for o in load(folder, 'subkernel') if o['granularity'] == g)
+    z = arrays(folder, 'subkernel')
+    w, mask0 = z[f'w_{g}'], z[f'mask0_{g}']
+    assert unit_shape(w.shape, GRANULARITY[g])[:g] == mask0.shape
+    e = masked(w, mask0)
+    assert e.live == facts['units0']
+    kept, _ = drop(e, facts['threshold'])
+    assert np.array_equal(kept.view(mask0.shape).numpy(), z[f'mask_thr_{g}'])
+    assert np.array_equal((torch.from_numpy(w)*kept).numpy(), z[f'eff_thr_{g}'])
+    # fraction prune of the original: the int(f*n)+1 smallest scores go
+    scores, n = e.scores().masked_fill(~e.mask, float('inf')).flatten(), int(facts['fraction']*e.live)+1
+    gone = scores.sort(stable=True).indices[:n]
+    assert np.array_equal((e.mask & ~e.picked(gone)).view(mask0.shape).numpy(), z[f'mask_frac_{g}'])
+
+
+def test_keep_one(folder):
+    z = arrays(folder, 'subkernel')
+    w, mask0 = z['keepone_w'], z['keepone_mask0']
+    e = masked(w, mask0)
+    kept, _ = drop(e, 1e9)
+    assert kept.sum() == z['keepone_mask1'].sum() == 1
+    assert kept.flatten()[(torch.from_numpy(w).abs()*e.mask).flatten().argmax()]
+
+
+# -- whole trainings, replayed
+class Net(nn.Module):
+    "conv -> ReLU -> spatial mean, if there is a convolution; linear layers with ReLU between them"
+    def __init__(self, dims, conv=None):
+        super().__init__()
+        if conv: self.c = nn.Conv2d(conv[0], conv[1], 3, padding=1)
+        self.l = nn.ModuleList([nn.Linear(a, b) for a, b in zip(dims, dims[1:])])
+    def forward(self, x):
+        if hasattr(self, 'c'): x = self.c(x).relu().mean((2, 3))
+        for i, l in enumerate(self.l): x = l(x) if i == len(self.l)-1 else l(x).relu()
+        return x
+
+
+class Losses(Callback):
+    "Task loss and loss with penalty of each step"
+    order = 6  # after the penalty, at order 5
+    name = 'step_losses'  # `losses` is a method of the Learner's
+    def __init__(self): self.rows = []
+    def after_loss(self):
+        if self.training: self.rows.append((self.loss.item(), self.loss_grad.item()))
+
+
+def replay(folder, name, monkeypatch, **kw):
+    "Train with the callback on the recorded batches, from the recorded weights and masks"
+    spec, z = load(folder, name), arrays(folder, name)
+    net = Net(spec['dims'], spec['conv'])
+    tensors = (['c.weight'] if spec['conv'] else []) + [f'l.{i}.weight' for i in range(len(spec['dims'])-1)]
+    params, masks = dict(net.named_parameters()), {}
+    for i, n in enumerate(tensors):
+        params[n].data.copy_(torch.from_numpy(z[f'w0_{i}']))
+        masks[n] = as_mask(z[f'mask0_{i}'], params[n].ndim)
+    for k in z:
+        if k.startswith('b0_'): params[k[3:]].data.copy_(torch.from_numpy(z[k]))
+    recorded_growth(monkeypatch, z, tensors)
+    batches = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(z['x'], z['y'])]
+    opt = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=spec['momentum'], nesterov=spec['nesterov'],
+                                            weight_decay=spec['weight_decay_l2_all_params']))
+    learn = Learner(DataLoaders(batches, batches, device='cpu'), net, loss_func=nn.CrossEntropyLoss(), opt_func=opt)
+    granularity = GRANULARITY[z['mask0_0'].ndim] if spec['conv'] else 'weight'
+    cb = DynamicSparse(spec['sparsity'], init_mask=masks, include='*', granularity=granularity, period=spec['period'], n_realloc=8,
+                       threshold=spec['threshold0'], stop_pct=1., l1=spec['l1'], **{'state': 'keep', **kw}, group_lasso=spec['group_lasso'],
+                       method='dsr' if '--rewire' in spec['extra'] else 'static')
+    losses = Losses()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, spec['lr'], cbs=[cb, losses])
+    return spec, z, learn, tensors, losses.rows
+
+
+def recorded_growth(monkeypatch, z, tensors):
+    "Let the callback draw what the original drew: its random choices are in the file"
+    steps = sorted({int(k.split('_')[1]) for k in z if k.startswith('grown_')})
+    calls = {'n': 0}
+    def allocate(pruned, remaining, free):
+        t = steps[calls['n']//len(tensors)]
+        if len(pruned) == 1: return allocate_growth(pruned, remaining, free)
+        return [len(z[f'grown_{t}_{i}']) for i in range(len(tensors))]
+    def draw(taken, n, gen, n_taken=None):
+        t, i = steps[calls['n']//len(tensors)], calls['n'] % len(tensors)
+        calls['n'] += 1
+        idx = torch.from_numpy(z[f'grown_{t}_{i}'].astype(np.int64))
+        assert not taken[idx].any(), 'grown where a unit was live'
+        taken[idx] = True
+        return idx
+    monkeypatch.setattr(rewire, 'allocate_growth', allocate)
+    monkeypatch.setattr(rewire, 'draw_positions', draw)
+
+
+@pytest.mark.parametrize('name', ['dsr_mlp', 'dsr_mlp_nesterov', 'static_l1_wd', 'static_group_lasso'])
+def test_replay(folder, monkeypatch, name):
+    spec, z, learn, tensors, losses = replay(folder, f'replay_{name}', monkeypatch)
+    sp, params = learn.dynamic_sparse, dict(learn.model.named_parameters())
+    # Bits of a convolution depend on the CPU: with another instruction set for the same kernels the last bit moves. Matrix
+    # products of this size do not, so the networks without a convolution must agree to the bit.
+    same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-7)) if spec['conv'] else torch.equal
+    for i, n in enumerate(tensors):
+        mask = as_mask(z[f'mask_end_{i}'], params[n].ndim).expand_as(params[n])
+        assert torch.equal(sp.masks[n], mask), n
+        assert same(params[n].data, torch.from_numpy(z[f'w_end_{i}'])*mask), n
+        assert sp.store.items[i].live == int(z[f'mask_end_{i}'].sum())
+    for k in z:
+        if k.startswith('b_end_'): assert same(params[k[6:]].data, torch.from_numpy(z[k])), k
+    np.testing.assert_allclose(np.array(losses), z['losses'], rtol=1e-6)
+    for h in sp.history:
+        t = h['step']
+        assert [h['dropped'][n] for n in tensors] == [len(z[f'pruned_{t}_{i}']) for i in range(len(tensors))]
+        assert h['threshold'] == z['thresholds'][t]
+    assert sorted(h['step'] for h in sp.history) == sorted({int(k.split('_')[1]) for k in z if k.startswith('grown_')})
+
+
+def test_replay_can_fail(folder, monkeypatch):
+    "Our own default, state zeroed at moved units, must not reproduce the original: else the replay proves nothing"
+    _, z, learn, tensors, _ = replay(folder, 'replay_dsr_mlp', monkeypatch, state='zero')
+    params = dict(learn.model.named_parameters())
+    assert not all(torch.equal(params[n].data, torch.from_numpy(z[f'w_end_{i}'])*as_mask(z[f'mask_end_{i}'], 2)) for i, n in enumerate(tensors))
