@@ -28,8 +28,11 @@ def atomic_path(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     fd,tmp = tempfile.mkstemp(dir=file.parent, prefix=f'.{file.name}.', suffix=file.suffix)
     os.close(fd)
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         yield Path(tmp)
+        os.chmod(tmp, 0o666 & ~umask) # mkstemp makes files that only their owner may read
         os.replace(tmp, file)
     finally: Path(tmp).unlink(missing_ok=True)
 

@@ -19,6 +19,8 @@ from .clock import Clock, SchedSteps, as_sched
 from .core import CONVS
 from .effects import EffectCallback
 from .masks import MaskStore
+from .plots import plot_mask, plot_traces
+from .rows import demo_picture, demo_row
 from .sparse import MaskedEffect, check_options, check_sparsity, mask_state, plan_masks
 from .units import draw_positions, generator
 
@@ -253,3 +255,19 @@ def sparsify(self:Learner,
     return self.add_cb(DynamicSparse(sparsity, **kwargs))
 
 Learner.sparsify.effect = DynamicSparse # what `learn.plan` looks at
+
+# %% ../nbs/41_rewire.ipynb #a9595535
+@demo_row('dsr 0.9')
+def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
+
+@demo_row('dsr 0.95')
+def _dsr95(new, fit): return fit(new(), cbs=DynamicSparse(.95))
+
+@demo_picture
+def _pictures(name, learn):
+    sp = learn.__dict__.get('effect_keeper') and learn.effect_keeper.held.get('dynamic_sparse')
+    if not sp or not sp.history: return
+    tr,(last,mask) = sp.traces,max(sp.masks.items(), key=lambda o: o[1].numel())
+    yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')
+    yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log=True)
+    yield 'mask', lambda ax: plot_mask(mask, ax=ax, title=f'{name}: live weights of {last}')

@@ -11,7 +11,7 @@ LIB = Path(__file__).resolve().parent.parent/'paramfx'
 
 LAYERS = {
     0: ['core', 'clock', 'effects', 'persist'],
-    1: ['channels', 'units', 'masks', 'plain', 'report', 'dryrun', 'plots', 'data', 'zoo', 'losses'],
+    1: ['channels', 'units', 'masks', 'plain', 'report', 'dryrun', 'plots', 'data', 'zoo', 'losses', 'rows'],
     2: ['splitnet', 'bases', 'slicing', 'evolution', 'sparse', 'rewire', 'prune', 'tied', 'csr'],
     3: ['deploy'],
     4: ['experiments', 'cli'],
