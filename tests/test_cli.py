@@ -1,4 +1,4 @@
-"The `paramfx` command, run as a user runs it: in a process of its own"
+"The `paramfx` command: the demo in a process of its own, as a user runs it; mistakes in this one, since imports take seconds"
 import json
 import os
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import paramfx.experiments  # noqa: F401  (registers the rows)
+from paramfx.cli import main
 from paramfx.rows import ROWS
 
 
@@ -45,13 +47,23 @@ def test_demo_writes_what_it_says(demo):
     assert json.loads((folder/out['folder']/'table.json').read_text()) == out['rows']
 
 
-def test_demo_is_quiet_without_a_terminal(tmp_path):
-    res = run('demo', '--only', 'dense,dsr 0.95', '--epochs', '1', '--out', 'x', cwd=tmp_path)
-    assert res.returncode == 0, res.stderr
-    lines = res.stdout.splitlines()
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch):
+    "Run the command in this process: exit code, stdout, stderr"
+    monkeypatch.chdir(tmp_path)
+    def _call(*args):
+        code = main(list(args))
+        return code, *capsys.readouterr()
+    return _call
+
+
+def test_demo_is_quiet_without_a_terminal(call):
+    code, out, err = call('demo', '--only', 'dense,dsr 0.95', '--epochs', '1', '--out', 'x')
+    assert code == 0 and err == ''
+    lines = out.splitlines()
     assert lines[0].startswith('dense: accuracy') and lines[1].startswith('dsr 0.95: accuracy')
-    assert '\r' not in res.stdout and '█' not in res.stdout
-    assert any(line.startswith('row ') for line in lines) and str(Path('x')) in lines[-1]
+    assert '\r' not in out and '█' not in out
+    assert any(line.startswith('row ') for line in lines) and 'Written to x/' in lines[-1]
 
 
 @pytest.mark.parametrize('args, words', [
@@ -61,16 +73,21 @@ def test_demo_is_quiet_without_a_terminal(tmp_path):
     (['demo', '--only', 'lottery'], ["'lottery'", 'dsr 0.9']),
     (['demo', '--out', os.devnull + '/x'], ['cannot write', '--out']),
     (['train'], ["unknown command 'train'", 'demo'])])
-def test_mistakes_are_one_line_and_exit_code_2(args, words, tmp_path):
-    res = run(*args, cwd=tmp_path)
-    assert res.returncode == 2 and res.stdout == ''
-    assert res.stderr.count('\n') == 1 and 'Traceback' not in res.stderr
-    for w in words: assert w in res.stderr
+def test_mistakes_are_one_line_and_exit_code_2(call, args, words, tmp_path):
+    code, out, err = call(*args)
+    assert code == 2 and out == ''
+    assert err.count('\n') == 1
+    for w in words: assert w in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help():
-    res = run('--help')
-    assert res.returncode == 0 and 'paramfx demo' in res.stdout
-    res = run('demo', '--help')
-    assert res.returncode == 0 and '--only' in res.stdout
+def test_a_mistake_ends_the_process_with_2():
+    res = run('demo', '--frobnicate')
+    assert res.returncode == 2 and res.stderr.count('\n') == 1 and 'Traceback' not in res.stderr
+
+
+def test_help(call):
+    code, out, _ = call('--help')
+    assert code == 0 and 'paramfx demo' in out
+    with pytest.raises(SystemExit) as e: call('demo', '--help')
+    assert e.value.code == 0
