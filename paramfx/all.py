@@ -21,3 +21,5 @@ from .data import *
 from .rows import *
 from .sparse import *
 from .rewire import *
+
+__all__ = [n for n in dir() if not n.startswith('_')] # nbdev lists what a module defines, and this one defines nothing

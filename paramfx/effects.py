@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from fastcore.basics import class2attr, store_attr
+from fastcore.basics import class2attr, patch, store_attr
 from fastai.basics import Callback, Learner, ValueMetric, get_model
 from .clock import Clock
 
@@ -24,6 +24,11 @@ def effects(
     "The effects in force on `model`"
     return get_model(model).__dict__.get('_effects', {})
 
+@patch(as_prop=True)
+def paramfx(self:Learner) -> dict:
+    "The reports of the effects in force: effect name -> what was done to the model"
+    return {n:s.report for n,s in effects(self.model).items()}
+
 class EffectState:
     "What an effect must not lose: settings, counters, history and the masks it holds"
     def __init__(self,
@@ -31,9 +36,10 @@ class EffectState:
         settings:dict, # What it was built with
         clock:Clock=None, # Optimizer steps and position
         holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`
+        report=None, # What the transform did, for `learn.paramfx`
         **values # Further numbers to save
     ):
-        store_attr('name,settings,holder,values')
+        store_attr('name,settings,holder,report,values')
         self.clock,self.history,self.handles,self.dirty = clock or Clock(),[],[],True
 
     @property

@@ -17,8 +17,8 @@ from fastcore.basics import store_attr
 from fastai.basics import get_model
 from .core import CONVS, Table, match_layers, weighted_layers, zero_is_fixed
 from .effects import EffectState, effects
-from .masks import Masked, MaskStore, density_erk, make_mask
-from .units import check_granularity, generator, live_units, nm_pattern, unit_shape
+from .masks import Masked, MaskStore, density_erk, density_uniform, initial_counts, make_mask
+from .units import check_granularity, generator, nm_pattern, unit_shape
 
 # %% ../nbs/40_sparse.ipynb #f561d5fe
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -62,7 +62,7 @@ def check_sparsity(s, what='sparsity'):
 
 def _by_layer(model, take, sparsity):
     "Sparsity of each parameter in `take`; None where a dict says nothing"
-    if not isinstance(sparsity, dict): return [sparsity]*len(take)
+    if not isinstance(sparsity, dict): return [1-d for d in density_uniform([m._parameters[p].shape for _,m,p in take], sparsity)]
     named = {k: match_layers(model, k) for k in sparsity if k not in ('conv', 'fc')}
     def find(n, m):
         exact = [k for k,v in named.items() if n in v]
@@ -105,15 +105,16 @@ def _rows(model, take, skip, sparsity, granularity, distribution):
         if s is None: skip.append(dict(layer=f'{n}.{p}', note='no sparsity given for it')); continue
         shape = tuple(m._parameters[p].shape)
         units = prod(unit_shape(shape, granularity, isinstance(m, TRANSPOSED)))
-        rows.append(dict(layer=f'{n}.{p}', shape='x'.join(map(str, shape)), units=units, live=_live(n, p, units, s, granularity), sparsity=s))
+        out_first = (shape[1], shape[0], *shape[2:]) if isinstance(m, TRANSPOSED) else shape
+        live = _live(n, p, units, initial_counts([out_first], s, granularity)[0], s, granularity)
+        rows.append(dict(layer=f'{n}.{p}', shape='x'.join(map(str, shape)), units=units, live=live, sparsity=s))
     return rows
 
-def _live(n, p, units, s, granularity):
+def _live(n, p, units, live, s, granularity):
     nm = nm_pattern(granularity)
     if nm:
         if units%nm[1]: raise ValueError(f"{n}.{p}: {units} weights are no multiple of {nm[1]}. Exclude it (exclude={n!r}).")
         return units//nm[1]*nm[0]
-    live = live_units(units, s)
     if live < 1: raise ValueError(
         f"{n}.{p}: sparsity {s:g} leaves {(1-s)*units:.2g} of its {units} units, less than one. Lower the sparsity or leave it dense (exclude={n!r}).")
     return live
@@ -139,8 +140,8 @@ def given_mask(mask, w, shape, name):
     if not torch.equal(small.expand_as(mask), mask): raise ValueError(f"{name}: the mask cuts through units of this granularity. Use granularity='weight'.")
     return small
 
-# %% ../nbs/40_sparse.ipynb #ad5e1ba9
-VALUES = dict(rewires=0., rewired=0., threshold=0.) # numbers that a checkpoint of a sparse run holds
+# %% ../nbs/40_sparse.ipynb #ea07b06f
+VALUES = dict(rewires=0., rewired=0., threshold=0., layers=0.) # numbers that a checkpoint of a sparse run holds
 
 def mask_state(
     model:nn.Module, # Network, masked in place
@@ -149,7 +150,8 @@ def mask_state(
     **kwargs # As in `plan_masks`
 ) -> EffectState: # Not yet attached; its holder is the `MaskStore`
     "Plan, make and register the masks of a network"
-    plan = [r for r in plan_masks(model, **kwargs) if 'live' in r]
+    report = plan_masks(model, **kwargs)
+    plan = [r for r in report if 'live' in r]
     granularity,how,seed = (kwargs.get(k, d) for k,d in (('granularity','weight'), ('init_mask','random'), ('seed',0)))
     items = []
     for i,r in enumerate(plan):
@@ -159,7 +161,7 @@ def mask_state(
         mask = given_mask(how[r['layer']], w, shape, r['layer']).clone() if isinstance(how, dict) else make_mask(
             w, r['live'], shape, generator(seed, 'init', i), how, nm_pattern(granularity), r['layer'])
         items.append((n, m, p, mask))
-    return EffectState('dynamic_sparse', settings, clock, MaskStore([Masked(*o) for o in items]), **VALUES)
+    return EffectState('dynamic_sparse', settings, clock, MaskStore([Masked(*o) for o in items]), report, **VALUES)
 
 def sparsify(
     model:nn.Module, # Network, masked in place
@@ -175,9 +177,7 @@ def sparsify(
     kw = dict(sparsity=sparsity, granularity=granularity, distribution=distribution, include=include, exclude=exclude,
               init_mask=init_mask, seed=seed)
     if 'dynamic_sparse' in effects(model): raise ValueError("This model is masked already. Build a new one, or call `learn.release()` on its Learner first.")
-    plan = plan_masks(model, **kw)
-    mask_state(model, kw, **kw).attach(model)
-    return plan
+    return mask_state(model, kw, **kw).attach(model).report
 
 sparsify.plan = plan_masks
 
