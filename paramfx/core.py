@@ -140,7 +140,10 @@ def opt_state(
 ) -> dict: # Its state (empty if there is none)
     "State that `opt` keeps for `p`: momentum and the like"
     if isinstance(opt, OptimWrapper): opt = opt.opt
-    return opt.state[p] if opt is not None and p in opt.state else {}
+    state = opt.state[p] if opt is not None and p in opt.state else {}
+    slow = opt.__dict__.get('slow_weights') if opt is not None else None # `Lookahead` keeps its copy outside of the state
+    copies = [] if slow is None else [s for ps,ss in zip(opt.param_lists, slow) for q,s in zip(ps, ss) if q is p]
+    return {**state, 'slow_weights': copies[0]} if copies else state
 
 def _groups(opt): return opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
 

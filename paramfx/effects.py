@@ -9,6 +9,7 @@ __all__ = ['effects', 'EffectState', 'LeanCallback', 'in_fit', 'finding_lr', 'Ef
 
 # %% ../nbs/00b_effects.ipynb #ff16b2a7
 import inspect
+from types import CodeType, FunctionType
 from functools import partial
 
 import torch
@@ -181,9 +182,15 @@ def _same(a, b):
     "Equality of settings: tensors by value, functions by code, annealers by what they hold"
     if torch.is_tensor(a) or torch.is_tensor(b): return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if hasattr(a, '__code__') and hasattr(b, '__code__'): return a.__code__ == b.__code__
+    if isinstance(a, (list, tuple)) and type(a) is type(b): return len(a) == len(b) and all(map(_same, a, b))
+    for t,parts in _PARTS.items():
+        if isinstance(a, t) and isinstance(b, t): return a is b or _same(parts(a), parts(b))
     if type(a) is type(b) and hasattr(a, '__dict__') and not isinstance(a, type): return a is b or _same(vars(a), vars(b))
     return a == b
+
+_PARTS = { # a function moved to another line of a cell is still the same; one that closes over another value is not
+    FunctionType: lambda f: [f.__code__, f.__defaults__, f.__kwdefaults__, [c.cell_contents for c in f.__closure__ or ()]],
+    CodeType: lambda c: [c.co_code, c.co_names, c.co_consts], partial: lambda p: [p.func, p.args, p.keywords]}
 
 class EffectSlot:
     "What `learn.<effect>` answers: the attached callback, else the one the keeper holds after the fit"
@@ -242,6 +249,7 @@ class EffectCallback(LeanCallback):
 
     def after_loss(self):
         "Add the penalty, in full precision; the logged loss stays the task's"
+        if self.learn.effect_keeper.held.get(self.name) is not self: return # a second instance, added by a cell run again
         with torch.autocast(self.loss_grad.device.type, enabled=False): pen = self.penalty()
         if pen is not None: self.learn.loss_grad = self.loss_grad + pen
 

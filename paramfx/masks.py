@@ -99,8 +99,8 @@ class Masked:
     def fill_(self, t, idx, value=0.):
         "Set the units `idx` of `t` (of the weight's or the mask's shape) to `value`, in place"
         if t.shape == self.mask.shape and t.is_contiguous(): return t.view(-1).index_fill_(0, idx, value)
-        lead = [a for a,b in zip(self.mask.shape, t.shape) if a == b]
-        if t.is_contiguous() and prod(t.shape[:len(lead)]) == self.units: return t.view(self.units, -1).index_fill_(0, idx, value)
+        lead = next((i for i,(a,b) in enumerate(zip(self.mask.shape, t.shape)) if a != b), t.ndim)
+        if t.is_contiguous() and prod(t.shape[:lead]) == self.units: return t.view(self.units, -1).index_fill_(0, idx, value)
         return t.masked_fill_(self.picked(idx), value) # channels_last, or units along another dimension
 
     def picked(self, idx):

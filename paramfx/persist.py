@@ -157,14 +157,14 @@ class RunState(Callback):
         if rank_distrib(): return
         opt,model = self.opt.state_dict(),get_model(self.model)
         state = dict(version=1, fit=self.fits, epoch=self.epoch, n_epoch=self.n_epoch, rng=rngs, model=model.state_dict(),
-                     opt=_plain(opt) if 'hypers' in opt else opt, callbacks=_callback_state(self.learn),
+                     opt=_plain(opt), callbacks=_callback_state(self.learn),
                      history={n: _plain(s.history) for n,s in effects(model).items()})
         with atomic_path(join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.pth')) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/00c_persist.ipynb #964d2d0b
 class _Resume(Callback):
     "Skip what is done, then put the saved state back"
-    order = -100
+    order,_only_train_loop = -100,True # `learn.summary` fires before_epoch, too
     def __init__(self, state): self.__dict__['saved'],self.__dict__['seen'] = state,{'fits': 0}
 
     def before_fit(self):
@@ -180,7 +180,7 @@ class _Resume(Callback):
     def _skip(self):
         self.seen['skip'] = True # `_Skip` cancels the epoch after the other callbacks had their turn
         if self.seen['off']: return
-        self.seen['off'] = [cb for cb in self.learn.cbs if cb.run and not isinstance(cb, (_Resume, _Skip))]
+        self.seen['off'] = [cb for cb in self.learn.cbs if cb.run and cb.name != 'progress' and not isinstance(cb, (_Resume, _Skip))] # a bar has to begin at 0
         for cb in self.seen['off']: cb.__dict__['run'] = False
 
     def _switch_on(self):
@@ -195,13 +195,14 @@ class _Resume(Callback):
 
     def after_fit(self):
         "The whole fit was skipped: trackers stay off, since there is nothing of this fit to reload"
-        if not in_fit(self.learn): return
+        if not in_fit(self.learn) or finding_lr(self.learn): return
         trackers = [c for c in self.seen['off'] if isinstance(c, TrackerCallback)]
         self._switch_on()
+        if self.seen['fits'] == self.saved['fit']: return self._restore() # the file was written at the very end of this fit
         for cb in trackers: cb.__dict__['run'] = False
 
 class _Skip(Callback):
-    order = 70
+    order,_only_train_loop = 70,True
     def __init__(self, seen): self.__dict__['seen'] = seen
     def before_epoch(self):
         if self.seen.get('skip'): raise CancelEpochException()
@@ -224,9 +225,11 @@ def resume(self:Learner,
     "Continue an interrupted run: call the same `fit` again, and it goes on where the file was written"
     path = join_path_file(file, self.path/self.model_dir, ext='.pth')
     if not path.is_file(): raise FileNotFoundError(f"{path.name}: no saved run in {path.parent}. Train with cbs=RunState({str(file)!r}) first.")
-    state = torch.load(path, map_location=getattr(self.dls, 'device', 'cpu'), weights_only=True)
+    try: state = torch.load(path, map_location=getattr(self.dls, 'device', 'cpu'), weights_only=True)
+    except (OSError, MemoryError): raise
+    except Exception as e: state = e # torch raises many kinds
     if not isinstance(state, dict) or state.get('version') != 1: raise ValueError(
-        f"{path.name}: not a file of RunState. Load a plain checkpoint with `learn.load`.")
+        f"{path.name}: damaged, or not a file of RunState. Load a plain checkpoint with `learn.load`.") from (state if isinstance(state, Exception) else None)
     if not missing_effects(self.model, state['model']): get_model(self.model).load_state_dict(state['model']) # else `fit(cbs=...)` brings it
     self.remove_cbs([c for c in self.cbs if isinstance(c, (_Resume, _Skip))])
     resume = _Resume(state)

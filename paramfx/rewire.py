@@ -114,12 +114,13 @@ REWIRERS = {'dsr': DSR(), 'static': None}
 def readmit(
     items:list, # `Masked` parameters
     dropped:list, # Units dropped in each
-    grow:list # Units to grow in each
+    grow:list, # Units to grow in each
+    within:bool=False # Must each layer keep its own number?
 ) -> list: # `dropped`, shorter where there is no room to grow as many
     "Where every layer is full the largest of the dropped units stay, so that the budget holds"
     over = sum(map(len, dropped))-sum(grow)
     if not over: return dropped
-    back = allocate_growth([over], [len(d) for d in dropped], [len(d) for d in dropped])
+    back = [len(d)-g for d,g in zip(dropped, grow)] if within else allocate_growth([over], [len(d) for d in dropped], [len(d) for d in dropped])
     order = lambda e,d: d[e.scores().flatten()[d].sort(stable=True).indices]
     return [order(e, d)[:len(d)-b] if b else d for e,d,b in zip(items, dropped, back)]
 
@@ -161,9 +162,12 @@ class DynamicSparse(MaskedEffect, EffectCallback):
         if self.method != 'static' and ':' in self.granularity: raise ValueError(
             f"granularity={self.granularity!r} fixes the number of live weights in each group. Use method='static', or another granularity.")
         for k in ('n_realloc', 'threshold', 'tol', 'stop_pct'):
-            if not getattr(self, k) > 0: raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
-        if isinstance(self.period, (int, float)) and self.period < 1: raise ValueError(f"period={self.period!r}: give at least 1 optimizer step.")
-        if self.l1 < 0: raise ValueError(f"l1={self.l1!r}: give 0 or more.")
+            if not isinstance(getattr(self, k), (int, float)) or not getattr(self, k) > 0: raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
+        steps = [] if self.period is None else list(map(as_sched(self.period), (0., .5, 1.))) + list(self.period.values() if isinstance(self.period, dict) else [])
+        if any(s < 1 for s in steps): raise ValueError(f"period={self.period!r}: give at least 1 optimizer step.")
+        if self.n_realloc >= 1 and self.n_realloc != int(self.n_realloc): raise ValueError(
+            f"n_realloc={self.n_realloc!r}: give a share of the live units in (0, 1), or a whole number of units.")
+        if not self.l1 >= 0: raise ValueError(f"l1={self.l1!r}: give 0 or more.")
         Clock(self.span, self.epochs)
 
     # -- masks, see `MaskedEffect`
@@ -220,7 +224,7 @@ class DynamicSparse(MaskedEffect, EffectCallback):
         dropped = how.drop(self, items)
         n_dropped = sum(map(len, dropped))
         grow = how.allocate(self, items, dropped)
-        dropped = readmit(items, dropped, grow)
+        dropped = readmit(items, dropped, grow, not self.across_layers)
         gens = [generator(self.seed, 'rewire', n, e.name) for e in items]
         grown = [draw_positions(e.mask.view(-1), k, g, e.live) for e,k,g in zip(items, grow, gens)]
         values = [grow_values(e, g) for e,g in zip(items, gens)] if self.grow_init == 'random' else None

@@ -126,6 +126,7 @@ def _given_rows(take, skip, masks, granularity):
         if name not in left: skip.append(dict(layer=name, note='no mask given for it')); continue
         mask = given_mask(left.pop(name), w, unit_shape(tuple(w.shape), granularity, isinstance(m, TRANSPOSED)), name)
         units,live = mask.numel(),int(mask.sum())
+        if not live: raise ValueError(f"init_mask: {name} keeps none of its {units} units. Keep one at least, or leave the layer dense (exclude={n!r}).")
         rows.append(dict(layer=name, shape='x'.join(map(str, w.shape)), units=units, live=live, sparsity=1-live/units))
     if left: raise ValueError(f"init_mask: no masked parameter is called {', '.join(map(repr, left))}. There are: {', '.join(r['layer'] for r in rows)}.")
     return rows

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from fastai.basics import Learner, L, SGD, accuracy, params, set_seed
+from fastai.basics import L, Learner, SGD, accuracy, params, set_seed
 from fastai.callback.schedule import SchedLin
 from torch import nn
 
@@ -147,3 +147,19 @@ def test_other_seed_other_masks_same_seed_same_masks():
     a, b, c = map(run, (0, 0, 1))
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert not all(torch.equal(a[n], c[n]) for n in a)
+
+
+def test_slow_weights_of_lookahead_follow_the_masks(dls):
+    "Else a unit that grows again would be pulled towards the value it had before it was dropped"
+    from fastai.optimizer import ranger
+    set_seed(0)
+    learn = Learner(dls, net(), opt_func=ranger).sparsify(.8, period=2, threshold=.05)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    slow = {id(p): s for ps, ss in zip(learn.opt.param_lists, learn.opt.slow_weights) for p, s in zip(ps, ss)}
+    learn.dynamic_sparse.rewire(learn.opt)
+    for e in learn.dynamic_sparse.store.items: assert (slow[id(e.weight)][~e.full] == 0).all(), e.name
+
+
+@pytest.mark.parametrize('period', [0, {0: 5, 2: 0}, SchedLin(3, 0)])
+def test_a_period_below_one_step_is_refused(period):
+    with pytest.raises(ValueError, match='period='): DynamicSparse(period=period)

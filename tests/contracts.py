@@ -1,0 +1,203 @@
+"""The methods under contract: one line each, and the small real runs that `test_contracts.py` puts them through.
+
+A new method adds its `Method` to `METHODS` in the change that brings it; the matrix then runs it through every trap."""
+import random
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Callable
+
+import numpy as np
+import torch
+from fastai.basics import (Adam, Callback as FastaiCallback, CrossEntropyLossFlat, Datasets, L, Learner, OptimWrapper, RMSProp, SGD,
+                           accuracy, params, ranger)
+from torch import nn
+
+from paramfx.data import digits_dls, tensor_dls
+from paramfx.effects import effects
+from paramfx.masks import initial_counts
+from paramfx.rewire import DynamicSparse
+
+
+@dataclass(frozen=True)
+class Method:
+    "What the matrix has to know of a method"
+    name: str
+    make: Callable        # make(**kw) -> callback, with settings under which a run of a few steps is full of events
+    facts: Callable       # facts(learn) -> dict of everything the effect must not lose: masks, counters, history
+    check: Callable       # check(learn, grads=True): assert what holds at every step; grads: of the gradients, too
+    noop: Callable        # a callback whose settings do nothing at all
+    other: Callable       # a callback with settings that contradict those of `make`
+    moves: bool           # do masks change in training?
+    penalty: dict = field(default_factory=dict)  # settings that add a penalty to the loss
+    columns: tuple = ()   # what it logs
+
+    def __repr__(self): return self.name
+
+
+# -- sparse training
+
+def opt_state_of(opt, p):
+    "Optimizer state of one parameter, by a route of its own: through fastai's wrappers down to the dict"
+    while not isinstance(opt, torch.optim.Optimizer) and 'opt' in vars(opt): opt = opt.opt
+    return dict(opt.state[p]) if p in opt.state else {}
+
+
+def sparse_state(learn): return effects(learn.model)['dynamic_sparse']
+
+
+def sparse_facts(learn):
+    st = sparse_state(learn)
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values), history=[dict(o) for o in st.history],
+                masks={k: v.clone() for k, v in st.holder.masks.items()}, live=[e.live for e in st.holder.items])
+
+
+def sparse_check(learn, grads=True):
+    st, opt = sparse_state(learn), learn.opt
+    for e in st.holder.items:
+        dead = ~e.mask.expand_as(e.weight)
+        assert int(e.mask.sum()) == e.live > 0, f'{e.name}: {e.live} said to be live, {int(e.mask.sum())} are'
+        assert torch.equal(e.float, e.mask.to(e.float.dtype)), f'{e.name}: the working copy is out of step'
+        assert not e.weight.detach()[dead].any(), f'{e.name}: a dead weight is not zero'
+        if grads and e.weight.grad is not None: assert not e.weight.grad[dead].any(), f'{e.name}: a dead weight has a gradient'
+        for k, t in (opt_state_of(opt, e.weight) if opt is not None else {}).items():
+            if torch.is_tensor(t) and t.shape == e.weight.shape: assert not t[dead].any(), f'{e.name}: a dead weight has {k}'
+    rate, gran = st.settings['sparsity'], st.settings['granularity']
+    if isinstance(rate, float):
+        planned = initial_counts([tuple(e.weight.shape) for e in st.holder.items], rate, gran)
+        assert sum(e.live for e in st.holder.items) == sum(planned), 'the budget is off'
+
+
+def sparse(method, **defaults):
+    "Line of one method of `DynamicSparse`"
+    make = lambda **kw: DynamicSparse(**{**dict(method=method, sparsity=.8), **defaults, **kw})
+    return Method(method, make, sparse_facts, sparse_check, noop=partial(make, sparsity=0.), other=partial(make, sparsity=.5),
+                  moves=method != 'static', penalty=dict(l1=1e-2),
+                  columns=('density',) if method == 'static' else ('density', 'rewired', 'threshold'))
+
+
+METHODS = {m.name: m for m in [
+    sparse('dsr', period=2, threshold=.02),
+    sparse('static'),
+]}
+
+
+# -- the small runs
+
+N_STEPS = 8  # optimizer steps of an epoch of `tiny_dls()`
+
+@lru_cache
+def _digits():
+    d = digits_dls(bs=16)
+    return d.train_ds.x, d.train_ds.y, d.valid_ds.x, d.valid_ds.y
+
+
+def tiny_dls(n=256, n_valid=64, bs=32, chans=1, scale=1, dtype=torch.float32, **kwargs):
+    "A few of the real digits; the loader's own random state depends on the global one"
+    x, y, xv, yv = _digits()
+    f = lambda t, k: t[:k].repeat(1, chans, 1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3).to(dtype)
+    return tensor_dls(f(x, n), y[:n], f(xv, n_valid), yv[:n_valid], bs=bs, normalize=False, **kwargs)
+
+
+def digit(i): return _digits()[0][i]
+def label(i): return _digits()[1][i]
+def datasets_dls(bs=16):
+    "The digits as fastai `Datasets`, which `tta` asks for"
+    return Datasets(L(range(96)), [[digit], [label]], splits=[list(range(64)), list(range(64, 96))]).dataloaders(bs=bs, num_workers=0)
+
+
+def small_net(c_in=1, dropout=0., norm=True):
+    "Convolutions, batch norm and a head, of classes that any process can unpickle"
+    bn = (lambda n: [nn.BatchNorm2d(n)]) if norm else (lambda n: [])
+    body = nn.Sequential(nn.Conv2d(c_in, 8, 3, padding=1), *bn(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1), *bn(12), nn.ReLU())
+    return nn.Sequential(body, nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(12*16, 10)))
+
+
+def two_groups(m): return [params(m[0]), params(m[1])]
+
+
+def seed_all(seed=0):
+    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+
+
+def build(path, cbs=None, seed=0, dls=None, model=None, **kwargs):
+    "A Learner whose every random state starts from `seed`; without a log on the terminal"
+    _digits()  # the first call makes loaders, which take random numbers
+    seed_all(seed)
+    dls = tiny_dls() if dls is None else dls() if callable(dls) else dls
+    model = small_net() if model is None else model() if not isinstance(model, nn.Module) else model
+    kwargs = {**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, path=path), **kwargs}
+    learn = Learner(dls, model, cbs=cbs, **kwargs)
+    return quiet(learn)
+
+
+def quiet(learn):
+    "No bar and no table on the terminal"
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    learn.logger = no_log
+    return learn
+
+
+def no_log(*args): pass
+
+
+OPTIMIZERS = {
+    'adam': dict(opt_func=Adam),
+    'sgd+momentum+wd': dict(opt_func=partial(SGD, mom=.9), wd=.1),
+    'rmsprop+l2': dict(opt_func=partial(RMSProp, mom=.9, decouple_wd=False), wd=.1),
+    'ranger': dict(opt_func=partial(ranger, k=3)),
+    'torch adamw': dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
+    'torch sgd': dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True, weight_decay=.1))),
+}
+
+
+class Probe(FastaiCallback):
+    "Holds the method to its contract at every step, after everything else has had its turn"
+    order, run_valid = 12, False
+    def __init__(self, method): self.method, self.steps = method, 0
+    def before_step(self): self.method.check(self.learn)
+    def after_step(self):
+        self.method.check(self.learn, grads=False)  # a rewire comes after the step; the gradients are spent and about to be cleared
+        self.steps += 1
+
+
+class Stop(FastaiCallback):
+    "Presses Ctrl-C before a batch; counted over everything that is trained"
+    order, run_valid = 7, False
+    def __init__(self, at): self.__dict__.update(at=at, seen=0)
+    def before_batch(self):
+        self.__dict__['seen'] += 1
+        if self.seen == self.at: raise KeyboardInterrupt
+
+
+# -- comparing
+
+def snapshot(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b, where=''):
+    "Name of the first place where two nested things differ by a single bit, or ''"
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        alike = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(7e7) if a.is_floating_point() else a,
+                                                                          b.nan_to_num(7e7) if b.is_floating_point() else b)
+        return '' if alike else where or 'tensor'
+    if isinstance(a, dict) and isinstance(b, dict):
+        if list(a) != list(b): return f'{where}: keys {sorted(map(str, set(a) ^ set(b)))} or their order'
+        return next((r for k in a if (r := same(a[k], b[k], f'{where}/{k}'))), '')
+    if isinstance(a, (list, tuple, L)) and isinstance(b, (list, tuple, L)):
+        if len(a) != len(b): return f'{where}: {len(a)} and {len(b)} entries'
+        return next((r for i, (x, y) in enumerate(zip(a, b)) if (r := same(x, y, f'{where}[{i}]'))), '')
+    return '' if a == b or (a != a and b != b) else f'{where}: {a!r} and {b!r}'
+
+
+def footprint(model):
+    "Everything an effect could leave behind in a network: attributes, buffers, hooks"
+    def size(v): return sorted(map(str, v)) if isinstance(v, dict) and not all(isinstance(k, int) for k in v) else len(v) if hasattr(v, '__len__') and not torch.is_tensor(v) else type(v).__name__
+    return {n: {k: size(v) for k, v in sorted(vars(m).items())} for n, m in model.named_modules()}
+
+
+def run_record(learn):
+    "What a run leaves: weights, buffers, optimizer, logged numbers, losses, learning rates"
+    opt = learn.opt.state_dict()
+    state = [{k: v for k, v in s.items()} for s in opt['state']] if isinstance(opt['state'], (list, L)) else opt['state']
+    rec = learn.recorder
+    return dict(model=snapshot(learn.model), opt=state, values=[list(map(float, v)) for v in rec.values], losses=[float(o) for o in rec.losses], lrs=list(rec.lrs))

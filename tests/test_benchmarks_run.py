@@ -1,0 +1,91 @@
+"The benchmarks run: tiny settings, no claim about speed."
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import imports, masked_step, reallocation
+from benchmarks.networks import WRN_DENSE, lenet_300_100, small_cnn, wrn_28_2
+from benchmarks.timing import table, write_table
+from paramfx.sparse import plan_masks
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    "Networks and batches of toy size"
+    monkeypatch.setattr(masked_step, 'NETS', {'toy': (partial(small_cnn, 4), (3, 32, 32), 4, 64, 1, 1.03)})
+
+
+def sizes(model, **kw):
+    "Parameters in all, in masked layers, and live at .9"
+    plan = [r for r in plan_masks(model, .9, **kw) if 'live' in r]
+    return sum(p.numel() for p in model.parameters()), sum(r['units'] for r in plan), sum(r['live'] for r in plan)
+
+
+def test_networks_are_those_of_the_golden_counts(golden):
+    models = {o['model']: o for o in json.loads((golden/'dynamic_sparse'/'initial_counts.json').read_text())}
+    for name, got in (('mnist_mlp(0.9)', sizes(lenet_300_100())),
+                      ('cifar10_WideResNet(28,widen_factor=2,initial_sparsity_conv=0.9)', sizes(wrn_28_2(), exclude=WRN_DENSE))):
+        want = models[name]
+        assert got == tuple(int(want[k]) for k in ('dense_total', 'dense_size_of_sparse_layers', 'sparse'))
+    assert wrn_28_2().eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize('opt', ['SGD', 'OptimWrapper(torch SGD)'])
+def test_masked_step(opt, tmp_path):
+    rows = masked_step.measure('toy', opt, rounds=4, repeats=1)
+    assert [r['step'] for r in rows] == ['plain again', 'idle', 'static', 'dsr, period 3', 'dsr, period 100']
+    assert all(r['ratio'] > 0 for r in rows) and rows[-1]['rewire_ms'] > 0
+    goal = masked_step.WRAPPED if 'Wrapper' in opt else 1.03
+    assert [r['target'] for r in rows] == ['', masked_step.IDLE, goal, goal, goal]
+    assert write_table('t', rows, masked_step.NOTE, folder=tmp_path).exists()
+
+
+def test_a_turn_is_that_many_batches_of_a_real_fit():
+    learn = masked_step.make_learner('toy', 'SGD', masked_step.DynamicSparse(.5, period=2, threshold=1.))
+    run = masked_step.Runner(learn, 3)
+    for _ in range(4): run()
+    cb = learn.dynamic_sparse
+    assert cb.effect.clock.steps == learn.train_iter == 12
+    assert [o['step'] for o in cb.history][:2] == [2, 4]
+    run.close()
+    assert not run.thread.is_alive()
+
+
+def test_errors_of_a_fit_reach_the_caller():
+    learn = masked_step.make_learner('toy', 'SGD')
+    learn.model.forward = lambda x: 1/0
+    run = masked_step.Runner(learn, 1)
+    with pytest.raises(RuntimeError, match='ended') as e: run()
+    assert 'ZeroDivisionError' in repr(e.value.__cause__)
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel'])
+def test_reallocation(granularity):
+    cases = {'toy': (small_cnn, dict(sparsity=.8, granularity=granularity), .01)}
+    row = reallocation.measure('toy', rounds=3, warmup=1, cases=cases)
+    assert abs(row['moved']-.1) < .01 and row['ms'] > 0 and row['target_ms'] == 10
+
+
+def test_a_snapshot_brings_everything_back():
+    learn, cb = reallocation.make(small_cnn, dict(sparsity=.8))
+    start = reallocation.Snapshot(learn, cb)
+    before = cb.store.checksum(), cb.effect.values['threshold'], [e.live for e in cb.store.items]
+    cb.rewire(learn.opt)
+    assert cb.store.checksum() != before[0]
+    start.restore()
+    assert before == (cb.store.checksum(), cb.effect.values['threshold'], [e.live for e in cb.store.items])
+    assert list(cb.store.counts().values()) == before[2]
+    assert all(torch.equal(e.float.bool(), e.full) and not e.weight[~e.full].any() for e in cb.store.items)
+
+
+def test_imports_rows():
+    rows = imports.run(rounds=1, base='import json', ours='import wave')
+    assert len(rows) == 3 and rows[0]['modules'] == 0 and 'wave' in rows[0]['also_loaded'] and 'wave' in table(rows)
+    with pytest.raises(RuntimeError, match='no_such_module'): imports.probe('', 'import no_such_module')
+
+
+def test_import_loads_nothing_heavy():
+    imports.check([imports.probe(imports.FASTAI, 'import paramfx.all')])
+    with pytest.raises(AssertionError, match='sklearn'): imports.check([dict(new=['sklearn'], before=[])])
