@@ -10,6 +10,7 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #90447a79
 from .core import *
 from .clock import *
+from .state import *
 from .effects import *
 from .persist import *
 from .units import *
@@ -21,5 +22,8 @@ from .data import *
 from .rows import *
 from .sparse import *
 from .rewire import *
+from .sparse_rows import *
 
-__all__ = [n for n in dir() if not n.startswith('_')] # nbdev lists what a module defines, and this one defines nothing
+# nbdev lists what a module defines, and this one defines nothing; constants and helpers of the modules stay in them
+_HIDE = 'Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state'.split()
+__all__ = [n for n in dir() if not n.startswith('_') and not n.isupper() and n not in _HIDE]

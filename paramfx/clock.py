@@ -9,6 +9,7 @@ __all__ = ['Clock', 'SchedCubic', 'SchedSteps', 'SchedConst', 'as_sched', 'read_
 
 # %% ../nbs/00a_clock.ipynb #916b2c48
 from bisect import bisect_right
+from numbers import Real
 
 import yaml
 from fastcore.basics import store_attr
@@ -30,12 +31,17 @@ class Clock:
 
     def start(self, epoch, n_epoch, n_batches, new_fit=False):
         "An epoch of `n_batches` batches begins; `new_fit`: it is the first one of this fit that is trained"
-        if new_fit: self.done,self.batches = self.done+self.batches,0
+        if new_fit: self.done = max(0, self.done+self.batches-epoch*n_batches) # start_epoch: those were counted before
         self.epoch,self.per_epoch,self.planned,self.batches = epoch,max(n_batches, 1),n_epoch*n_batches,epoch*n_batches
 
     def batch(self): self.batches += 1
     def step(self): self.steps += 1
     def close(self): self.batches = self.planned
+
+    @property
+    def span_epoch(self) -> int:
+        "Epoch within the span: of this fit, or of all fits"
+        return self.epoch if self.span == 'fit' else (self.done+self.batches)//self.per_epoch
 
     @property
     def pos(self) -> float:
@@ -82,7 +88,7 @@ def as_sched(
     if callable(v): return v
     if isinstance(v, dict): return SchedSteps(v, n_epoch)
     if isinstance(v, (tuple, list)) and len(v) == 2: return SchedCos(*v)
-    if isinstance(v, (int, float)): return SchedConst(v)
+    if isinstance(v, Real): return SchedConst(v)
     raise ValueError(f"{v!r} is no schedule. Give a number, a (start, end) pair, {{epoch: value}} or a callable of the position.")
 
 # %% ../nbs/00a_clock.ipynb #b941c361

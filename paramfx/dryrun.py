@@ -11,9 +11,10 @@ __all__ = []
 from copy import deepcopy
 
 from fastcore.basics import patch
-from fastai.basics import Learner, get_model
+from fastai.basics import Learner
 from .core import Table, sample_batch
-from .effects import EffectCallback, effects
+from .effects import EffectCallback
+from .state import effects, root_module
 from .report import cost, human
 
 # %% ../nbs/04a_dryrun.ipynb #8b9d1e3b
@@ -23,7 +24,7 @@ def _resolve(what, kwargs):
         verb = getattr(Learner, what, None)
         if not hasattr(verb, 'effect'): raise ValueError(f"{what!r} is no verb of this library on a Learner. Give a callback, such as DynamicSparse(...).")
         what = verb
-    what = getattr(what, 'effect', what) # a verb of the Learner names the callback it adds
+    if not isinstance(what, EffectCallback): what = getattr(what, 'effect', what) # a verb of the Learner names the callback it adds
     if isinstance(what, type) and issubclass(what, EffectCallback): return what(**kwargs)
     if isinstance(what, EffectCallback) and kwargs: raise ValueError(f"{type(what).__name__} is built already: give {', '.join(kwargs)} to it instead.")
     if not hasattr(what, 'plan'): raise ValueError(f"{what!r} cannot be planned. Give a callback, such as DynamicSparse(...), or a verb.")
@@ -42,7 +43,7 @@ def plan(self:Learner,
     **kwargs # Arguments of a verb
 ) -> Table: # Rows of what is touched, then of what is left alone; `.before` and `.after` are `Report`s
     "Dry run: what `what` would do to this model, and what that would cost; nothing changes"
-    what,model = _resolve(what, kwargs),get_model(self.model)
+    what,model = _resolve(what, kwargs),root_module(self.model)
     old = effects(model).get(getattr(what, 'name', None))
     if old is not None: what._check_settings(old)
     table = what.plan(model, learn=self) if isinstance(what, EffectCallback) else what.plan(model, **kwargs)

@@ -7,8 +7,8 @@ Docs: https://paramfx.github.io/paramfx/experiments.html.md"""
 # %% auto #0
 __all__ = ['NOTE', 'demo_net', 'pick_rows', 'run_row', 'plain_cost', 'demo_table', 'run_demo']
 
-# %% ../nbs/71_experiments.ipynb #25225519
-import json, time
+# %% ../nbs/71_experiments.ipynb #142168b8
+import json, tempfile, time
 from copy import deepcopy
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fastai.callback.progress import ProgressCallback
 from fastprogress.fastprogress import progress_bar
 from .core import Table, sample_batch
 from .data import digits_dls
-from .effects import effects
+from .state import effects
 from .persist import atomic_path
 from .plots import plot_tradeoff
 from .report import cost, human
@@ -123,7 +123,7 @@ def run_demo(
     names,out = pick_rows(only),Path(out)
     if epochs < 1: raise ValueError(f'epochs={epochs}: at least one epoch is needed')
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out/'table.json') as tmp: tmp.write_text('{}') # fail now, not after the training
+    with tempfile.TemporaryFile(dir=out): pass # fail now, not after the training
     dls,rows,files = digits_dls(device='cpu'),[],[]
     ticks = iter(progress_bar(range(len(names)*epochs))) if bar else None
     tick = (lambda: next(ticks, None)) if bar else noop

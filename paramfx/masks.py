@@ -15,7 +15,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import store_attr
 from .core import opt_state
-from .units import draw_positions, live_units, unit_scores, unit_shape, units_below
+from .units import check_sparsity, draw_positions, live_units, unit_scores, unit_shape, units_below
 
 # %% ../nbs/02_masks.ipynb #723782a8
 def density_uniform(
@@ -23,13 +23,15 @@ def density_uniform(
     sparsity:float # Share of weights that are zero, in [0, 1)
 ) -> list: # Density of each layer
     "The same density in every layer"
+    check_sparsity(sparsity)
     return [1-sparsity]*len(shapes)
 
 def density_erk(
     shapes:list, # Weight shapes
     sparsity:float # Share of all weights together that are zero, in [0, 1)
 ) -> list: # Density of each layer, in [0, 1]
-    "Erdos-Renyi-Kernel densities; they keep what `sparsity`, rounded down in each layer, would keep in all"
+    "Erdos-Renyi-Kernel densities (Mocanu 2018, Evci 2020); they keep what `sparsity`, rounded down in each layer, would keep in all"
+    check_sparsity(sparsity)
     sizes,raw = [prod(s) for s in shapes],[sum(s)/prod(s) for s in shapes]
     dense,total = set(),sum(n-int(sparsity*n) for n in sizes)
     while True:
@@ -182,6 +184,9 @@ class MaskStore:
     def check(self, state_dict, prefix=''):
         "Refuse masks of another shape or budget, before anything is copied"
         found = {e.name: state_dict.get(prefix+k) for e,k in zip(self.items, self.keys())}
+        lost = [n for n,m in found.items() if m is None]
+        if 0 < len(lost) < len(found): raise ValueError(
+            f"{lost[0]}: the file holds masks, but none for this parameter. Build the callback with the include= and exclude= of the saved run.")
         for e in self.items:
             m = found[e.name]
             if m is not None and m.shape != e.mask.shape: raise ValueError(
@@ -202,13 +207,13 @@ class MaskStore:
                 for t in self._states(opt, e): e.fill_(t, d); e.fill_(t, g)
             e.live += len(g)-len(d)
 
-# %% ../nbs/02_masks.ipynb #f5ef839b
-def _nm_mask(score, n, m, name):
-    "Keep the `n` best of each `m` along the inputs"
-    flat = score.flatten(1)
-    if flat.shape[1]%m: raise ValueError(f"{name}: {flat.shape[1]} inputs per output are no multiple of {m}. Exclude the layer or use another granularity.")
-    g = flat.view(flat.shape[0], -1, m)
-    return torch.zeros_like(g, dtype=torch.bool).scatter_(2, g.topk(n, 2).indices, True).view(score.shape)
+# %% ../nbs/02_masks.ipynb #5fc3858a
+def _nm_mask(score, n, m, transposed=False):
+    "Keep the `n` best of each `m`; groups run over the inputs first, then over the kernel, as sparse hardware reads them"
+    s = (score.transpose(0, 1) if transposed else score).movedim(1, -1)
+    g = s.reshape(s.shape[0], -1, m)
+    mask = torch.zeros_like(g, dtype=torch.bool).scatter_(2, g.topk(n, 2).indices, True).view(s.shape).movedim(-1, 1)
+    return (mask.transpose(0, 1) if transposed else mask).contiguous()
 
 def make_mask(
     w:torch.Tensor, # Weight
@@ -216,12 +221,12 @@ def make_mask(
     shape:tuple, # Mask shape
     gen:torch.Generator, # For the random choice
     how:str='random', # 'random', or 'magnitude': the units with the largest mean |w|
-    nm:tuple=None, # (n, m) pattern
-    name:str='' # For error messages
+    nm:tuple=None, # (n, m) pattern; the weights per output must be a multiple of m
+    transposed:bool=False # Weight of a transposed convolution
 ) -> torch.Tensor: # Bool, `live` entries True
     "A mask for one weight"
     score = unit_scores(w, shape) if how == 'magnitude' else None
-    if nm: return _nm_mask(torch.rand(shape, generator=gen).to(w.device) if score is None else score, *nm, name)
+    if nm: return _nm_mask(torch.rand(shape, generator=gen).to(w.device) if score is None else score, *nm, transposed)
     mask = torch.zeros(prod(shape), dtype=torch.bool, device=w.device)
     if score is not None: mask[score.flatten().topk(live).indices] = True
     elif live > mask.numel()//2: # fewer to leave out than to keep

@@ -8,8 +8,10 @@ Docs: https://paramfx.github.io/paramfx/rewire.html.md"""
 __all__ = ['REWIRERS', 'drop_below', 'allocate_growth', 'adapt_threshold', 'threshold_for', 'grow_values', 'DSR', 'readmit',
            'DynamicSparse', 'steps_per_epoch']
 
-# %% ../nbs/41_rewire.ipynb #a088360b
-from math import isqrt, prod
+# %% ../nbs/41_rewire.ipynb #69de0687
+import zlib
+from math import ceil, prod
+from numbers import Real
 from warnings import warn
 
 import torch
@@ -19,10 +21,8 @@ from .clock import Clock, SchedSteps, as_sched
 from .core import CONVS
 from .effects import EffectCallback
 from .masks import MaskStore
-from .plots import plot_mask, plot_traces
-from .rows import demo_picture, demo_row
-from .sparse import MaskedEffect, check_options, check_sparsity, mask_state, plan_masks
-from .units import draw_positions, generator
+from .sparse import MaskedEffect, check_options, mask_state, plan_masks
+from .units import check_sparsity, draw_positions, generator
 
 # %% ../nbs/41_rewire.ipynb #a49b1b3c
 def drop_below(
@@ -51,6 +51,8 @@ def allocate_growth(
     free:list # Positions in each layer that were empty before the drop
 ) -> list: # Units to grow in each layer; their sum is that of `pruned`, or of `free` if that is less
     "Share the dropped units out among the layers by what each has left, exactly and within capacity"
+    if not len(pruned) == len(remaining) == len(free): raise ValueError(
+        f"pruned, remaining and free have {len(pruned)}, {len(remaining)} and {len(free)} entries: give one per layer.")
     grow,left = [0]*len(free),min(sum(pruned), sum(free))
     while left:
         room = [f-g for f,g in zip(free, grow)]
@@ -85,7 +87,7 @@ def grow_values(
     e, # `Masked` parameter
     gen:torch.Generator # CPU generator
 ) -> torch.Tensor: # Random weights of its shape
-    "N(0, sqrt(2/(out*kernel))) for convolutions, N(0, 1/sqrt(in)) for matrices"
+    "N(0, sqrt(2/(out*kernel))) for convolutions, N(0, 1/sqrt(in)) for matrices, as in the published code"
     w = e.weight
     std = (2/(w.shape[0]*prod(w.shape[2:])))**.5 if isinstance(e.module, CONVS) else w.shape[1]**-.5
     return (torch.randn(w.shape, generator=gen)*std).to(w.device, w.dtype)
@@ -95,8 +97,9 @@ class DSR:
     def start(self, cb, items, live):
         "Search anew where other layers are rewired than last time"
         v = cb.effect.values
-        if v['layers'] not in (0, len(items)): v['threshold'] = threshold_for(items, cb.target(live))
-        v['layers'] = len(items)
+        which = zlib.crc32(' '.join(e.name for e in items).encode())
+        if v['layers'] not in (0, which): v['threshold'] = threshold_for(items, cb.target(live))
+        v['layers'] = which
 
     def drop(self, cb, items): return [drop_below(e, cb.effect.values['threshold']) for e in items]
 
@@ -120,7 +123,7 @@ def readmit(
     "Where every layer is full the largest of the dropped units stay, so that the budget holds"
     over = sum(map(len, dropped))-sum(grow)
     if not over: return dropped
-    back = [len(d)-g for d,g in zip(dropped, grow)] if within else allocate_growth([over], [len(d) for d in dropped], [len(d) for d in dropped])
+    back = [len(d)-g for d,g in zip(dropped, grow)] if within else allocate_growth([over]+[0]*(len(dropped)-1), *[[len(d) for d in dropped]]*2)
     order = lambda e,d: d[e.scores().flatten()[d].sort(stable=True).indices]
     return [order(e, d)[:len(d)-b] if b else d for e,d,b in zip(items, dropped, back)]
 
@@ -129,7 +132,7 @@ class DynamicSparse(MaskedEffect, EffectCallback):
     "Train with a fixed number of live weights, rewired while training"
     def __init__(self,
         sparsity=.9, # Share of zeros in [0, 1), or a dict by kind ('conv', 'fc') or layer
-        method:str='dsr', # 'dsr' or 'static'
+        method:str='dsr', # 'dsr', or 'static', which ignores all that is about rewiring
         granularity:str='weight', # 'weight', 'row', 'kernel', 'filter'; 'n:m' for 'static'
         distribution:str='uniform', # 'uniform' or 'erk'
         include=None, # Layers to mask; None: all but the first convolution
@@ -162,9 +165,11 @@ class DynamicSparse(MaskedEffect, EffectCallback):
         if self.method != 'static' and ':' in self.granularity: raise ValueError(
             f"granularity={self.granularity!r} fixes the number of live weights in each group. Use method='static', or another granularity.")
         for k in ('n_realloc', 'threshold', 'tol', 'stop_pct'):
-            if not isinstance(getattr(self, k), (int, float)) or not getattr(self, k) > 0: raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
+            if not isinstance(getattr(self, k), Real) or not getattr(self, k) > 0: raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
         steps = [] if self.period is None else list(map(as_sched(self.period), (0., .5, 1.))) + list(self.period.values() if isinstance(self.period, dict) else [])
-        if any(s < 1 for s in steps): raise ValueError(f"period={self.period!r}: give at least 1 optimizer step.")
+        if isinstance(self.period, Real) and self.period != int(self.period): steps.append(0)
+        if any(s < 1 for s in steps): raise ValueError(f"period={self.period!r}: give at least 1 optimizer step, as a whole number.")
+        if self.group_lasso and not self.l1: raise ValueError("group_lasso=True needs its weight: give l1=, such as 1e-4.")
         if self.n_realloc >= 1 and self.n_realloc != int(self.n_realloc): raise ValueError(
             f"n_realloc={self.n_realloc!r}: give a share of the live units in (0, 1), or a whole number of units.")
         if not self.l1 >= 0: raise ValueError(f"l1={self.l1!r}: give 0 or more.")
@@ -183,7 +188,7 @@ class DynamicSparse(MaskedEffect, EffectCallback):
     def attach(self, model, learn=None):
         "Mask `model`; everything is checked first"
         table = self.plan(model)
-        params = dict(model.named_parameters())
+        params = dict(model.named_parameters(remove_duplicate=False)) # a shared tensor under each of its names
         frozen = [r['layer'] for r in table if 'live' in r and not params[r['layer']].requires_grad]
         if frozen and self.init_mask == 'random' and any(r.get('sparsity') for r in table): warn(
             f"DynamicSparse: {len(frozen)} frozen parameters ({frozen[0]}, ...) are masked at random, which ruins pretrained weights. "
@@ -202,49 +207,50 @@ class DynamicSparse(MaskedEffect, EffectCallback):
     def _period(self):
         if self.steps is None: return self.auto
         c = self.effect.clock
-        return max(1, int(self.steps.at(c.epoch) if isinstance(self.steps, SchedSteps) else self.steps(c.pos)))
+        return max(1, int(self.steps.at(c.span_epoch) if isinstance(self.steps, SchedSteps) else self.steps(c.pos)))
 
     def due(self):
         "Is a rewire due after the optimizer step that was just made?"
         c = self.effect.clock
         if REWIRERS[self.method] is None or not c.steps or c.steps%self._period(): return False
-        return c.pos < self.stop_pct and (self.stop_epoch is None or c.epoch < self.stop_epoch)
+        return c.pos < self.stop_pct and (self.stop_epoch is None or c.span_epoch < self.stop_epoch)
 
     def on_step(self):
         if self.due(): self.rewire(self.learn.opt)
 
     # -- what
     def rewire(self, opt=None):
-        "Drop, allocate, grow: once, now"
+        "Drop, allocate, grow: once, now; `opt` loses its state at the units that move"
         part = MaskStore([e for e in self.store.items if e.trainable])
         if not len(part): return
-        how,v,items = REWIRERS[self.method],self.effect.values,part.items
-        live,n = part.live,int(v['rewires'])
+        how,v,items,live = REWIRERS[self.method],self.effect.values,part.items,part.live
         how.start(self, items, live)
-        dropped = how.drop(self, items)
-        n_dropped = sum(map(len, dropped))
-        grow = how.allocate(self, items, dropped)
-        dropped = readmit(items, dropped, grow, not self.across_layers)
-        gens = [generator(self.seed, 'rewire', n, e.name) for e in items]
+        dropped,grow,n_dropped = self._choose(how, items)
+        gens = [generator(self.seed, 'rewire', int(v['rewires']), e.name) for e in items]
         grown = [draw_positions(e.mask.view(-1), k, g, e.live) for e,k,g in zip(items, grow, gens)]
         values = [grow_values(e, g) for e,g in zip(items, gens)] if self.grow_init == 'random' else None
         part.move_(dropped, grown, values, None if self.state == 'keep' else opt)
-        used = v['threshold']
+        self._record(items, v['threshold'], dropped, grown)
         how.done(self, n_dropped, live)
-        v.update(rewires=n+1, rewired=v['rewired']+sum(grow))
-        self._record(items, used, dropped, grown)
+        v.update(rewires=v['rewires']+1, rewired=v['rewired']+sum(grow))
         self.store.check_ranks()
+
+    def _choose(self, how, items):
+        "Units to drop in each layer, how many to grow, and how many were to be dropped"
+        dropped = how.drop(self, items)
+        grow = how.allocate(self, items, dropped)
+        return readmit(items, dropped, grow, not self.across_layers),grow,sum(map(len, dropped))
 
     def _record(self, items, threshold, dropped, grown):
         c = self.effect.clock
         self.effect.history.append(dict(step=c.steps, epoch=c.epoch, threshold=threshold, dropped={e.name: len(d) for e,d in zip(items, dropped)},
             grown={e.name: len(g) for e,g in zip(items, grown)}, sparsity={e.name: 1-e.live/e.units for e in self.store.items}))
 
+    def on_fit_start(self): self.__dict__['at_start'] = self.effect.values['rewires']
     def on_fit_end(self):
-        c,done = self.effect.clock,self.__dict__.get('warned_at', 0)
-        if REWIRERS[self.method] is not None and self.effect.values['rewires'] == done and any(e.trainable for e in self.store.items): warn(
+        c = self.effect.clock
+        if REWIRERS[self.method] is not None and self.effect.values['rewires'] == self.__dict__.get('at_start') and any(e.trainable for e in self.store.items): warn(
             f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period {self._period()}). Train longer, or set a smaller period=.")
-        self.__dict__['warned_at'] = self.effect.values['rewires']
 
     # -- what is seen
     def penalty(self): return self.sparse_penalty(self.l1, self.group_lasso)
@@ -269,7 +275,7 @@ def steps_per_epoch(learn) -> int:
     "Optimizer steps of an epoch of `learn`, gradient accumulation considered"
     dl,acc = learn.dls.train,learn.__dict__.get('gradient_accumulation')
     n = len(dl)
-    return n if acc is None else max(1, n*(getattr(dl, 'bs', None) or 1)//acc.n_acc)
+    return n if acc is None else max(1, n//ceil(acc.n_acc/(getattr(dl, 'bs', None) or 1)))
 
 @patch
 def sparsify(self:Learner,
@@ -280,19 +286,3 @@ def sparsify(self:Learner,
     return self.add_cb(DynamicSparse(sparsity, **kwargs))
 
 Learner.sparsify.effect = DynamicSparse # what `learn.plan` looks at
-
-# %% ../nbs/41_rewire.ipynb #a9595535
-@demo_row('dsr 0.9')
-def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
-
-@demo_row('dsr 0.95')
-def _dsr95(new, fit): return fit(new(), cbs=DynamicSparse(.95))
-
-@demo_picture
-def _pictures(name, learn):
-    sp = learn.__dict__.get('effect_keeper') and learn.effect_keeper.held.get('dynamic_sparse')
-    if not sp or not sp.history: return
-    tr,(last,mask) = sp.traces,max(sp.masks.items(), key=lambda o: o[1].numel())
-    yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')
-    yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log=True)
-    yield 'mask', lambda ax: plot_mask(mask, ax=ax, title=f'{name}: live weights of {last}')

@@ -13,7 +13,7 @@ from fastai.basics import (Adam, Callback as FastaiCallback, CrossEntropyLossFla
 from torch import nn
 
 from paramfx.data import digits_dls, tensor_dls
-from paramfx.effects import effects
+from paramfx.state import effects
 from paramfx.masks import initial_counts
 from paramfx.rewire import DynamicSparse
 

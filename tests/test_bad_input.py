@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from contracts import METHODS, build, footprint, same, small_net, snapshot
-from paramfx.effects import effects
+from paramfx.state import effects
 from paramfx.rewire import DynamicSparse
 from paramfx.sparse import plan_masks, sparsify
 
@@ -122,7 +122,7 @@ def test_parametrized_layers_are_named_and_left(mk):
     model = small_net()
     nn.utils.parametrizations.weight_norm(model[1][2])
     rows = plan_masks(model)
-    assert [r['note'] for r in rows if r['layer'] == '1.2'] == ['no weight of its own (parametrized?)']
+    assert [r['note'] for r in rows if r['layer'] == '1.2'] == ['no weight of its own (parametrized, or weight_norm: remove it first)']
     assert [r['layer'] for r in rows if 'live' in r] == ['0.3.weight']
 
 

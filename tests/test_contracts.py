@@ -26,7 +26,7 @@ from contracts import (METHODS, N_STEPS, OPTIMIZERS, Probe, Stop, build, dataset
                       small_net, snapshot, tiny_dls, two_groups)
 from paramfx.clock import SchedCubic
 from paramfx.core import rng_state, sample_batch, set_rng_state
-from paramfx.effects import effects
+from paramfx.state import effects
 from paramfx.persist import RunState
 import paramfx.report
 from paramfx.rewire import DynamicSparse
@@ -537,8 +537,15 @@ def test_resume_with_another_callback_or_none_raises(m, mk):
     c = mk()  # it may still come with `fit(cbs=...)`: only the fit can tell
     state = snapshot(c.model)
     c.resume()
-    with pytest.raises(ValueError, match='no such callback'): c.fit(2)
+    with pytest.raises(ValueError, match='no such callback'): c.fit(1)
     assert_same(snapshot(c.model), state)
+
+
+def test_resume_with_another_number_of_epochs_raises(mk, m):
+    a = mk([m.make(), RunState()])
+    a.fit(2)
+    b = mk(m.make()).resume()
+    with pytest.raises(ValueError, match='2 epochs here, this fit has 3'): b.fit(3)
 
 
 def test_resume_with_everything_in_fit(m, mk):

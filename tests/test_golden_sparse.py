@@ -196,7 +196,7 @@ def recorded_growth(monkeypatch, z, tensors):
     calls = {'n': 0}
     def allocate(pruned, remaining, free):
         t = steps[calls['n']//len(tensors)]
-        if len(pruned) == 1: return allocate_growth(pruned, remaining, free)
+        if remaining is free: return allocate_growth(pruned, remaining, free)  # units readmitted, not grown
         return [len(z[f'grown_{t}_{i}']) for i in range(len(tensors))]
     def draw(taken, n, gen, n_taken=None):
         t, i = steps[calls['n']//len(tensors)], calls['n'] % len(tensors)

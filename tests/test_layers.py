@@ -10,16 +10,16 @@ import pytest
 LIB = Path(__file__).resolve().parent.parent/'paramfx'
 
 LAYERS = {
-    0: ['core', 'clock', 'effects', 'persist'],
+    0: ['core', 'clock', 'state', 'effects', 'persist'],
     1: ['channels', 'units', 'masks', 'plain', 'report', 'dryrun', 'plots', 'data', 'zoo', 'losses', 'rows'],
-    2: ['splitnet', 'bases', 'slicing', 'evolution', 'sparse', 'rewire', 'prune', 'tied', 'csr'],
+    2: ['splitnet', 'bases', 'slicing', 'evolution', 'sparse', 'rewire', 'prune', 'tied', 'csr', 'sparse_rows'],
     3: ['deploy'],
     4: ['all'],
     5: ['experiments', 'cli'],
 }
 LAYER = {mod: layer for layer, mods in LAYERS.items() for mod in mods}
 # modules of layer 2 that make one family; every other module there is a family of its own
-FAMILY = dict.fromkeys(['sparse', 'rewire', 'prune', 'tied', 'csr'], 'sparse')
+FAMILY = dict.fromkeys(['sparse', 'rewire', 'prune', 'tied', 'csr', 'sparse_rows'], 'sparse')
 # imports allowed inside a layer, besides those inside a family; layer 0 is a chain, each module on those before it
 WITHIN = {mod: set(LAYERS[0][:i]) for i, mod in enumerate(LAYERS[0])}
 WITHIN |= {'masks': {'units'}, 'dryrun': {'report'}, 'plain': {'channels', 'masks', 'units'}, 'cli': {'experiments'}}

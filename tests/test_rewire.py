@@ -10,7 +10,7 @@ from torch import nn
 from paramfx.data import digits_dls
 from paramfx.rewire import DynamicSparse, threshold_for
 from paramfx.sparse import sparsify
-from paramfx.effects import effects
+from paramfx.state import effects
 
 
 def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
