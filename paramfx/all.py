@@ -25,5 +25,5 @@ from .rewire import *
 from .sparse_rows import *
 
 # nbdev lists what a module defines, and this one defines nothing; constants and helpers of the modules stay in them
-_HIDE = 'Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state'.split()
+_HIDE = 'Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state adam_step spare_sqrt'.split()
 __all__ = [n for n in dir() if not n.startswith('_') and not n.isupper() and n not in _HIDE]

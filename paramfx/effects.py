@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np, torch
 from fastcore.basics import class2attr, patch
 from fastai.basics import Callback, L, Learner, ValueMetric
+from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import SchedCos
 from .state import EffectState, effects, root_module
 
@@ -25,7 +26,10 @@ class LeanCallback(Callback):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls._own = frozenset(e for e in Callback._methods if e in dir(cls)) | {'after_fit'}
-    def __call__(self, event_name): return super().__call__(event_name) if event_name in self._own else None
+    def __call__(self, event_name):
+        if event_name not in self._own: return
+        if event_name not in _inner_loop: return super().__call__(event_name)
+        if self.run and (self.run_train if getattr(self.learn, 'training', True) else self.run_valid): getattr(self, event_name)()
 
 def in_fit(learn) -> bool:
     "False inside `validate` and `get_preds`, which fire before_fit and after_fit of every callback, too"
@@ -147,7 +151,7 @@ class EffectCallback(LeanCallback):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         name = class2attr(cls.__new__(cls), 'Callback')
-        if hasattr(Learner, name) and not isinstance(Learner.__dict__.get(name), EffectSlot): raise TypeError(
+        if hasattr(Learner, name) and type(Learner.__dict__.get(name)).__name__ != 'EffectSlot': raise TypeError(
             f"{cls.__name__}: a Learner has `{name}` already. Choose another name for the class.")
         setattr(Learner, name, EffectSlot(name))
 
@@ -188,9 +192,15 @@ class EffectCallback(LeanCallback):
 
     def after_loss(self):
         "Add the penalty, in full precision; the logged loss stays the task's"
+        if not self.penalizes: return
         if getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name, self) is not self: return # a second instance, added by a cell run again
         with torch.autocast(self.loss_grad.device.type, enabled=False): pen = self.penalty()
         if pen is not None: self.learn.loss_grad = self.loss_grad + pen
+
+    @property
+    def penalizes(self) -> bool:
+        "Could there be a penalty at all?"
+        return type(self).penalty is not EffectCallback.penalty
 
     def attach(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `attach`.')
     def plan(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `plan`.')

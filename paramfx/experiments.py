@@ -84,7 +84,7 @@ def plain_cost(learn):
 def _save_pictures(name, learn, out):
     from matplotlib.figure import Figure
     files = []
-    for f in PICTURES:
+    for f in PICTURES.values():
         for stem,draw in f(name, learn):
             fig = Figure(figsize=(7, 4), layout='constrained')
             draw(fig.subplots())

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from fastai.basics import Learner, Tensor, contextmanager, delegates, groupby, nn, np, patch, torch
 from .core import rng_guard, sample_batch
 
@@ -99,7 +98,7 @@ def _rnn_flops(x, *args, out_val=None, **kwargs):
     ws = args[0] if isinstance(args[0], (tuple,list)) else args[:2]
     return 2*x.shape[:-1].numel()*sum(w.numel() for w in ws if w.ndim == 2)
 
-def _formulas():
+def _formulas(flop_registry):
     "A flop formula on raw arguments, per operator"
     aten,vec = torch.ops.aten,lambda a,*args,**kw: 2*a.numel()
     rnns = {getattr(aten, o): _rnn_flops for o in ('mkldnn_rnn_layer','_cudnn_rnn','miopen_rnn') if hasattr(aten, o)}
@@ -133,12 +132,13 @@ class _MacCount:
 @contextmanager
 def _counting(model):
     "Count the multiply-adds of what runs inside"
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry # loads triton: longer than all of ours
     c,fast = _MacCount(model), torch.backends.mha.get_fastpath_enabled()
     own = [m for m in model.modules() if callable(getattr(m, 'macs', None))]
     hooks = [h for m in own for h in (m.register_forward_pre_hook(c.before), m.register_forward_hook(c.after))]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping={k: c.formula(f) for k,f in _formulas().items()}): yield c
+        with FlopCounterMode(display=False, custom_mapping={k: c.formula(f) for k,f in _formulas(flop_registry).items()}): yield c
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks: h.remove()

@@ -253,6 +253,7 @@ class DynamicSparse(MaskedEffect, EffectCallback):
             f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period {self._period()}). Train longer, or set a smaller period=.")
 
     # -- what is seen
+    penalizes = property(lambda self: bool(self.l1)) # else no loss is touched
     def penalty(self): return self.sparse_penalty(self.l1, self.group_lasso)
     def columns(self):
         v = self.effect.values

@@ -7,8 +7,8 @@ Docs: https://paramfx.github.io/paramfx/rows.html.md"""
 # %% auto #0
 __all__ = ['ROWS', 'PICTURES', 'demo_row', 'demo_picture']
 
-# %% ../nbs/08a_rows.ipynb #c67c15ad
-ROWS,PICTURES = {},[]
+# %% ../nbs/08a_rows.ipynb #a0e80fac
+ROWS,PICTURES = {},{}
 
 def demo_row(
     name:str, # Row name, as in the table and for `--only`
@@ -20,6 +20,6 @@ def demo_row(
     return _register
 
 def demo_picture(f):
-    "Register `f(name, learn)`: called after each row, it yields (file stem, draw), where `draw(ax)` draws on matplotlib axes"
-    PICTURES.append(f)
+    "Register `f(name, learn)` under its own name: called after each row, it yields (file stem, draw), where `draw(ax)` draws on matplotlib axes"
+    PICTURES[f.__name__] = f # a module that is run again replaces its own
     return f

@@ -6,7 +6,7 @@ Docs: https://paramfx.github.io/paramfx/sparse.html.md"""
 
 # %% auto #0
 __all__ = ['TRANSPOSED', 'VALUES', 'weight_names', 'candidates', 'check_options', 'plan_masks', 'given_mask', 'mask_state',
-           'sparsify', 'l1_penalty', 'group_lasso', 'MaskedEffect']
+           'sparsify', 'l1_penalty', 'group_lasso', 'adam_step', 'spare_sqrt', 'MaskedEffect']
 
 # %% ../nbs/40_sparse.ipynb #8db17555
 import re
@@ -14,7 +14,9 @@ from math import prod
 
 import torch
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.foundation import L
+from fastai import optimizer
+from fastai.optimizer import debias
 from .core import CONVS, Table, match_layers, weighted_layers, zero_is_fixed
 from .state import EffectState, effects, root_module
 from .masks import Masked, MaskStore, density_erk, density_uniform, initial_counts, make_mask
@@ -196,6 +198,17 @@ def group_lasso(weights:list) -> torch.Tensor:
     "Sum over kernels of their Euclidean norms; |w| for weights without kernels"
     return sum((w.pow(2).flatten(2).sum(2)+1e-12).sqrt().sum() if w.ndim > 2 else w.abs().sum() for w in weights)
 
+# %% ../nbs/40_sparse.ipynb #a38a5e7f
+def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
+    "fastai's Adam step, without square roots of exact zeros" # `zero_is_fixed` knows it by its name
+    debias1,debias2 = debias(mom, 1-mom, step),debias(sqr_mom, 1-sqr_mom, step)
+    p.data.addcdiv_(grad_avg, (sqr_avg/debias2).clamp_(min=1e-37).sqrt_() + eps, value=-lr/debias1)
+    return p
+
+def spare_sqrt(opt):
+    "Let a fastai `Adam` take this step"
+    if hasattr(opt, 'cbs'): opt.cbs = L(adam_step if c is optimizer.adam_step else c for c in opt.cbs)
+
 # %% ../nbs/40_sparse.ipynb #60d6dec6
 class MaskedEffect:
     "Mixin of sparse callbacks: keeps weights, gradients and optimizer state masked"
@@ -222,6 +235,7 @@ class MaskedEffect:
         if self.state == 'keep': self.__dict__['pass_weights'] = True
         else:
             self.store.state_(opt)
+            if self.store.items[0].weight.device.type == 'cpu': spare_sqrt(opt)
             self.__dict__['pass_weights'] = not zero_is_fixed(opt)
         self.effect.dirty = False
 

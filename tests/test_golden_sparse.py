@@ -111,10 +111,18 @@ def test_dsr_trace(folder):
             expect = unpack(f'mask_pruned_{t}_{l}', shape)
             if k == e.live-1 and expect.sum() == 1: assert kept.sum() == 1  # the original keeps the first unit, ours the largest
             else: assert np.array_equal(kept.view(shape).numpy(), expect), (t, l)
+            assert k == z['n_pruned'][t][l] and e.live-k == z['n_remaining'][t][l]
             n, seen = n+k, seen+1
+        free = [prod(unpack_shape(z, t, l))-z['n_remaining'][t][l]-z['n_pruned'][t][l] for l in range(layers)]
+        grow = allocate_growth(z['n_pruned'][t].tolist(), z['n_remaining'][t].tolist(), [int(f) for f in free])
+        assert sum(grow) == z['n_grown'][t].sum() == n  # the original's shares differ by its random leftover only
+        assert all(abs(g-n*r/sum(z['n_remaining'][t])) < 1 for g, r in zip(grow, z['n_remaining'][t]))
         assert adapt_threshold(float(z['thresholds'][t]), n, n_p, tol) == z['thresholds'][t+1], t
     assert seen == steps*layers and steps > 10
-    if 'nonzeros' in z: assert len(set(z['nonzeros'].sum(1))) == 1
+    assert len(set(z['nonzeros'].sum(1))) == 1
+
+
+def unpack_shape(z, t, l): return z[f'w_{t}_{l}'].shape[:int(z['granularity'][l])]
 
 
 @pytest.mark.parametrize('g', [1, 2, 3, 4])
