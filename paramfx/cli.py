@@ -23,7 +23,7 @@ def _quiet():
 def demo(
     out:str='paramfx-demo', # Folder for table, pictures and checkpoints
     only:str=None, # Rows to run, by name or first word, separated by commas
-    epochs:int=10, # Epochs per row
+    epochs:int=8, # Epochs per row
     as_json:store_true=False # Print the numbers as JSON and nothing else
 ):
     "Train a small network on real digits, dense and by each method, and compare"

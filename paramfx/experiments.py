@@ -54,7 +54,7 @@ class _Tick(Callback):
 def run_row(
     name:str, # A registered row
     dls, # Data
-    epochs:int=10, # Epochs to train
+    epochs:int=8, # Epochs to train
     lr:float=2e-2, # Maximum learning rate
     seed:int=0, # For network, batches and the method
     tick=noop # Called after each epoch
@@ -62,6 +62,7 @@ def run_row(
     "Train one row of the demo and measure it"
     def new():
         set_seed(seed)
+        for dl in dls.loaders: dl.rng.seed(seed) # each row sees the same batches, in every run
         return Learner(dls, demo_net(), metrics=accuracy, path=Path('.')).remove_cb(ProgressCallback) # the demo has one bar of its own
     def fit(learn, **kw):
         kw['cbs'] = [*(kw['cbs'] if isinstance(kw.get('cbs'), list) else [kw['cbs']] if 'cbs' in kw else []), _Tick(tick)]
@@ -78,7 +79,7 @@ def plain_cost(learn):
     for st in list(effects(plain).values()):
         if st.holder is not None: st.holder.burn_in()
         st.release(plain)
-    return cost(plain, sample_batch(learn.dls), max_seconds=.2)
+    return cost(plain, sample_batch(learn.dls), max_seconds=.05)
 
 # %% ../nbs/71_experiments.ipynb #9ff5f1c5
 def _save_pictures(name, learn, out):
@@ -115,7 +116,7 @@ def demo_table(rows:list) -> Table:
 def run_demo(
     out='paramfx-demo', # Folder for table, pictures and checkpoints
     only:list=None, # Row names, or their first words; None: all rows
-    epochs:int=10, # Epochs per row
+    epochs:int=8, # Epochs per row
     log=noop, # Called with a line of text per row, where there is no progress bar
     bar:bool=False # Show a progress bar instead
 ) -> dict: # Rows, files and folder
