@@ -6,15 +6,17 @@ Docs: https://paramfx.github.io/paramfx/core.html.md"""
 
 # %% auto #0
 __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pick_layers', 'rng_state', 'set_rng_state',
-           'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
+           'rng_guard', 'sample_batch', 'still', 'model_inputs', 'show_shapes', 'run_model', 'check_same', 'opt_state',
+           'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
 
-# %% ../nbs/00_core.ipynb #cb9c5f71
+# %% ../nbs/00_core.ipynb #d8fc8e7d
 import random
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import numpy as np, torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import listify, store_attr
 from fastai.basics import OptimWrapper, apply
 
@@ -141,6 +143,64 @@ def sample_batch(
     with rng_guard(dls if hasattr(dls, 'loaders') else _One(dl)): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
     return tuple(apply(lambda t: t[:n], b[:n_inp])) # inputs may be nested, as in a siamese network
+
+# %% ../nbs/00_core.ipynb #1e7a0543
+@contextmanager
+def still(model):
+    "Evaluation mode without gradients; attributes, buffers and random states are put back, after errors too"
+    before = [(m, m.training, dict(vars(m))) for m in model.modules()]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    try:
+        with rng_guard(), torch.no_grad(): yield model.eval()
+    finally:
+        for m,training,attrs in before:
+            vars(m).clear(); vars(m).update(attrs)
+            if m.training != training: m.training = training # a scripted module keeps its flag elsewhere
+        with torch.no_grad():
+            for b,version,old in buffers:
+                if b._version != version: b.copy_(old)
+
+def model_inputs(model, sample):
+    "The positional inputs of `model`, on its device"
+    xs = tuple(sample) if isinstance(sample, (tuple,list)) else (sample,)
+    if not (xs and all(isinstance(x, torch.Tensor) for x in xs)):
+        raise ValueError(f'sample must be a tensor or a tuple of tensors, not {sample!r:.80}')
+    p = next(model.parameters(), None)
+    return xs if p is None else tuple(x.to(p.device) for x in xs)
+
+def show_shapes(xs): return ', '.join(str(list(x.shape)) for x in xs)
+def run_model(model, xs):
+    "One forward; a failure names the shapes it was tried with"
+    try: return model(*xs)
+    except Exception as e:
+        raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}') from e
+
+# %% ../nbs/00_core.ipynb #ade16232
+_TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+def _outputs(model, sample):
+    "Tensors that a forward gives, in float64 unless they are whole numbers, and the coarsest precision among them"
+    with still(model): outs = [o for o in tree_leaves(run_model(model, model_inputs(model, sample))) if isinstance(o, torch.Tensor)]
+    types = [o.dtype for o in outs if o.dtype in _TOL]
+    return [o.detach().cpu().double() for o in outs],max(types, key=_TOL.get, default=torch.float64)
+
+def check_same(
+    a:nn.Module, # The network to check
+    b:nn.Module, # The reference
+    sample, # Input tensor, or a tuple of the positional inputs
+    tol:float=None # Largest relative difference allowed; None: 1e-4 in float32, 1e-10 in float64
+) -> float: # Largest difference of the outputs, relative to the largest output of `b`
+    "Compare two networks in evaluation mode; a difference above `tol` raises"
+    (xs,ta),(ys,tb) = _outputs(a, sample),_outputs(b, sample)
+    if [x.shape for x in xs] != [y.shape for y in ys]: raise ValueError(f'The outputs have shapes {show_shapes(xs)} and {show_shapes(ys)}: these are not the same network.')
+    rel = max((_relative(x, y) for x,y in zip(xs, ys)), default=0.)
+    tol = max(_TOL[ta], _TOL[tb]) if tol is None else tol
+    if not rel <= tol: raise ValueError(f'The networks differ: {rel:.3g} of the largest output, where at most {tol:g} is allowed.')
+    return rel
+
+def _relative(x, y):
+    if not x.numel() or torch.equal(x, y): return 0.
+    return ((x-y).abs().max()/y.abs().max().clamp_min(torch.finfo(y.dtype).tiny)).item()
 
 # %% ../nbs/00_core.ipynb #89d54b4d
 def opt_state(

@@ -8,14 +8,14 @@ Docs: https://paramfx.github.io/paramfx/report.html.md"""
 __all__ = ['human', 'n_params', 'file_bytes', 'count_macs', 'peak_memory', 'measure_latency', 'Report', 'cost', 'Comparison',
            'compare']
 
-# %% ../nbs/04_report.ipynb #72494d8e
+# %% ../nbs/04_report.ipynb #ee4bf4f4
 import json, time, weakref
 from dataclasses import asdict, dataclass
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from fastai.basics import Learner, Tensor, contextmanager, delegates, groupby, nn, np, patch, torch
-from .core import rng_guard, sample_batch
+from .core import model_inputs, run_model, sample_batch, show_shapes, still
 
 # %% ../nbs/04_report.ipynb #fca89918
 def human(
@@ -64,33 +64,6 @@ def file_bytes(
     torch.save(model.state_dict(), sink := _Sink())
     return sink.n
 
-# %% ../nbs/04_report.ipynb #544e1be2
-@contextmanager
-def _still(model):
-    "Evaluation mode without gradients; attributes and random states are put back, after errors too"
-    before = [(m, m.training, dict(vars(m))) for m in model.modules()]
-    try:
-        with rng_guard(), torch.no_grad(): yield model.eval()
-    finally:
-        for m,training,attrs in before:
-            vars(m).clear(); vars(m).update(attrs)
-            if m.training != training: m.training = training # a scripted module keeps its flag elsewhere
-
-def _inputs(model, sample):
-    "The positional inputs of `model`, on its device"
-    xs = tuple(sample) if isinstance(sample, (tuple,list)) else (sample,)
-    if not (xs and all(isinstance(x, Tensor) for x in xs)):
-        raise ValueError(f'sample must be a tensor or a tuple of tensors, not {sample!r:.80}')
-    p = next(model.parameters(), None)
-    return xs if p is None else tuple(x.to(p.device) for x in xs)
-
-def _shapes(xs): return ', '.join(str(list(x.shape)) for x in xs)
-def _run(model, xs):
-    "One forward; a failure names the shapes it was tried with"
-    try: return model(*xs)
-    except Exception as e:
-        raise ValueError(f'The model does not run on a sample of shape {_shapes(xs)}: {type(e).__name__}: {e}') from e
-
 # %% ../nbs/04_report.ipynb #b73f6096
 def _strided(o): return [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.layout == torch.strided]
 def _rnn_flops(x, *args, out_val=None, **kwargs):
@@ -128,7 +101,7 @@ class _MacCount:
         answer = m.macs(args[0] if len(args)==1 else args, out)
         self.total = self.stack.pop() + np.array([*answer, answer[-1]*self.density(tuple(m.parameters()))][:3])
 
-# %% ../nbs/04_report.ipynb #0756266a
+# %% ../nbs/04_report.ipynb #1f2997f2
 @contextmanager
 def _counting(model):
     "Count the multiply-adds of what runs inside"
@@ -148,10 +121,10 @@ def count_macs(
     sample:Tensor|tuple # Its input, or a tuple of its positional inputs
 )->tuple[int,int,int]: # Dense, executed and non-zero multiply-adds
     "Multiply-adds of one forward of `sample`"
-    with _still(model), _counting(model) as c: _run(model, _inputs(model, sample))
+    with still(model), _counting(model) as c: run_model(model, model_inputs(model, sample))
     return tuple(round(o) for o in c.total.tolist())
 
-# %% ../nbs/04_report.ipynb #6a3bb59e
+# %% ../nbs/04_report.ipynb #7c8143b1
 class _Live(TorchDispatchMode):
     "Follows the bytes of the storages that operators make, until they are freed"
     def __init__(self, known):
@@ -172,11 +145,11 @@ class _Live(TorchDispatchMode):
 def _activations(model, xs, fixed):
     "Peak bytes that one forward of `xs` adds to the tensors `fixed`"
     if xs[0].device.type != 'cuda':
-        with _Live(fixed) as live: _run(model, xs)
+        with _Live(fixed) as live: run_model(model, xs)
         return live.peak
     torch.cuda.reset_peak_memory_stats(xs[0].device)
     base = torch.cuda.memory_allocated(xs[0].device)
-    _run(model, xs)
+    run_model(model, xs)
     return torch.cuda.max_memory_allocated(xs[0].device) - base
 
 def peak_memory(
@@ -184,12 +157,12 @@ def peak_memory(
     sample:Tensor|tuple # Its input, or a tuple of its positional inputs
 )->int: # Bytes
     "Parameters, buffers, sample and the peak of live activations of one forward"
-    xs = _inputs(model, sample)
+    xs = model_inputs(model, sample)
     fixed = [t.detach() for t in (*model.parameters(), *model.buffers(), *xs)]
     held = sum({_storage(t): t.untyped_storage().nbytes() for t in fixed}.values())
-    with _still(model): return held + _activations(model, xs, fixed)
+    with still(model): return held + _activations(model, xs, fixed)
 
-# %% ../nbs/04_report.ipynb #631217f3
+# %% ../nbs/04_report.ipynb #6bd425aa
 def measure_latency(
     model:nn.Module, # Any model
     sample:Tensor|tuple, # Its input, or a tuple of its positional inputs
@@ -197,14 +170,14 @@ def measure_latency(
     max_seconds:float=1. # Stop earlier after this time
 )->tuple[float,float]: # Median and 90th percentile, in milliseconds
     "Time of one forward of `sample`"
-    xs = _inputs(model, sample)
+    xs = model_inputs(model, sample)
     wait = torch.cuda.synchronize if xs[0].is_cuda else lambda: None
-    with _still(model):
+    with still(model):
         for n,seconds in ((10**6,.05), (n_runs,max_seconds)): # warm up, then measure
             times,end = [],time.perf_counter() + seconds
             while not times or (len(times) < n and time.perf_counter() < end):
                 wait(); start = time.perf_counter()
-                _run(model, xs); wait()
+                run_model(model, xs); wait()
                 times.append(1000*(time.perf_counter() - start))
     return tuple(np.quantile(times, [.5,.9]).tolist())
 
@@ -245,7 +218,7 @@ class Report(_Exact):
     def _repr_markdown_(self):
         return '\n'.join(['| | |', '|---|--:|', *(f'| {k} | {_cell(v,k)} |' for k,v in self.to_dict().items())])
 
-# %% ../nbs/04_report.ipynb #6c23ca27
+# %% ../nbs/04_report.ipynb #db488d5f
 def cost(
     model:nn.Module, # Any model; left exactly as it was
     sample:Tensor|tuple, # Its input, or a tuple of its positional inputs; one item of it for numbers per item
@@ -254,10 +227,10 @@ def cost(
     max_seconds:float=1. # Stop timing earlier after this
 )->Report: # Counts of one forward of `sample`
     "Parameters, multiply-adds, file size, latency and memory of `model` for one forward of `sample`"
-    xs = _inputs(model, sample)
+    xs = model_inputs(model, sample)
     stored,macs = n_params(model),count_macs(model, xs)
     times = measure_latency(model, xs, n_runs, max_seconds) if latency else (None,None)
-    return Report(*stored, *macs, file_bytes(model), *times, peak_memory(model, xs), _shapes(xs), str(xs[0].device))
+    return Report(*stored, *macs, file_bytes(model), *times, peak_memory(model, xs), show_shapes(xs), str(xs[0].device))
 
 # %% ../nbs/04_report.ipynb #062f8929
 @patch
