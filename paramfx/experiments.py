@@ -7,9 +7,8 @@ Docs: https://paramfx.github.io/paramfx/experiments.html.md"""
 # %% auto #0
 __all__ = ['NOTE', 'demo_net', 'pick_rows', 'run_row', 'plain_cost', 'demo_table', 'run_demo']
 
-# %% ../nbs/71_experiments.ipynb #142168b8
-import json, tempfile, time
-from copy import deepcopy
+# %% ../nbs/71_experiments.ipynb #c0ee56b3
+import json, tempfile, time, warnings
 from pathlib import Path
 
 import paramfx.all # every family registers its rows
@@ -20,8 +19,8 @@ from fastai.callback.progress import ProgressCallback
 from fastprogress.fastprogress import progress_bar
 from .core import Table, sample_batch
 from .data import digits_dls
-from .state import effects
 from .persist import atomic_path
+from .plain import materialize, save_recipe
 from .plots import plot_tradeoff
 from .report import cost, human
 from .rows import PICTURES, ROWS, demo_row
@@ -44,7 +43,7 @@ def pick_rows(only=None) -> list:
     if missing: raise ValueError(f"no row is called {missing[0]!r}; there are: {', '.join(names)}")
     return chosen
 
-# %% ../nbs/71_experiments.ipynb #3c9b00cd
+# %% ../nbs/71_experiments.ipynb #7fac0275
 class _Tick(Callback):
     "One tick of a progress bar per epoch"
     order = 70
@@ -74,14 +73,13 @@ def run_row(
     return dict(row=name, accuracy=float(learn.validate()[1]), seconds=round(seconds, 2)), learn
 
 def plain_cost(learn):
-    "Cost of the ordinary network that `learn` leaves: a copy of the model, effects burnt in and removed"
-    plain = deepcopy(learn.model)
-    for st in list(effects(plain).values()):
-        if st.holder is not None: st.holder.burn_in()
-        st.release(plain)
-    return cost(plain, sample_batch(learn.dls), max_seconds=.05)
+    "Cost of the ordinary network that `learn` leaves"
+    sample = sample_batch(learn.dls)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # what stays of dead channels is no news in a table
+        return cost(materialize(learn.model, sample), sample, max_seconds=.05)
 
-# %% ../nbs/71_experiments.ipynb #9ff5f1c5
+# %% ../nbs/71_experiments.ipynb #22b22c97
 def _save_pictures(name, learn, out):
     from matplotlib.figure import Figure
     files = []
@@ -133,7 +131,7 @@ def run_demo(
         row,learn = run_row(name, dls, epochs, tick=tick)
         rows.append({**row, **plain_cost(learn).to_dict()})
         files += _save_pictures(name, learn, out) + [f"{name.replace(' ', '_')}.pth"]
-        with atomic_path(out/files[-1]) as tmp: torch.save(learn.model.state_dict(), tmp)
+        save_recipe(learn.model, out/files[-1])
         log(f"{name}: accuracy {100*row['accuracy']:.1f} %, {rows[-1]['nonzero']:,} non-zero parameters, {row['seconds']:.1f} s")
     files += _tradeoff(rows, out)
     _write(out/'table.md', demo_table(rows)._repr_markdown_()+'\n')

@@ -8,7 +8,7 @@ Docs: https://paramfx.github.io/paramfx/sparse.html.md"""
 __all__ = ['TRANSPOSED', 'VALUES', 'weight_names', 'candidates', 'check_options', 'plan_masks', 'given_mask', 'mask_state',
            'sparsify', 'l1_penalty', 'group_lasso', 'adam_step', 'spare_sqrt', 'MaskedEffect']
 
-# %% ../nbs/40_sparse.ipynb #8db17555
+# %% ../nbs/40_sparse.ipynb #5513cd84
 import re
 from math import prod
 
@@ -20,6 +20,7 @@ from fastai.optimizer import debias
 from .core import CONVS, Table, match_layers, weighted_layers, zero_is_fixed
 from .state import EffectState, effects, root_module
 from .masks import Masked, MaskStore, density_erk, density_uniform, initial_counts, make_mask
+from .plain import recipe_verb
 from .units import check_granularity, check_sparsity, generator, nm_pattern, unit_shape
 
 # %% ../nbs/40_sparse.ipynb #f561d5fe
@@ -144,7 +145,7 @@ def given_mask(mask, w, shape, name):
     if not torch.equal(small.expand_as(mask), mask): raise ValueError(f"{name}: the mask cuts through units of this granularity. Use granularity='weight'.")
     return small
 
-# %% ../nbs/40_sparse.ipynb #ea07b06f
+# %% ../nbs/40_sparse.ipynb #0042abaa
 VALUES = dict(rewires=0., rewired=0., threshold=0., layers=0.) # numbers that a checkpoint of a sparse run holds
 
 def mask_state(
@@ -188,6 +189,17 @@ def sparsify(
     return mask_state(model, kw, **kw).attach(model).report
 
 sparsify.plan = plan_masks
+
+@recipe_verb('dynamic_sparse', lambda st: _again_args(st))
+def _sparsify_again(model, **kw):
+    mask_state(model, kw, **kw).attach(model)
+    return model
+
+def _again_args(st):
+    "Plain arguments that mask the same parameters; which weights live comes with the weights"
+    kw = {k: st.settings[k] for k in ('sparsity', 'granularity', 'distribution', 'seed') if k in st.settings}
+    how = st.settings.get('init_mask', 'random')
+    return kw | dict(include=[e.layer for e in st.holder.items], init_mask=st.holder.masks if isinstance(how, dict) else how)
 
 # %% ../nbs/40_sparse.ipynb #229c298d
 def l1_penalty(weights:list) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Two rows of `paramfx demo`, and pictures of what happened to the masks.
+"""Rows of `paramfx demo`, and pictures of what happened to the masks.
 
 Docs: https://paramfx.github.io/paramfx/sparse_rows.html.md"""
 
@@ -7,17 +7,25 @@ Docs: https://paramfx.github.io/paramfx/sparse_rows.html.md"""
 # %% auto #0
 __all__ = ['sparse_pictures']
 
-# %% ../nbs/45_sparse_rows.ipynb #4ce5b6da
+# %% ../nbs/45_sparse_rows.ipynb #db6d3c69
+from .core import CONVS
 from .plots import plot_mask, plot_traces
 from .rewire import DynamicSparse
 from .rows import demo_picture, demo_row
 
-# %% ../nbs/45_sparse_rows.ipynb #bf545d20
+# %% ../nbs/45_sparse_rows.ipynb #81b80753
 @demo_row('dsr 0.9')
 def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
 
 @demo_row('dsr 0.95')
 def _dsr95(new, fit): return fit(new(), cbs=DynamicSparse(.95))
+
+@demo_row('dsr filters 0.5')
+def _filters(new, fit):
+    "Half of the filters of each convolution, chosen while training; then cut out"
+    learn = fit(new(), cbs=DynamicSparse(.5, granularity='filter', include=CONVS, across_layers=False,
+        period=12, n_realloc=2, threshold=.02, grow_init='random', stop_pct=.6)) # a filter that grows from zero seldom comes alive behind a ReLU, so few move, and early
+    return learn.materialize()
 
 @demo_picture
 def sparse_pictures(name, learn):

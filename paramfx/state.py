@@ -7,14 +7,15 @@ Docs: https://paramfx.github.io/paramfx/state.html.md"""
 # %% auto #0
 __all__ = ['root_module', 'effects', 'EffectState']
 
-# %% ../nbs/00b_state.ipynb #12fb9594
+# %% ../nbs/00b_state.ipynb #b8cfb6b8
 import torch
 from torch import nn
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner, get_model
 from .clock import Clock
+from .core import Table
 
-# %% ../nbs/00b_state.ipynb #6f6d53b1
+# %% ../nbs/00b_state.ipynb #fdf347e9
 def root_module(model:nn.Module) -> nn.Module:
     "The network inside of data parallel and `torch.compile` wrappers"
     model = get_model(model)
@@ -28,8 +29,9 @@ def effects(
 
 @patch(as_prop=True)
 def paramfx(self:Learner) -> dict:
-    "The reports of the effects in force: effect name -> what was done to the model"
-    return {n:s.report for n,s in effects(self.model).items()}
+    "What was done to the model: effect in force, or verb that has ended -> its report"
+    done = {n: Table(rows) for n,rows in self.__dict__.get('_reports', {}).items()} # kept as plain data: an exported Learner loads without this library
+    return done | {n:s.report for n,s in effects(self.model).items()}
 
 class EffectState:
     "What an effect must not lose: settings, counters, history and the masks it holds"

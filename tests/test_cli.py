@@ -43,7 +43,7 @@ def test_demo_writes_what_it_says(demo):
     made = sorted(p.name for p in (folder/out['folder']).iterdir())
     assert made == out['files']
     assert {'table.md', 'table.json', 'tradeoff.png', 'dsr_0.9_sparsity.png', 'dsr_0.9_threshold.png', 'dsr_0.9_mask.png'} <= set(made)
-    assert 'dynamic_sparse_effect' in torch.load(folder/out['folder']/'dsr_0.9.pth', weights_only=True)
+    assert 'dynamic_sparse_effect' in torch.load(folder/out['folder']/'dsr_0.9.pth', weights_only=True)['state']
     assert json.loads((folder/out['folder']/'table.json').read_text()) == out['rows']
 
 
