@@ -6,12 +6,13 @@ Docs: https://paramfx.github.io/paramfx/core.html.md"""
 
 # %% auto #0
 __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pick_layers', 'rng_state', 'set_rng_state',
-           'rng_guard', 'sample_batch', 'still', 'model_inputs', 'show_shapes', 'run_model', 'check_same', 'opt_state',
-           'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
+           'rng_guard', 'sample_batch', 'still', 'copy_model', 'model_inputs', 'show_shapes', 'run_model', 'check_same',
+           'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
 
-# %% ../nbs/00_core.ipynb #d8fc8e7d
+# %% ../nbs/00_core.ipynb #1c91a452
 import random
 from contextlib import contextmanager
+from copy import deepcopy
 from fnmatch import fnmatchcase
 
 import numpy as np, torch
@@ -144,7 +145,7 @@ def sample_batch(
     n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
     return tuple(apply(lambda t: t[:n], b[:n_inp])) # inputs may be nested, as in a siamese network
 
-# %% ../nbs/00_core.ipynb #1e7a0543
+# %% ../nbs/00_core.ipynb #1c8c38ab
 @contextmanager
 def still(model):
     "Evaluation mode without gradients; attributes, buffers and random states are put back, after errors too"
@@ -159,6 +160,14 @@ def still(model):
         with torch.no_grad():
             for b,version,old in buffers:
                 if b._version != version: b.copy_(old)
+
+def copy_model(model, memo=None):
+    "A deep copy, also of models that keep computed weights as attributes, which `deepcopy` refuses"
+    memo = {} if memo is None else memo
+    for m in model.modules():
+        for t in vars(m).values():
+            if isinstance(t, torch.Tensor) and not t.is_leaf: memo.setdefault(id(t), t.detach().clone())
+    return deepcopy(model, memo)
 
 def model_inputs(model, sample):
     "The positional inputs of `model`, on its device"

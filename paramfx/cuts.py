@@ -7,14 +7,13 @@ Docs: https://paramfx.github.io/paramfx/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut']
 
-# %% ../nbs/00i_cuts.ipynb #4aac52e8
+# %% ../nbs/00i_cuts.ipynb #fbc09784
 import warnings
-from copy import deepcopy
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
-from .core import check_same
+from .core import check_same, copy_model
 from .state import effects, root_module
 
 # %% ../nbs/00i_cuts.ipynb #d17a48fb
@@ -87,7 +86,7 @@ def _check_units(space, idx):
         f"{space.name}: these channels must stay whole: {space.why}. Leave the space out of the cut.")
     return a
 
-# %% ../nbs/00i_cuts.ipynb #07b79808
+# %% ../nbs/00i_cuts.ipynb #f9d4a538
 def _tensors(model, cmap):
     "The tensors of `model` that the map speaks of, after a look at their shapes"
     res = {}
@@ -119,7 +118,7 @@ def apply(self:Cut,
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `materialize` first, then cut what it returns.")
     tensors = _tensors(model, self.cmap)
     small = {k: _smaller(tensors[k], i) for k,i in self._indices().items()}
-    new = deepcopy(model, {id(tensors[k]): t for k,t in small.items()})
+    new = copy_model(model, {id(tensors[k]): t for k,t in small.items()})
     for name in dict.fromkeys(m for m,_ in small): self._resize(new, name)
     for name in self.cmap.groups: self._regroup(new, name)
     if check: self._check(model, new)
@@ -172,7 +171,7 @@ def _masked(self:Cut, model, memo):
         old = memo.get(id(w), w)
         new = old.detach().index_fill(d, gone.to(w.device), 0)
         memo[id(w)] = nn.Parameter(new, requires_grad=w.requires_grad) if isinstance(w, nn.Parameter) else new
-    return deepcopy(model, memo)
+    return copy_model(model, memo)
 
 @patch
 def _check(self:Cut, model, new):

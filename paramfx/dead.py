@@ -7,8 +7,7 @@ Docs: https://paramfx.github.io/paramfx/dead.html.md"""
 # %% auto #0
 __all__ = ['Read', 'Probe', 'constant_reads', 'cut_dead', 'has_dead']
 
-# %% ../nbs/02a_dead.ipynb #b44e8d26
-from copy import deepcopy
+# %% ../nbs/02a_dead.ipynb #db2bb776
 from dataclasses import dataclass
 
 import numpy as np, torch
@@ -16,9 +15,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from .channels import Cut, trace_channels
-from .core import model_inputs, still
+from .core import copy_model, model_inputs, still
 
-# %% ../nbs/02a_dead.ipynb #ff7c3ff8
+# %% ../nbs/02a_dead.ipynb #d998fcd7
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
 _PRODUCTS = ('mul', 'multiply', 'rmul')
 
@@ -56,7 +55,14 @@ class Probe(TorchFunctionMode):
         zero = sum(t == 0 for t in ts) > 0 if name in _PRODUCTS and ts else None
         out = func(*args, **kwargs)
         if zero is not None: out.masked_fill_(zero, 0)
+        if name in ('pad', 'unfold', 'fold') or 'avg_pool' in name: out = torch.where(out == 0, out, self._spoil(func, out)) if self._borders(name, args, kwargs) else out
         return self._spoil(func, out) if any(not t.is_floating_point() for t in ts) else out
+
+    def _borders(self, name, args, kwargs):
+        "Does it add zeros at the border, which a constant does not have? On a small map that may not show"
+        if name == 'pad': return (args[2] if len(args) > 2 else kwargs.get('mode', 'constant')) == 'constant'
+        pad = kwargs.get('padding', args[3] if len(args) > 3 and 'adaptive' not in name else 0)
+        return name in ('unfold', 'fold') or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad]))
 
     def _spoil(self, func, out):
         own = func.__name__.endswith('_') and not func.__name__.endswith('__')
@@ -72,11 +78,12 @@ class Probe(TorchFunctionMode):
         const = (flat == flat[:, :1]).all(1) # NaN equals nothing
         self.reads.setdefault(id(w), []).append(Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs)))
         out = func(*args, **kwargs)
-        n = w.shape[_out_dim(name)]
-        odim = out.ndim-1 if name == 'linear' else dim
-        if n != out.shape[odim]: return out # grouped and transposed
-        rows = _zero_rows(name, w)
-        if rows.any(): out.movedim(odim, 0)[rows] = func(torch.zeros_like(x), *args[1:], **kwargs).movedim(odim, 0)[rows]
+        rows = out.movedim(out.ndim-1 if name == 'linear' else dim, 0) # a view
+        zero = _zero_rows(name, w)
+        if len(zero) == len(rows) and zero.any() or self.reads[id(w)][-1].padded and not rows.isnan().all():
+            bias = func(torch.zeros_like(x), *args[1:], **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)
+            if self.reads[id(w)][-1].padded: rows[~(rows == bias).flatten(1).all(1)] = float('nan') # a constant, but not at the border
+            if len(zero) == len(rows): rows[zero] = bias[zero] # else grouped and transposed
         return out
 
 def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
@@ -85,7 +92,7 @@ def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
     with still(model), Probe() as p: model(*xs)
     return p.reads
 
-# %% ../nbs/02a_dead.ipynb #eaa2850e
+# %% ../nbs/02a_dead.ipynb #b888e743
 @dataclass
 class _Side:
     "One reader of a space: columns of each unit, and what is read there"
@@ -109,7 +116,16 @@ def _sides(model, cmap, s, reads):
         res.append(_Side((m, t, d), w.detach(), [torch.from_numpy(order[i:j]).to(w.device) for i,j in zip(a, b)], reads[m, t]))
     return res
 
-def _plan_space(space, sides, biased):
+def _idle(model, cmap, s):
+    "Units whose rows are zero in each layer that makes them"
+    zero = np.ones(max(u.max() for u in cmap.units)+2, bool)
+    for (m,t,d),(kind,lab) in cmap.bindings.items():
+        w = getattr(model.get_submodule(m), t)
+        if kind == 'rows' and w.ndim > 1: zero[lab[(w.detach().movedim(d, 0).flatten(1) != 0).any(1).cpu().numpy()]] = False
+    made = np.isin(cmap.units[s], np.concatenate([lab for (_,t,_),(kind,lab) in cmap.bindings.items() if kind == 'rows']))
+    return np.flatnonzero(zero[cmap.units[s]] & made).tolist()
+
+def _plan_space(space, sides, biased, idle):
     "Units that go, units that carry (unit -> those it takes over), units whose constants go into biases, note"
     n = space.size
     unread = [all(s.unread(u) for s in sides) for u in range(n)]
@@ -125,10 +141,12 @@ def _plan_space(space, sides, biased):
         note = (f'{len(merged)+1} constant channels merged into one: a reader pads with zeros or has no bias' if merged else
                 f'{len(rest)} constant channel{"s" if len(rest) > 1 else ""} kept: a reader pads with zeros or has no bias')
     gone = sorted({*gone, *fold, *merged})
+    varied = [u for u in idle if u not in gone and u not in rest]
+    if varied: note = '; '.join(filter(None, [note, f'{len(varied)} dead channel{"s" if len(varied) > 1 else ""} kept: what is read of them varies (a gate, or the border of a padded layer)']))
     if len(gone) == n: gone,note = gone[1:],'all channels are dead; one is kept' # a layer needs a channel
     return gone,carrier,[u for u in merged if u in gone],[u for u in fold if u in gone],note
 
-# %% ../nbs/02a_dead.ipynb #7a60067b
+# %% ../nbs/02a_dead.ipynb #57a718b4
 def _shift(side, units):
     "What the constants of `units` add to each output of a reader"
     w = side.weight.movedim(side.key[2], 0).double()
@@ -168,13 +186,13 @@ def has_dead(model) -> bool:
 
 def _prepare(model, cmap, reads):
     "Units to keep per space, a copy of the model in which constants are folded, and the rows"
-    twin,keep,rows = deepcopy(model),{},[]
+    twin,keep,rows = copy_model(model),{},[]
     reads = {(m, t): reads.get(id(getattr(model.get_submodule(m), t)), []) for m,t,_ in cmap.bindings}
     biased = {m for m,t,d in cmap.bindings if _has_bias(model.get_submodule(m), 'weight')}
     for i,space in enumerate(cmap):
         sides = _sides(twin, cmap, i, reads) if space.cuttable else []
         if not sides: continue
-        gone,carrier,merged,fold,note = _plan_space(space, sides, biased)
+        gone,carrier,merged,fold,note = _plan_space(space, sides, biased, _idle(twin, cmap, i))
         for s in sides:
             if merged: _take_over(s, carrier, merged)
             if fold: twin.get_submodule(s.key[0]).bias += _shift(s, fold).to(s.weight.dtype)

@@ -7,9 +7,8 @@ Docs: https://paramfx.github.io/paramfx/plain.html.md"""
 # %% auto #0
 __all__ = ['VERBS', 'defer', 'recipe_verb', 'Recipe', 'save_recipe', 'load_recipe', 'materialize']
 
-# %% ../nbs/03_plain.ipynb #45a14ce8
+# %% ../nbs/03_plain.ipynb #a8b882c9
 import importlib, inspect, warnings
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner
 from .channels import Cut, trace_channels
-from .core import Table, check_same, sample_batch, swap_params
+from .core import Table, check_same, copy_model, sample_batch, swap_params
 from .dead import cut_dead, has_dead
 from .persist import atomic_path, burn_in
 from .state import effects, root_module
@@ -45,7 +44,7 @@ def _swap_plain(model, kw):
         if n: model.set_submodule(n, done[id(m)])
     return done.get(id(model), model),list(mods)
 
-# %% ../nbs/03_plain.ipynb #d4f81eb1
+# %% ../nbs/03_plain.ipynb #89c88521
 VERBS = {}
 
 def recipe_verb(
@@ -86,7 +85,7 @@ class Recipe(list):
 
     def apply(self, model:nn.Module) -> nn.Module:
         "Do all steps again on a copy of `model`"
-        model = deepcopy(root_module(model))
+        model = copy_model(root_module(model))
         for s in self:
             if not s['module'].startswith('paramfx.'): raise ValueError(f"{s['verb']}: module {s['module']!r} is not of this library.")
             importlib.import_module(s['module'])
@@ -129,11 +128,11 @@ def load_recipe(
     new.load_state_dict(content['state'])
     return new.to(p.device)
 
-# %% ../nbs/03_plain.ipynb #6bb70816
+# %% ../nbs/03_plain.ipynb #1eacb01e
 def _materialize(model, sample, tol, dead, pin, kw):
     "The plain network, the cuts on the way, and a row per thing that was done"
     old = root_module(model)
-    new,rows,cuts = deepcopy(old),[],[]
+    new,rows,cuts = copy_model(old),[],[]
     for n,c in burn_in(new).items(): rows.append(dict(what=n, how=f'burnt in: {c}'))
     new,names = _swap_plain(new, kw)
     if names: rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}", how='replaced by plain ones: ' + ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')))
