@@ -84,7 +84,7 @@ class ChannelMap:
         of = np.full(max((u.max() for u in self.units), default=0)+2, -1)
         for i,u in enumerate(self.units): of[u] = -1 if self.spaces[i].why else i
         for (m,t,d),(kind,lab) in self.bindings.items():
-            if kind in ('rows', 'cols'): runs.setdefault(m, {})[kind] = of[lab]
+            if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
         return plot_spaces(runs, ax=ax, **kwargs)
 
 # %% ../nbs/01_channels.ipynb #cae7c7ba
@@ -105,18 +105,19 @@ def trace_channels(
         except NotImplementedError: raise # an operator without a rule
         except Exception as e:
             run_model(model, tuple(x.detach().clone() for x in model_inputs(model, sample))) # what fails here, too, is the sample's fault
-            raise RuntimeError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
+            raise NotImplementedError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
     return _map(flow.rec, flow.boxes, model, sample)
 
 def _map(rec, boxes, model, sample):
     units = Units(rec)
     number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1)) for k,b in rec.bindings.items()}
-    groups = {n: units.label[ids.numpy()] for n,ids in rec.groups.items() if ids.all()}
+    groups = {n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1) for n,ids in rec.groups.items()}
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     shapes = {f'{m}.{t}'.lstrip('.'): tuple(getattr(model.get_submodule(m), t).shape) for m,t,_ in number}
-    shapes |= {f'{n}.weight'.lstrip('.'): tuple(m.weight.shape) for n,m in model.named_modules() if isinstance(m, layers)}
-    sample = tuple(x.detach().cpu() for x in model_inputs(model, sample))
-    unseen = [n for n,m in model.named_modules() if isinstance(m, layers) and id(m.weight) not in rec.ran]
+    shapes |= {f'{n}.weight'.lstrip('.'): tuple(m._parameters['weight'].shape) for n,m in model.named_modules() if isinstance(m, layers) and m._parameters.get('weight') is not None}
+    sample = tuple(x.detach().cpu().clone() for x in model_inputs(model, sample))
+    mine = {n: [id(t) for t in m._parameters.values() if t is not None] for n,m in model.named_modules()}
+    unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
     return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes])
 
 # %% ../nbs/01_channels.ipynb #cae673ca

@@ -189,7 +189,8 @@ _TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bf
 
 def _outputs(model, sample):
     "Tensors that a forward gives, in float64 unless they are whole numbers, and the coarsest precision among them"
-    with still(model): outs = [o for o in tree_leaves(run_model(model, model_inputs(model, sample))) if isinstance(o, torch.Tensor)]
+    xs = tuple(x.clone() for x in model_inputs(model, sample)) # the network may write into its inputs
+    with still(model): outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
     types = [o.dtype for o in outs if o.dtype in _TOL]
     return [o.detach().cpu().double() for o in outs],max(types, key=_TOL.get, default=torch.float64)
 

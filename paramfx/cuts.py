@@ -14,6 +14,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from .core import check_same, copy_model
+from .spaces import short_list
 from .state import effects, root_module
 
 # %% ../nbs/00i_cuts.ipynb #d17a48fb
@@ -119,7 +120,7 @@ def apply(self:Cut,
     tensors = _tensors(model, self.cmap)
     small = {k: _smaller(tensors[k], i) for k,i in self._indices().items()}
     new = copy_model(model, {id(tensors[k]): t for k,t in small.items()})
-    for name in dict.fromkeys(m for m,_ in small): self._resize(new, name)
+    self._resize(new, small)
     for name in self.cmap.groups: self._regroup(new, name)
     if check: self._check(model, new)
     new.__dict__['_recipe'] = [*model.__dict__.get('_recipe', []), self._step()]
@@ -135,14 +136,20 @@ def _step(self:Cut):
     return dict(verb='cut', module='paramfx.plain', args=dict(keep=keep, sizes=sizes, sample=sample, pin=list(self.cmap.pin)), note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
 
 @patch
-def _resize(self:Cut, model, name):
-    "Write the new numbers of channels into the attributes of a module"
-    m = model.get_submodule(name)
+def _resize(self:Cut, model, small):
+    "Write the new numbers of channels into the attributes of the modules that hold the tensors, tied ones included"
+    holders = {}
+    for m in model.modules():
+        for t in (*m._parameters.values(), *m._buffers.values()): holders.setdefault(id(t), []).append(m)
+    turned = lambda m: isinstance(m, nn.modules.conv._ConvTransposeNd)
     for (n,t,d),(kind,lab) in self.cmap.bindings.items():
-        if n != name or name in self.cmap.groups: continue
-        side = {'rows': ('out_',), 'cols': ('in_',), 'pass': ('num_', 'in_', 'out_', 'channels')}[kind]
-        for a in _SIZES:
-            if a.startswith(side) and getattr(m, a, None) == len(lab): setattr(m, a, getattr(m, t).shape[d])
+        if (n, t) not in small or n in self.cmap.groups: continue
+        owner,new = model.get_submodule(n),small[n, t]
+        for m in holders[id(new)]:
+            side = {'rows': ('out_', 'in_'), 'cols': ('in_', 'out_'), 'pass': ('num_', 'in_', 'out_', 'channels')}[kind.split('+')[0]]
+            if 'pass' not in kind: side = side[turned(m) != turned(owner)]
+            for a in _SIZES:
+                if a.startswith(side) and getattr(m, a, None) == len(lab): setattr(m, a, new.shape[d])
 
 @patch
 def _regroup(self:Cut, model, name):
@@ -166,7 +173,7 @@ def _masked(self:Cut, model, memo):
     tensors = _tensors(model, self.cmap)
     for (m,t,d),(kind,lab) in self.cmap.bindings.items():
         gone = torch.from_numpy(np.flatnonzero(~self.live[lab]))
-        if kind != 'cols' or not len(gone): continue
+        if 'cols' not in kind or not len(gone): continue
         w = tensors[m, t]
         old = memo.get(id(w), w)
         new = old.detach().index_fill(d, gone.to(w.device), 0)

@@ -29,7 +29,10 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
     "Whole groups: the group is the unit, on both sides"
     rec.ran.add(id(weight))
     if rec.owner.get(id(weight)) is None or not cols.all():
-        return rec.pin(cols, f'{rec.where} is a grouped {"layer" if cols.all() else "layer of raw channels"}')
+        for i in (cols, get_ids(weight)): rec.pin(i, f'{rec.where} {"is a grouped layer of raw channels" if id(weight) in rec.owner else "computes its weight instead of storing it"}')
+        for t in (weight, bias):
+            if id(t) in rec.owner: rec.whole(t)
+        return
     why = f'{rec.where} binds the channels of a group'
     if len(cols) == groups: rows = cols.repeat_interleave(c_out//groups) # depthwise
     else:
@@ -38,7 +41,7 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
         rec.n += c_out
         rec.join(rec.tie(rows.view(groups, -1), [1], why), cols)
         cols = cols.flatten()
-    rec.groups[rec.owner[id(weight)][0]] = cols
+    rec.group(cols, f'{rec.where} has two numbers of groups')
     rec.bind(weight, 0, cols.repeat_interleave(weight.shape[0]//groups) if transposed else rows, 'pass')
     rec.bind(bias, 0, rows, 'pass')
     return rows
@@ -59,26 +62,31 @@ def _conv(rec, out, name, x, weight, bias=None, stride=1, padding=0, *args, **kw
 channel_rule(*(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)), wants='all')(_conv)
 
 # %% ../nbs/00g_rules.ipynb #d11277b7
-@channel_rule('batch_norm', 'instance_norm')
+@channel_rule('batch_norm', 'instance_norm', wants='all')
 def _batch_norm(rec, out, name, x, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs):
     ids = rec.line(x, 1, f'{rec.where} normalizes them together')
     for t in (running_mean, running_var, weight, bias): rec.bind(t, 0, ids, 'pass')
+    if running_mean is None and weight is None and getattr(rec.here, 'num_features', None) == len(ids): rec.group(ids, f'{rec.where} has two sizes') # nothing to bind
     return get_ids(x)
 
-@channel_rule('group_norm')
+@channel_rule('group_norm', wants='all')
 def _group_norm(rec, out, name, x, num_groups, weight=None, bias=None, *args, **kwargs):
     ids = rec.line(x, 1, f'{rec.where} normalizes them together')
-    if ids.any(): rec.groups[rec.names[id(rec.here)]] = rec.tie(ids.reshape(num_groups, -1), [1],
-        f'{rec.where} normalizes {"over all channels" if num_groups == 1 else "the channels of a group together"}').flatten()
+    ids = ids.clone() # to reshape
+    one = rec.tie(ids.view(num_groups, -1), [1], f'{rec.where} normalizes {"over all channels" if num_groups == 1 else "the channels of a group together"}').flatten()
+    if getattr(rec.here, 'num_groups', None) == num_groups: rec.group(one, f'{rec.where} normalizes with two numbers of groups')
+    elif num_groups > 1: rec.pin(ids, f'{rec.where} has a fixed number of groups (group_norm)')
     for t in (weight, bias): rec.bind(t, 0, ids, 'pass')
     return get_ids(x)
 
-@channel_rule('layer_norm', 'rms_norm')
+@channel_rule('layer_norm', 'rms_norm', wants='all')
 def _layer_norm(rec, out, name, x, shape, *args, **kwargs):
-    if set(varying(get_ids(x))) & set(range(x.ndim-len(shape), x.ndim)): rec.pin(get_ids(x), f'{rec.where} normalizes over all channels ({name})')
+    for t in tree_leaves((args, kwargs)):
+        if isinstance(t, torch.Tensor): rec.whole(t)
+    if get_ids(x) is not None and set(varying(get_ids(x))) & set(range(x.ndim-len(shape), x.ndim)): rec.pin(get_ids(x), f'{rec.where} normalizes over all channels ({name})')
     return get_ids(x)
 
-@channel_rule('prelu')
+@channel_rule('prelu', wants='all')
 def _prelu(rec, out, name, x, weight):
     if weight.numel() > 1: rec.bind(weight, 0, rec.line(x, 1, f'{rec.where} has one slope for them'), 'pass')
     return get_ids(x)
@@ -111,13 +119,21 @@ def _joined(rec, a, b):
 ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh sigmoid
  logsigmoid hardshrink softshrink tanhshrink threshold exp expm1 log log1p log2 sqrt rsqrt abs neg square sin cos erf sign floor ceil round clamp clip
  clamp_min clamp_max reciprocal sigmoid dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout nan_to_num
- contiguous clone detach to float half double bfloat16 type type_as requires_grad cuda cpu alias data real positive
+ contiguous clone detach float half double bfloat16 type requires_grad cuda cpu alias data real positive
  add sub subtract mul multiply div divide true_divide rsub pow float_power maximum minimum fmax fmin where lerp addcmul addcdiv
- remainder fmod atan2 gt lt ge le eq ne logical_and logical_or logical_not masked_fill zeros_like ones_like empty_like full_like rand_like
+ remainder fmod floor_divide __floordiv__ __invert__ __and__ __or__ __xor__ __lshift__ __rshift__ logical_xor bitwise_xor
+ tan asin acos atan sinh cosh asinh acosh atanh erfc erfinv trunc fix frac sgn exp2 log10 logit special_expit absolute negative lgamma digamma sinc
+ logaddexp logaddexp2 hypot copysign heaviside ldexp isinf isposinf isneginf isclose arctan arctan2 atan2 gt lt ge le eq ne logical_and logical_or logical_not masked_fill zeros_like ones_like empty_like full_like rand_like
  randn_like bitwise_and bitwise_or bitwise_not isnan isfinite xlogy copy fill zero bernoulli'''.split()
 channel_rule(*ELEMENTWISE, *(f'__{o}__' for o in 'add radd sub rsub mul rmul truediv rtruediv div rdiv pow rpow neg pos abs'.split()), wants='any')(_elementwise)
 
 # %% ../nbs/00g_rules.ipynb #f6428399
+@channel_rule('to', 'type_as')
+def _convert(rec, out, name, x, *args, **kwargs): return get_ids(x)
+
+@channel_rule('broadcast_tensors', wants='any')
+def _broadcast(rec, out, name, *ts, **kwargs): return tuple(None if get_ids(t) is None else get_ids(t).expand(o.shape) for t,o in zip(tree_leaves(ts), out))
+
 def _apply(f, out, ids, *args, **kwargs): return tree_map(lambda i: tidy(i) if isinstance(i, torch.Tensor) else i, f(ids, *args, **kwargs))
 
 @channel_rule('view', 'reshape', 'flatten', 'unflatten', 'view_as', 'reshape_as', 'ravel', '_unsafe_view')
@@ -141,8 +157,9 @@ def _move(rec, out, name, x, *args, **kwargs):
 @channel_rule('roll', 'flip', 'fliplr', 'flipud', 'rot90')
 def _turn(rec, out, name, x, *args, **kwargs):
     ids = get_ids(x)
-    dims = kwargs.get('dims', args[-1] if args else ())
-    dims = [d%ids.ndim for d in ((dims,) if isinstance(dims, int) else dims)]
+    dims = {'fliplr': 1, 'flipud': 0}.get(name, kwargs.get('dims', args if name == 'flip' else args[1] if len(args) > 1 else range(ids.ndim)))
+    dims = [d%ids.ndim for d in tree_leaves(dims if not isinstance(dims, range) else list(dims))]
+    args = (dims,) if name == 'flip' else args
     if name != 'rot90' and not set(dims) & set(varying(ids)): return ids
     if name == 'roll': rec.pin(ids, f'{rec.where} shifts them by a fixed distance (roll)')
     return _apply(getattr(torch, name), out, ids, *args, **kwargs)
@@ -214,21 +231,21 @@ def _pool(rec, out, name, x, *args, **kwargs):
 @channel_rule('pad', 'constant_pad_nd')
 def _pad(rec, out, name, x, pad, *args, **kwargs):
     ids = get_ids(x)
-    grown = [d for d in varying(ids) if out.shape[d] != x.shape[d]]
+    grown = [d for d in varying(ids) if any(pad[2*(x.ndim-1-d):2*(x.ndim-d)])]
     if not grown: return squash(ids).expand(out.shape)
     rec.pin(ids, f'{rec.where} pads channels (pad)')
     return None
 
 @channel_rule('unfold', 'im2col')
 def _unfold(rec, out, name, x, *args, **kwargs):
-    if name == 'unfold' and args and isinstance(args[0], int) and len(args) > 1: return _apply(torch.Tensor.unfold, out, get_ids(x), *args, **kwargs)
+    if 'dimension' in kwargs or name == 'unfold' and len(args) > 1 and isinstance(args[0], int): return _apply(torch.Tensor.unfold, out, get_ids(x), *args, **kwargs)
     ids = rec.line(x, 1, f'{rec.where} treats them as positions (unfold)')
     return ids.repeat_interleave(out.shape[-2]//len(ids)).view(-1, 1).expand(out.shape)
 
-@channel_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'std', 'var', 'var_mean', 'std_mean', 'prod', 'norm', 'logsumexp', 'vector_norm', 'nanmean', 'nansum', 'median', 'all', 'any')
+@channel_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'std', 'var', 'var_mean', 'std_mean', 'prod', 'norm', 'logsumexp', 'vector_norm', 'linalg_norm', 'linalg_vector_norm', 'nanmean', 'nansum', 'median', 'all', 'any')
 def _reduce(rec, out, name, x, *args, **kwargs):
-    dims = kwargs.get('dim', kwargs.get('axis', args[1 if name in ('norm', 'vector_norm') else 0] if len(args) > (name in ('norm', 'vector_norm')) else None))
-    if isinstance(dims, torch.Tensor): return _elementwise(rec, out, name, x, *args, **kwargs) # max(x, y)
+    dims = _dim(args, kwargs, int('norm' in name), None)
+    if isinstance(dims, torch.Tensor) or 'other' in kwargs: return _elementwise(rec, out, name, x, *args, **kwargs) # max(x, y)
     dims = range(x.ndim) if dims is None else [d%x.ndim for d in ((dims,) if isinstance(dims, int) else dims)]
     ids = rec.tie(get_ids(x), dims, f'{rec.where} takes the {name} over them')
     shape = [1 if d in dims else n for d,n in enumerate(x.shape)]
@@ -236,7 +253,8 @@ def _reduce(rec, out, name, x, *args, **kwargs):
 
 @channel_rule('softmax', 'log_softmax', 'softmin', 'normalize', 'cumsum', 'cumprod', 'gumbel_softmax', 'glu')
 def _over(rec, out, name, x, *args, **kwargs):
-    d = kwargs.get('dim', args[0] if args and isinstance(args[0], int) else {'normalize': 1, 'glu': -1}.get(name, -1))%x.ndim
+    d = kwargs.get('dim', next((a for a in args if isinstance(a, int)), 1 if name == 'normalize' else -1))
+    d = (0 if x.ndim in (0, 1, 3) else 1) if d is None else d%x.ndim # a softmax without dim chooses one
     if name == 'glu':
         a,b = _parts(rec, torch.chunk(x, 2, d), 'chunk', x, 2, d)
         return a

@@ -30,6 +30,7 @@ def _hidden(m):
     "Why the weights of `m` cannot be cut, if so; and what to do about it"
     if isinstance(m, torch.jit.ScriptModule): return 'it is scripted', 'Trace the model before it is scripted'
     if 'quantized' in type(m).__module__: return 'it is quantized', 'Cut the model before it is quantized'
+    if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None): return 'it is lazy and has no weights yet', 'Run the model once, then trace it'
     if nn.utils.parametrize.is_parametrized(m): return f"its {', '.join(m.parametrizations)} is parametrized", "Call torch.nn.utils.parametrize.remove_parametrizations"
     old = [type(h).__name__ for h in m._forward_pre_hooks.values() if type(h).__name__ in ('WeightNorm', 'SpectralNorm')]
     if old: return f'its weight is computed by {old[0]}', f"Call torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm"
@@ -39,7 +40,7 @@ def check_traceable(model, boxes):
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `materialize` first, then trace what it returns.")
     for n,m in model.named_modules():
         why = None if id(m) in inside else _hidden(m)
-        if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1]}, or keep it whole with pin=[{n!r}].")
+        if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1]}, or {'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
 
 # %% ../nbs/00h_spaces.ipynb #e8307bad
 def short_list(names): return ', '.join(names[:3]) + (f', ... ({len(names)})' if len(names) > 3 else '')
@@ -101,10 +102,12 @@ def describe(units, rec):
     for ids in np.split(order, np.flatnonzero(np.diff(at[order]))+1):
         if at[ids[0]] >= 0: members[at[ids[0]]] = ids
     for b in rec.bindings.values():
-        if b.kind != 'cols': continue
+        if 'cols' not in b.kind: continue
         for s in np.unique(at[b.ids.numpy()]):
             if s >= 0: reads[s].append(b.module)
-    name = lambda k: rec.producers[k][1] or rec.producers[k][0]
+    tensors = {}
+    for key,module,*_ in rec.producers: tensors.setdefault(module, set()).add(key)
+    name = lambda k: rec.producers[k][1] if len(tensors[rec.producers[k][1]]) == 1 and rec.producers[k][1] else rec.producers[k][0] # a module may have two weights
     for s,ids in enumerate(members): makes[s] = [name(k) for k in dict.fromkeys(units.maker[ids].tolist())]
     return [_space(units, rec, s, members[s], makes[s], reads[s]) for s in range(len(members))]
 
