@@ -83,8 +83,8 @@ def cut_channels(cmap, cut):
         res.setdefault(name, {})[side] = np.ones(len(lab), bool) if idx is None else np.isin(np.arange(len(lab)), idx)
     for (name, t, d), (kind, lab) in cmap.bindings.items():
         if t != 'weight': continue
-        if kind == 'cols': put(name, 'in', lab)
-        else: put(name, 'out', lab)
+        if 'cols' in kind: put(name, 'in', lab)
+        if kind != 'cols': put(name, 'out', lab)
         if kind == 'pass' and name not in cmap.groups: put(name, 'in', lab)
     for name, lab in cmap.groups.items(): res[name]['in'] = cut.live[lab] # one per group
     return res
