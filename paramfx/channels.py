@@ -104,7 +104,8 @@ def trace_channels(
             with flow: flow.output(model(*flow.inputs(xs)))
         except NotImplementedError: raise # an operator without a rule
         except Exception as e:
-            run_model(model, tuple(x.detach().clone() for x in model_inputs(model, sample))) # what fails here, too, is the sample's fault
+            try: run_model(model, tuple(x.detach().clone() for x in model_inputs(model, sample)))
+            except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e # what fails here, too, is the sample's fault
             raise NotImplementedError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
     return _map(flow.rec, flow.boxes, model, sample)
 

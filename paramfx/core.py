@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np, torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import listify, store_attr
 from fastai.basics import OptimWrapper, apply
@@ -161,13 +162,14 @@ def still(model):
             for b,version,old in buffers:
                 if b._version != version: b.copy_(old)
 
+class _Detached(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf: return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
+
 def copy_model(model, memo=None):
-    "A deep copy, also of models that keep computed weights as attributes, which `deepcopy` refuses"
-    memo = {} if memo is None else memo
-    for m in model.modules():
-        for t in vars(m).values():
-            if isinstance(t, torch.Tensor) and not t.is_leaf: memo.setdefault(id(t), t.detach().clone())
-    return deepcopy(model, memo)
+    "A deep copy, also of models that keep computed weights or activations (as hooks do), which `deepcopy` refuses"
+    with _Detached(): return deepcopy(model, {} if memo is None else memo)
 
 def model_inputs(model, sample):
     "The positional inputs of `model`, on its device"

@@ -46,6 +46,7 @@ class Binding:
     dim:int # Dimension of the tensor
     ids:torch.Tensor # Id of each index along it; 0 where the channel is raw
     kind:str # 'rows', 'cols', 'pass', or two of them with a plus where a weight is used in two ways
+    why:str='' # Why it stays whole, for what is bound to it later
     @property
     def key(self): return f'{self.module}.{self.name}' if self.module else self.name
 
@@ -104,9 +105,9 @@ class Record:
             for i in (ids, get_ids(t)): self.pin(i, f'{self.where} computes its weight instead of storing it')
             return
         old = self.bindings.get((*own, dim))
-        if old is None: self.bindings[(*own, dim)] = Binding(*own, dim, ids, kind)
+        if old is None: self.bindings[(*own, dim)] = Binding(*own, dim, ids, kind, why)
         else:
-            self.join(old.ids, ids, why)
+            self.join(old.ids, ids, why or old.why)
             if kind not in old.kind: old.kind += f'+{kind}'
 
     def emit(self, t, dim, n):
@@ -168,6 +169,7 @@ def _tensors(o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor
 def _plain_call(args, kwargs):
     "The first argument by position, and torch's names instead of NumPy's"
     kwargs = {{'axis': 'dim', 'axes': 'dim', 'keepdims': 'keepdim', 'x': 'input', 'x2': 'other'}.get(k, k): v for k,v in kwargs.items()}
+    if kwargs.get('out', 0) is None: del kwargs['out']
     first = next((k for k in ('input', 'tensors', 'tensor') if k in kwargs), None)
     return (args, kwargs) if args or first is None else ((kwargs.pop(first),), kwargs)
 
@@ -223,7 +225,9 @@ class Flow(TorchFunctionMode):
         base = name if name.startswith('__') else name.rstrip('_')
         rule,wants = RULES.get(name) or RULES.get(base) or (None, 'any')
         reads = base in READING
-        if rule is None and not reads and (name in ASKING or not _tensors(out)): return out
+        if rule is None and not reads and (name in ASKING or not _tensors(out)):
+            if name.startswith('new_'): self._tag(out, None)
+            return out
         traced = [t for t in ins if is_traced(t)]
         seen = all(is_traced(t) or id(t) in rec.known for t in ins) # else something came by a way that torch does not show
         if traced or seen and rule and wants == 'all' and any(id(t) in rec.owner for t in ins): self._tag(out, self._ids(rule, wants, out, base, traced, args, kwargs))
@@ -239,6 +243,7 @@ class Flow(TorchFunctionMode):
             if name not in SHAPING:
                 for t in traced: self.rec.pin(get_ids(t), f'{self.rec.where} applies them to channels that stay whole ({name})')
             return None
+        if 'out' in kwargs: raise NotImplementedError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). Take its result instead, or {self.rec.advice}.")
         if rule is not None: return rule(self.rec, out, name, *args, **kwargs)
         if name in READING: raise NotImplementedError(
             f"{self.rec.where}: {name!r} takes the numbers of channels out of torch, where they cannot be followed. Stay with tensors, or {self.rec.advice}.")

@@ -31,7 +31,7 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
     if rec.owner.get(id(weight)) is None or not cols.all():
         for i in (cols, get_ids(weight)): rec.pin(i, f'{rec.where} {"is a grouped layer of raw channels" if id(weight) in rec.owner else "computes its weight instead of storing it"}')
         for t in (weight, bias):
-            if id(t) in rec.owner: rec.whole(t)
+            if id(t) in rec.owner: rec.whole(t, f'{rec.where} is a grouped layer of raw channels')
         return
     why = f'{rec.where} binds the channels of a group'
     if len(cols) == groups: rows = cols.repeat_interleave(c_out//groups) # depthwise
@@ -108,12 +108,12 @@ def _elementwise(rec, out, name, *args, **kwargs):
         elif ids is not None: res = ids if res is None else _joined(rec, res, ids)
     return res
 
-def _joined(rec, a, b):
+def _joined(rec, a, b, why=''):
     "Join two id tensors of one shape"
     if a is b: return a
     d = [d for d in range(a.ndim) if d in {*varying(a), *varying(b)}]
     small = lambda t: t[tuple(slice(None) if i in d else slice(0, 1) for i in range(t.ndim))]
-    rec.join(small(a), small(b), '' if varying(a) == varying(b) else f'{rec.where} combines each of them with the same channel')
+    rec.join(small(a), small(b), why or '' if varying(a) == varying(b) or not a.any() or not b.any() else f'{rec.where} combines each of them with the same channel')
     return a if len(varying(a)) >= len(varying(b)) else b
 
 ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh sigmoid
@@ -142,7 +142,10 @@ def _reshape(rec, out, name, x, *args, **kwargs):
     res = tidy(ids.reshape(out.shape))
     dims = varying(res)
     if len(dims) > len(varying(ids)): # one dimension of channels became several
-        asked = args[0] if args and isinstance(args[0], (tuple, list)) else args
+        asked = kwargs.get('shape', kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args))
+        if name == 'unflatten':
+            d,sizes = _dim(args, kwargs, 0)%x.ndim,kwargs.get('sizes', args[-1])
+            asked = [*x.shape[:d], *sizes, *x.shape[d+1:]]
         free = [d for d in dims if len(asked) == res.ndim and asked[d] == -1] or dims[-1:]
         rec.tie(res, [d for d in dims if d != free[0]], f'{rec.where} takes channels apart ({name})')
     return res
@@ -150,6 +153,7 @@ def _reshape(rec, out, name, x, *args, **kwargs):
 @channel_rule('permute', 'transpose', 'movedim', 'moveaxis', 'swapaxes', 'swapdims', 't', 'T', 'mT', 'H', 'mH', 'adjoint', 'squeeze', 'unsqueeze', 'expand',
               'expand_as', 'broadcast_to', 'pixel_shuffle', 'pixel_unshuffle', 'tile', 'repeat', 'repeat_interleave', 'diagonal')
 def _move(rec, out, name, x, *args, **kwargs):
+    if name == 'repeat_interleave' and any(isinstance(t, torch.Tensor) and t.numel() > 1 for t in (*args, *kwargs.values())): rec.pin(get_ids(x), f'{rec.where} repeats each a number of times of its own')
     if name in ('T', 'mT', 'H', 'mH'): return getattr(get_ids(x), name)
     f = getattr(torch.Tensor, name, None) or getattr(torch, name, None) or getattr(torch.nn.functional, name)
     return _apply(f, out, get_ids(x), *args, **kwargs)
@@ -202,6 +206,9 @@ def _keeps(idx, x, dims):
 def _cat(rec, out, name, xs, *args, **kwargs):
     zero = lambda x: torch.zeros((), dtype=torch.long).expand(x.shape)
     ids = [zero(x) if get_ids(x) is None else get_ids(x) for x in xs]
+    d = None if name == 'stack' else {'hstack': min(1, out.ndim-1), 'vstack': 0, 'dstack': 2}.get(name, _dim(args, kwargs, 0))
+    for i in ids[1:]: # they must be of one size in the other dimensions
+        if i.ndim == ids[0].ndim and d not in (vary := {*varying(i), *varying(ids[0])}) and vary: _joined(rec, *(t if d is None or t.ndim < out.ndim else t.narrow(d, 0, 1) for t in (ids[0], i)), f'{rec.where} puts them side by side ({name})')
     d = _dim(args, kwargs, 0)
     if name in ('cat', 'concat', 'concatenate') and all(i.ndim == out.ndim for i in ids):
         d %= out.ndim
@@ -223,7 +230,7 @@ def _resized(rec, ids, out, k, why):
     return tree_map(lambda o: small.expand(o.shape), out)
 
 POOLS = [f'{a}{p}_pool{k}d' for a in ('', 'adaptive_') for p in ('avg', 'max', 'lp') for k in (1,2,3)] + ['fractional_max_pool2d']
-@channel_rule(*POOLS, *(p+'_with_indices' for p in POOLS), 'interpolate', 'upsample', 'upsample_nearest', 'upsample_bilinear')
+@channel_rule(*POOLS, *(p+'_with_indices' for p in POOLS), *(f'max_unpool{k}d' for k in (1,2,3)), 'interpolate', 'upsample', 'upsample_nearest', 'upsample_bilinear')
 def _pool(rec, out, name, x, *args, **kwargs):
     k = int(name.split('pool')[1][0]) if 'pool' in name else x.ndim-2
     return _resized(rec, get_ids(x), out, k, f'{rec.where} treats them as positions ({name})')
@@ -270,8 +277,8 @@ def _over(rec, out, name, x, *args, **kwargs):
 def _mixes(rec, out, name, *args, **kwargs):
     for t in tree_leaves((args, kwargs)):
         if is_traced(t): rec.pin(get_ids(t), f'{rec.where} mixes them ({name})')
-        elif isinstance(t, torch.Tensor) and id(t) in rec.owner: rec.whole(t)
+        elif isinstance(t, torch.Tensor) and id(t) in rec.owner: rec.whole(t, f'{rec.where} mixes them ({name})')
     return None
 
 @channel_rule('embedding', wants='all')
-def _embedding(rec, out, name, x, weight, *args, **kwargs): rec.whole(weight)
+def _embedding(rec, out, name, x, weight, *args, **kwargs): rec.whole(weight, f'{rec.where} is an embedding')

@@ -11,7 +11,7 @@ __all__ = ['pinned_modules', 'check_traceable', 'short_list', 'Space', 'Units', 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import numpy as np, torch
+import numpy as np, torch, torch.nn.utils.prune
 from torch import nn
 from fastcore.basics import listify
 from .state import effects
@@ -32,6 +32,7 @@ def _hidden(m):
     if 'quantized' in type(m).__module__: return 'it is quantized', 'Cut the model before it is quantized'
     if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None): return 'it is lazy and has no weights yet', 'Run the model once, then trace it'
     if nn.utils.parametrize.is_parametrized(m): return f"its {', '.join(m.parametrizations)} is parametrized", "Call torch.nn.utils.parametrize.remove_parametrizations"
+    if any(isinstance(h, nn.utils.prune.BasePruningMethod) for h in m._forward_pre_hooks.values()): return 'its weight is computed by torch.nn.utils.prune', 'Call torch.nn.utils.prune.remove'
     old = [type(h).__name__ for h in m._forward_pre_hooks.values() if type(h).__name__ in ('WeightNorm', 'SpectralNorm')]
     if old: return f'its weight is computed by {old[0]}', f"Call torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm"
 
@@ -108,7 +109,7 @@ def describe(units, rec):
     tensors = {}
     for key,module,*_ in rec.producers: tensors.setdefault(module, set()).add(key)
     name = lambda k: rec.producers[k][1] if len(tensors[rec.producers[k][1]]) == 1 and rec.producers[k][1] else rec.producers[k][0] # a module may have two weights
-    for s,ids in enumerate(members): makes[s] = [name(k) for k in dict.fromkeys(units.maker[ids].tolist())]
+    for s,ids in enumerate(members): makes[s] = list(dict.fromkeys(name(k) for k in units.maker[ids].tolist()))
     return [_space(units, rec, s, members[s], makes[s], reads[s]) for s in range(len(members))]
 
 def _space(units, rec, s, ids, makes, reads):

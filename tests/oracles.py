@@ -20,17 +20,20 @@ def _alive(x, dim):
     return ~nan.any(1).numpy()
 
 
-def _per_group(live, groups, n_out, name):
-    "Which of the `n_out` rows of a grouped convolution live: a group lives or dies as a whole"
+def _grouped(live, groups, n_out, gone, name):
+    "Which of the `n_out` rows of a grouped convolution live: whole groups do, or the same channels of every group"
     g = live.reshape(groups, -1)
-    if (g.any(1) != g.all(1)).any(): raise AssertionError(f'{name}: a group lives in part')
-    return g.any(1).repeat(n_out//groups)
+    whole,alike = (g.any(1) == g.all(1)).all(),(g == g[:1]).all()
+    rows = g.any(1).repeat(n_out//groups) if gone is None else np.isin(np.arange(n_out), gone, invert=True)
+    r = rows.reshape(groups, -1)
+    if not (whole and (r == g[:, :1]).all() or alike and (r == r[:1]).all()): raise AssertionError(f'{name}: its groups are left with different shapes')
+    return rows
 
 
 def nan_probe(
     model, # Network in evaluation mode
     xs, # Tuple of inputs
-    dead, # Called with (name, module, number of rows) of each convolution and linear layer that is not grouped; the rows that go
+    dead, # Called with (name, module, number of rows) of each convolution and linear layer; the rows that go, or None: the groups decide
 ) -> dict: # Name of each convolution, linear layer and batch norm -> (live inputs, live outputs)
     "Which channels each layer reads and hands out when the producers' dead rows are NaN; hooks on modules only"
     res, handles, stash = {}, [], {}
@@ -44,7 +47,7 @@ def nan_probe(
     def leave(m, args, out):
         name, live, n = names[m], stash.pop(m), out.shape[dim(m)]
         if isinstance(m, BATCH_NORMS): rows = live
-        elif m.__dict__.get('groups', 1) > 1: rows = _per_group(live, m.groups, n, name)
+        elif getattr(m, 'groups', 1) > 1: rows = _grouped(live, m.groups, n, dead(name, m, n), name)
         else: rows = np.isin(np.arange(n), dead(name, m, n), invert=True)
         before = res.setdefault(name, (live, rows))
         if not all(map(np.array_equal, before, (live, rows))): raise AssertionError(f'{name}: reads other channels at its second use')
@@ -70,8 +73,10 @@ def last_producer(model, xs):
 
 
 def prefix(rate, whole, unit=lambda name: 1):
-    "For `nan_probe`: each layer but `whole` keeps the first rows, rounded up to units of rows"
-    def dead(name, m, n): return [] if name == whole else range(unit(name)*ceil(n//unit(name)*rate), n)
+    "For `nan_probe`: each layer but `whole` keeps the first rows, rounded up to units of rows; a grouped one those of the groups it reads"
+    def dead(name, m, n):
+        if getattr(m, 'groups', 1) > 1: return None
+        return [] if name == whole else range(unit(name)*ceil(n//unit(name)*rate), n)
     return dead
 
 
@@ -98,7 +103,7 @@ def disagreements(
     for name, live in nan_probe(model, xs, dead).items():
         for side, want in zip(('in', 'out'), live):
             got = ours.get(name, {}).get(side, np.ones(len(want), bool)) # not in the map: it reads the input of the network
-            if len(got) < len(want): got = got.repeat(len(want)//len(got)) # groups
+            if len(got) < len(want): got = (np.repeat if name in cmap.groups else np.tile)(got, len(want)//len(got)) # whole groups, or alike
             n += 1
             if not np.array_equal(got, want): bad.append((name, side))
     return n, bad

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision.models as tv
 from fastai.tabular.model import TabularModel
@@ -32,6 +33,7 @@ def make(name):
         model,xs = TabularModel([(9, 5), (4, 3)], 3, 2, [40, 20]), (torch.arange(12).view(6, 2)%4, torch.randn(6, 3))
     elif name == 'xresnet18': model,xs = xresnet18(n_out=10), pictures()
     elif name == 'vision learner': model,xs = create_vision_model(tv.resnet18, 10, pretrained=False), pictures()
+    elif name == 'resnest14d': model,xs = timm.create_model(name), pictures()
     else: model,xs = tv.get_model(name, weights=None, **(dict(aux_logits=False, init_weights=False) if name == 'googlenet' else {})), pictures()
     return channels.fill(model), xs
 
@@ -58,7 +60,7 @@ def test_nan_probe_reads_the_same_channels(name):
     assert n == PROBED[name]
 
 
-@pytest.mark.parametrize('name', [*PROBED, 'shufflenet_v2_x0_5'])
+@pytest.mark.parametrize('name', [*PROBED, 'shufflenet_v2_x0_5', 'resnest14d'])
 def test_nan_probe_follows_any_units(name):
     "Other units in each space, as many as it likes: the probe is told which rows go, and finds the columns that the cut removes"
     model,xs = make(name)
@@ -84,10 +86,12 @@ def test_probe_sees_a_wrong_map():
 
 def test_probe_finds_what_a_grouped_layer_cannot_lose():
     conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1)).eval()
-    with pytest.raises(AssertionError, match='1: a group lives in part'): nan_probe(conv, pictures(), lambda name, m, n: [0] if name == '0' else [])
+    with pytest.raises(AssertionError, match='1: its groups are left with different shapes'): nan_probe(conv, pictures(), lambda name, m, n: [0] if name == '0' else [])
     with pytest.raises(AssertionError, match='NaN in the output'): nan_probe(conv, pictures(), lambda name, m, n: [0] if name == '2' else [])
-    live = nan_probe(conv, pictures(), lambda name, m, n: [0, 1, 2, 3] if name == '0' else [])
+    live = nan_probe(conv, pictures(), lambda name, m, n: {'0': [0, 1, 2, 3], '1': None, '2': []}[name])
     assert live['1'][1].tolist() == live['2'][0].tolist() == [False]*4 + [True]*4
+    live = nan_probe(conv, pictures(), lambda name, m, n: {'0': [1, 5], '1': [0, 4], '2': []}[name])
+    assert live['1'][0].tolist() == [True, False, True, True]*2 and live['2'][0].tolist() == [False, True, True, True]*2
 
 
 # network without grouped convolutions, depthwise ones aside -> units compared
