@@ -21,7 +21,7 @@ from .plots import plot_spaces
 from .spaces import Space, Units, check_traceable, describe, pinned_modules, short_list
 from .state import root_module
 
-# %% ../nbs/01_channels.ipynb #1e38051e
+# %% ../nbs/01_channels.ipynb #e2cae2b7
 class ChannelMap:
     "Spaces of a model, and where their units lie in its tensors"
     def __init__(self,
@@ -72,7 +72,7 @@ class ChannelMap:
     def table(self) -> Table:
         "A row per space"
         size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
-        rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers), readers=short_list(s.readers), whole=s.why) for s in self.spaces]
+        rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers), readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
         unseen = f'. Did not run, so stay as they are: {short_list(self.unseen)}' if self.unseen else ''
         return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold {100*self.coverage():.1f} % of the weights of convolutions and linear layers{unseen}')
     def __repr__(self): return repr(self.table)

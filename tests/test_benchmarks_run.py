@@ -1,11 +1,12 @@
 "The benchmarks run: tiny settings, no claim about speed."
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import imports, masked_step, reallocation
+from benchmarks import dead_filters, imports, masked_step, reallocation
 from benchmarks.networks import WRN_DENSE, lenet_300_100, small_cnn, wrn_28_2
 from benchmarks.timing import table, write_table
 from paramfx.sparse import plan_masks
@@ -78,6 +79,14 @@ def test_a_snapshot_brings_everything_back():
     assert before == (cb.store.checksum(), cb.effect.values['threshold'], [e.live for e in cb.store.items])
     assert list(cb.store.counts().values()) == before[2]
     assert all(torch.equal(e.float.bool(), e.full) and not e.weight[~e.full].any() for e in cb.store.items)
+
+
+def test_dead_filters():
+    rows = dead_filters.measure('toy', 2, batches=(2,), cases={'toy': (partial(small_cnn, 4), (3, 32, 32), dead_filters.CONVS)})
+    assert [r['forward'] for r in rows] == ['masked', 'materialized'] and all(r['ratio'] > 0 for r in rows)
+    assert rows[1]['parameters'] < .7 and rows[1]['difference'] < 1e-5
+    table = json.loads((Path(dead_filters.__file__).parent/'results'/'dead_filters.json').read_text())['rows']
+    assert all(r['ratio'] < .95 for r in table if r['forward'] == 'materialized') and len(table) == 12
 
 
 def test_imports_rows():
