@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np, torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -185,7 +185,9 @@ class Flow(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *args):
-        for h in self.handles: h.remove()
+        for h in self.handles:
+            h.remove()
+            _global_forward_hooks_with_kwargs.pop(h.id, None) # torch forgets this one
         return super().__exit__(*args)
 
     def _enter(self, m, args):

@@ -117,7 +117,7 @@ def _joined(rec, a, b, why=''):
     return a if len(varying(a)) >= len(varying(b)) else b
 
 ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh sigmoid
- logsigmoid hardshrink softshrink tanhshrink threshold exp expm1 log log1p log2 sqrt rsqrt abs neg square sin cos erf sign floor ceil round clamp clip
+ logsigmoid log_sigmoid __eq__ hardshrink softshrink tanhshrink threshold exp expm1 log log1p log2 sqrt rsqrt abs neg square sin cos erf sign floor ceil round clamp clip
  clamp_min clamp_max reciprocal sigmoid dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout nan_to_num
  contiguous clone detach float half double bfloat16 type requires_grad cuda cpu alias data real positive
  add sub subtract mul multiply div divide true_divide rsub pow float_power maximum minimum fmax fmin where lerp addcmul addcdiv
@@ -127,7 +127,7 @@ ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu se
  randn_like bitwise_and bitwise_or bitwise_not isnan isfinite xlogy copy fill zero bernoulli'''.split()
 channel_rule(*ELEMENTWISE, *(f'__{o}__' for o in 'add radd sub rsub mul rmul truediv rtruediv div rdiv pow rpow neg pos abs'.split()), wants='any')(_elementwise)
 
-# %% ../nbs/00g_rules.ipynb #f6428399
+# %% ../nbs/00g_rules.ipynb #8a8832b8
 @channel_rule('to', 'type_as')
 def _convert(rec, out, name, x, *args, **kwargs): return get_ids(x)
 
@@ -202,20 +202,23 @@ def _keeps(idx, x, dims):
     idx = [i for i in idx if i is not None]
     return all(isinstance(i, slice) and i.indices(x.shape[d]) == (0, x.shape[d], 1) for d,i in enumerate(idx) if d in dims)
 
+def _side_by_side(rec, a, b, d, name):
+    "Tensors that are put together along `d` (None: a new dimension) have one size in all others, so they share their channels there"
+    vary = {*varying(a), *varying(b)}
+    if not vary or d in vary or a.ndim != b.ndim: return
+    if d is not None and a.ndim > d: a,b = a.narrow(d, 0, 1),b.narrow(d, 0, 1)
+    _joined(rec, a, b, f'{rec.where} puts them side by side ({name})')
+
 @channel_rule('cat', 'concat', 'concatenate', 'stack', 'hstack', 'vstack', 'dstack', wants='any')
 def _cat(rec, out, name, xs, *args, **kwargs):
     zero = lambda x: torch.zeros((), dtype=torch.long).expand(x.shape)
     ids = [zero(x) if get_ids(x) is None else get_ids(x) for x in xs]
-    d = None if name == 'stack' else {'hstack': min(1, out.ndim-1), 'vstack': 0, 'dstack': 2}.get(name, _dim(args, kwargs, 0))
-    for i in ids[1:]: # they must be of one size in the other dimensions
-        if i.ndim == ids[0].ndim and d not in (vary := {*varying(i), *varying(ids[0])}) and vary: _joined(rec, *(t if d is None or t.ndim < out.ndim else t.narrow(d, 0, 1) for t in (ids[0], i)), f'{rec.where} puts them side by side ({name})')
-    d = _dim(args, kwargs, 0)
-    if name in ('cat', 'concat', 'concatenate') and all(i.ndim == out.ndim for i in ids):
-        d %= out.ndim
-        vary = set().union(*map(varying, ids)) | {d}
-        small = [i[tuple(slice(None) if k in vary else slice(0, 1) for k in range(i.ndim))] for i in ids]
-        return tidy(torch.cat(small, d)).expand(out.shape)
-    return tidy(getattr(torch, name)(ids, *args, **kwargs))
+    d = {'stack': None, 'hstack': min(1, out.ndim-1), 'vstack': 0, 'dstack': 2}.get(name, _dim(args, kwargs, 0)%out.ndim)
+    for i in ids[1:]: _side_by_side(rec, ids[0], i, d, name)
+    if 'stack' in name or any(i.ndim != out.ndim for i in ids): return tidy(getattr(torch, name)(ids, *args, **kwargs))
+    vary = set().union(*map(varying, ids)) | {d}
+    small = [i[tuple(slice(None) if k in vary else slice(0, 1) for k in range(i.ndim))] for i in ids]
+    return tidy(torch.cat(small, d)).expand(out.shape)
 
 @channel_rule('channel_shuffle', 'native_channel_shuffle')
 def _shuffle(rec, out, name, x, groups):
