@@ -169,7 +169,9 @@ class _Detached(TorchFunctionMode):
 
 def copy_model(model, memo=None):
     "A deep copy, also of models that keep computed weights or activations (as hooks do), which `deepcopy` refuses"
-    with _Detached(): return deepcopy(model, {} if memo is None else memo)
+    with _Detached(): new = deepcopy(model, {} if memo is None else memo)
+    for p,q in zip(model.parameters(), new.parameters()): vars(q).update(vars(p)) # torch copies a parameter without them
+    return new
 
 def model_inputs(model, sample):
     "The positional inputs of `model`, on its device"

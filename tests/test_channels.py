@@ -41,8 +41,9 @@ def tensors(model): return [t for m in model.modules() for t in (*m._parameters.
 @contextmanager
 def untouched(model, *xs):
     "Weights, buffers, flags, hooks, attributes, the sample and every random state are what they were, and nothing is tagged"
-    look = lambda: (snapshot(model), [m.training for m in model.modules()], footprint(model), [id(t) for t in model.parameters()], [t.requires_grad for t in model.parameters()],
-                    [list(map(id, m._forward_hooks.values())) for m in model.modules()], [len(getattr(hooks, n)) for n in GLOBAL_HOOKS], rng_state(), [x.clone() for x in xs])
+    left = lambda: {n: sorted(vars(m)) for n, m in model.named_modules()} if any('jit' in type(m).__module__ or 'quantized' in type(m).__module__ for m in model.modules()) else footprint(model)
+    look = lambda: ({k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}, [m.training for m in model.modules()], left(), [id(t) for t in model.parameters()], [t.requires_grad for t in model.parameters()],
+                    [list(map(id, m._forward_hooks.values())) for m in model.modules()], {n: len(getattr(hooks, n)) for n in GLOBAL_HOOKS}, rng_state(), [x.clone() for x in xs])
     classes, before = [type(m) for m in model.modules()], look()
     try: yield
     finally:
@@ -257,8 +258,7 @@ UNTRACEABLE = {
 def test_untraceable_networks_are_refused_and_left_alone(name, train):
     model, sample, kind, texts = UNTRACEABLE[name]
     if name not in ('lazy', 'quantized'): model = model.double()
-    for m in model.modules(): # scripted modules have no `training` to set in bulk
-        if not isinstance(m, torch.jit.ScriptModule): m.training = train
+    model.train(train)
     check = (lambda *a: pytest.raises(kind)) if name == 'lazy' else lambda *a: untouched(model, *(x for x in (sample if isinstance(sample, tuple) else [sample]) if torch.is_tensor(x)))
     with check():
         with pytest.raises(kind) as e: trace_channels(model, sample)
@@ -345,10 +345,10 @@ def test_a_trace_leaves_no_trace(train, fails):
 
 def test_frozen_parameters_and_their_attributes_go_along(model):
     model.stem.weight.requires_grad_(False)
-    model.conv1.weight.lr_scale = 3
+    model.conv1.weight.lr_scale, model.fc.bias.lr_scale = 3, 4 # one that is cut, one that is not
     small = trace_channels(model, X).cut(.5).apply(model)
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert small.conv1.weight.lr_scale == 3 and all(isinstance(p, nn.Parameter) for p in small.parameters())
+    assert small.conv1.weight.lr_scale == 3 and small.fc.bias.lr_scale == 4 and all(isinstance(p, nn.Parameter) for p in small.parameters())
 
 
 def test_parameters_handed_through_are_not_tagged():
@@ -410,7 +410,7 @@ def test_precisions_and_memory_formats(model):
 
 
 def test_tensor_subclasses(model):
-    x = TensorImage(X.clone())
+    x = X.clone().as_subclass(TensorImage)
     cmap = trace_channels(model, x)
     assert type(x) is TensorImage and not hasattr(x, '_channel_ids') and found(cmap) == found(trace_channels(model, X))
     cmap.cut(.5).apply(model)
