@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .channels import Cut, trace_channels
 from .core import copy_model, model_inputs, still
 
-# %% ../nbs/02a_dead.ipynb #d998fcd7
+# %% ../nbs/02a_dead.ipynb #c457fdc0
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
 _PRODUCTS = ('mul', 'multiply', 'rmul')
 
@@ -41,6 +41,7 @@ class Read:
     const:torch.Tensor # Bool per column: the same number for every input, at every position
     value:torch.Tensor # That number; 0 where there is none
     padded:bool # Are there fewer terms at the border?
+    bias:int # id of the bias that was added
 
 class Probe(TorchFunctionMode):
     "Run a model on NaN inside of this; `reads` maps each weight to what its calls read"
@@ -76,7 +77,7 @@ class Probe(TorchFunctionMode):
         dim = x.ndim-1 if name == 'linear' else x.ndim-w.ndim+1
         flat = x.movedim(dim, 0).flatten(1)
         const = (flat == flat[:, :1]).all(1) # NaN equals nothing
-        self.reads.setdefault(id(w), []).append(Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs)))
+        self.reads.setdefault(id(w), []).append(Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs), id(kwargs.get('bias', args[2] if len(args) > 2 else None))))
         out = func(*args, **kwargs)
         rows = out.movedim(out.ndim-1 if name == 'linear' else dim, 0) # a view
         zero = _zero_rows(name, w)
@@ -92,7 +93,7 @@ def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
     with still(model), Probe() as p: model(*xs)
     return p.reads
 
-# %% ../nbs/02a_dead.ipynb #b888e743
+# %% ../nbs/02a_dead.ipynb #8c4fcd19
 @dataclass
 class _Side:
     "One reader of a space: columns of each unit, and what is read there"
@@ -100,20 +101,31 @@ class _Side:
     weight:torch.Tensor
     cols:list # Positions of each unit
     reads:list # `Read`s
+    foldable:bool # Can a constant go into its bias?
 
     def unread(self, u): return not self.weight.index_select(self.key[2], self.cols[u]).any()
     def constant(self, u): return bool(self.reads) and all(r.const[self.cols[u]].all() for r in self.reads)
     def values(self, u): return self.reads[0].value[self.cols[u]]
     def steady(self, u): return self.constant(u) and all(torch.equal(r.value[self.cols[u]], self.values(u)) for r in self.reads)
 
-def _sides(model, cmap, s, reads):
-    "The readers of space number `s`"
+def _biased(model, reads):
+    "Names of the layers whose bias is theirs alone, as is their weight, and is added whenever the weight is used, without zeros at a border"
+    uses = {}
+    for m in model.modules():
+        for t in m._parameters.values(): uses[id(t)] = uses.get(id(t), 0)+1
+    own = lambda m: uses[id(m._parameters['weight'])] == uses[id(m._parameters['bias'])] == 1
+    fits = lambda m: all(r.bias == id(m._parameters['bias']) and not r.padded for r in reads.get(id(m._parameters['weight']), []))
+    return {n for n,m in model.named_modules() if isinstance(m._parameters.get('bias'), nn.Parameter) and m._parameters.get('weight') is not None and own(m) and fits(m)}
+
+def _sides(model, twin, cmap, s, reads, biased):
+    "The readers of space number `s`, with the weights of `twin`"
     res,units = [],cmap.units[s]
     for (m,t,d),(kind,lab) in cmap.bindings.items():
-        if kind != 'cols' or not np.isin(lab, units).any(): continue
-        w,order = getattr(model.get_submodule(m), t),np.argsort(lab, kind='stable')
+        if 'cols' not in kind or not np.isin(lab, units).any(): continue
+        w,order = getattr(twin.get_submodule(m), t).detach(),np.argsort(lab, kind='stable')
         a,b = (np.searchsorted(lab[order], units, side) for side in ('left', 'right'))
-        res.append(_Side((m, t, d), w.detach(), [torch.from_numpy(order[i:j]).to(w.device) for i,j in zip(a, b)], reads[m, t]))
+        cols = [torch.from_numpy(order[i:j]).to(w.device) for i,j in zip(a, b)]
+        res.append(_Side((m, t, d), w, cols, reads.get(id(getattr(model.get_submodule(m), t)), []), m in biased and t == 'weight'))
     return res
 
 def _idle(model, cmap, s):
@@ -121,32 +133,37 @@ def _idle(model, cmap, s):
     zero = np.ones(max(u.max() for u in cmap.units)+2, bool)
     for (m,t,d),(kind,lab) in cmap.bindings.items():
         w = getattr(model.get_submodule(m), t)
-        if kind == 'rows' and w.ndim > 1: zero[lab[(w.detach().movedim(d, 0).flatten(1) != 0).any(1).cpu().numpy()]] = False
-    made = np.isin(cmap.units[s], np.concatenate([lab for (_,t,_),(kind,lab) in cmap.bindings.items() if kind == 'rows']))
+        if 'rows' in kind and w.ndim > 1: zero[lab[(w.detach().movedim(d, 0).flatten(1) != 0).any(1).cpu().numpy()]] = False
+    made = np.isin(cmap.units[s], np.concatenate([lab for (_,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind]))
     return np.flatnonzero(zero[cmap.units[s]] & made).tolist()
 
-def _plan_space(space, sides, biased, idle):
-    "Units that go, units that carry (unit -> those it takes over), units whose constants go into biases, note"
-    n = space.size
+def _carrier(units, sides):
+    "Of the constant `units` the one that can take over the others, and these; a constant near 0 could not be scaled to the others"
+    least = lambda u: min(s.values(u).abs().min().item() if len(s.cols[u]) else 0. for s in sides)
+    best = max(units, key=least)
+    alike = all(len({len(s.cols[u]) for u in units}) == 1 for s in sides)
+    return best, [u for u in units if u != best] if least(best) > 0 and alike else []
+
+def _plural(n, what): return f'{n} {what}' + ('s' if n > 1 else '')
+
+def _plan_space(n, sides, idle):
+    "Of `n` units those that go, the one that carries, those it takes over, those whose constants go into biases; and a note"
     unread = [all(s.unread(u) for s in sides) for u in range(n)]
     fixed = [u for u in range(n) if not unread[u] and all(s.unread(u) or s.steady(u) for s in sides)]
     zero = [u for u in fixed if all(s.unread(u) or not s.values(u).any() for s in sides)]
-    rest,gone = [u for u in fixed if u not in zero],[u for u in range(n) if unread[u] or u in zero]
-    fold = rest if all(s.key[0] in biased and not any(r.padded for r in s.reads) for s in sides) else []
-    carrier,merged,note = None,[],''
-    if not fold and rest:
-        least = lambda u: min(s.values(u).abs().min().item() if len(s.cols[u]) else 0. for s in sides)
-        carrier = max(rest, key=least)
-        merged = [u for u in rest if u != carrier] if least(carrier) > 0 and all(len({len(s.cols[u]) for u in rest}) == 1 for s in sides) else []
-        note = (f'{len(merged)+1} constant channels merged into one: a reader pads with zeros or has no bias' if merged else
-                f'{len(rest)} constant channel{"s" if len(rest) > 1 else ""} kept: a reader pads with zeros or has no bias')
-    gone = sorted({*gone, *fold, *merged})
+    rest,carrier,merged,notes = [u for u in fixed if u not in zero],None,[],[]
+    fold = rest if all(s.foldable for s in sides) else []
+    if rest and not fold:
+        carrier,merged = _carrier(rest, sides)
+        what = f'{_plural(len(merged)+1, "constant channel")} merged into one' if merged else f'{_plural(len(rest), "constant channel")} kept'
+        notes.append(f'{what}: a reader pads with zeros or has no bias of its own')
+    gone = sorted({*(u for u in range(n) if unread[u]), *zero, *fold, *merged})
     varied = [u for u in idle if u not in gone and u not in rest]
-    if varied: note = '; '.join(filter(None, [note, f'{len(varied)} dead channel{"s" if len(varied) > 1 else ""} kept: what is read of them varies (a gate, or the border of a padded layer)']))
-    if len(gone) == n: gone,note = gone[1:],'all channels are dead; one is kept' # a layer needs a channel
-    return gone,carrier,[u for u in merged if u in gone],[u for u in fold if u in gone],note
+    if varied: notes.append(f'{_plural(len(varied), "dead channel")} kept: what is read of them varies (a gate, or the border of a padded layer)')
+    if len(gone) == n: gone,notes = gone[1:],['all channels are dead; one is kept'] # a layer needs a channel
+    return gone,carrier,[u for u in merged if u in gone],[u for u in fold if u in gone],'; '.join(notes)
 
-# %% ../nbs/02a_dead.ipynb #57a718b4
+# %% ../nbs/02a_dead.ipynb #40ff068a
 def _shift(side, units):
     "What the constants of `units` add to each output of a reader"
     w = side.weight.movedim(side.key[2], 0).double()
@@ -160,8 +177,6 @@ def _take_over(side, carrier, merged):
     scaled = [w[side.cols[u]].double()*(side.values(u).double()/value).view(-1, *[1]*(w.ndim-1)) for u in merged]
     w[own] = (w[own].double()+sum(scaled)).to(w.dtype)
 
-def _has_bias(m, name): return getattr(m, 'bias', None) is not None and name == 'weight' and getattr(m, 'groups', 1) == 1
-
 @torch.no_grad()
 def cut_dead(
     model:nn.Module, # Network; it is left as it was
@@ -173,7 +188,8 @@ def cut_dead(
     while has_dead(model):
         cmap = trace_channels(model, sample, pin)
         keep,twin,new = _prepare(model, cmap, constant_reads(model, sample))
-        rows = [r for r in rows if r['channels'] != 'kept'] + [r for r in new if r['channels'] != 'kept' or r['space'] not in {o['space'] for o in rows if o['note']}]
+        told = {r['space'] for r in rows if r['note']} # what stays is found again in each round
+        rows = [r for r in rows if r['channels'] != 'kept'] + [r for r in new if r['channels'] != 'kept' or r['space'] not in told]
         if not keep: break
         cuts.append(Cut(cmap, keep))
         model = cuts[-1].apply(twin, check=False)
@@ -187,12 +203,11 @@ def has_dead(model) -> bool:
 def _prepare(model, cmap, reads):
     "Units to keep per space, a copy of the model in which constants are folded, and the rows"
     twin,keep,rows = copy_model(model),{},[]
-    reads = {(m, t): reads.get(id(getattr(model.get_submodule(m), t)), []) for m,t,_ in cmap.bindings}
-    biased = {m for m,t,d in cmap.bindings if _has_bias(model.get_submodule(m), 'weight')}
+    biased = _biased(model, reads)
     for i,space in enumerate(cmap):
-        sides = _sides(twin, cmap, i, reads) if space.cuttable else []
+        sides = _sides(model, twin, cmap, i, reads, biased) if space.cuttable else []
         if not sides: continue
-        gone,carrier,merged,fold,note = _plan_space(space, sides, biased, _idle(twin, cmap, i))
+        gone,carrier,merged,fold,note = _plan_space(space.size, sides, _idle(twin, cmap, i))
         for s in sides:
             if merged: _take_over(s, carrier, merged)
             if fold: twin.get_submodule(s.key[0]).bias += _shift(s, fold).to(s.weight.dtype)

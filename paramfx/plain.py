@@ -128,7 +128,7 @@ def load_recipe(
     new.load_state_dict(content['state'])
     return new.to(p.device)
 
-# %% ../nbs/03_plain.ipynb #1eacb01e
+# %% ../nbs/03_plain.ipynb #c113f80e
 def _materialize(model, sample, tol, dead, pin, kw):
     "The plain network, the cuts on the way, and a row per thing that was done"
     old = root_module(model)
@@ -145,11 +145,12 @@ def _materialize(model, sample, tol, dead, pin, kw):
 
 def _without_dead(model, sample, tol, pin, rows):
     "Cut dead channels out where the model can be traced"
-    try: new,cuts,notes = cut_dead(model, sample, pin)
+    try:
+        new,cuts,notes = cut_dead(model, sample, pin)
+        check_same(new, model, sample, tol)
     except (NotImplementedError, RuntimeError, ValueError) as e:
         rows.append(dict(what='dead channels', how=f'left where they are: {e}'))
         return model,[]
-    check_same(new, model, sample, tol)
     rows += [dict(what=f"dead channels of {r['space']}", how=f"{r['channels']}" + (f" ({r['note']})" if r['note'] else '')) for r in notes]
     return new,cuts
 

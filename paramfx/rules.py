@@ -127,7 +127,7 @@ ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu se
  randn_like bitwise_and bitwise_or bitwise_not isnan isfinite xlogy copy fill zero bernoulli'''.split()
 channel_rule(*ELEMENTWISE, *(f'__{o}__' for o in 'add radd sub rsub mul rmul truediv rtruediv div rdiv pow rpow neg pos abs'.split()), wants='any')(_elementwise)
 
-# %% ../nbs/00g_rules.ipynb #8a8832b8
+# %% ../nbs/00g_rules.ipynb #ba4c1787
 @channel_rule('to', 'type_as')
 def _convert(rec, out, name, x, *args, **kwargs): return get_ids(x)
 
@@ -156,6 +156,7 @@ def _move(rec, out, name, x, *args, **kwargs):
     if name == 'repeat_interleave' and any(isinstance(t, torch.Tensor) and t.numel() > 1 for t in (*args, *kwargs.values())): rec.pin(get_ids(x), f'{rec.where} repeats each a number of times of its own')
     if name in ('T', 'mT', 'H', 'mH'): return getattr(get_ids(x), name)
     f = getattr(torch.Tensor, name, None) or getattr(torch, name, None) or getattr(torch.nn.functional, name)
+    args,kwargs = tree_map(lambda a: a.cpu() if isinstance(a, torch.Tensor) else a, (args, kwargs)) # ids stay on the CPU
     return _apply(f, out, get_ids(x), *args, **kwargs)
 
 @channel_rule('roll', 'flip', 'fliplr', 'flipud', 'rot90')

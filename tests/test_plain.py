@@ -137,6 +137,30 @@ def test_constants_at_the_border_differ_so_they_stay():
     assert slim[0].out_channels == 4
 
 
+class Tied(nn.Module):
+    "Two readers of one space; they share a weight, a bias, or use the weight without its bias"
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b, self.c = how, nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+        if how == 'weight': self.c.weight = self.b.weight
+        if how == 'bias': self.c.bias = self.b.bias
+
+    def forward(self, x):
+        h = torch.sigmoid(self.a(x))
+        c = nn.functional.linear(h, self.c.weight) if self.how == 'no bias' else self.c(h.flip(0))
+        return torch.cat([self.b(h), c], 1)
+
+
+@pytest.mark.parametrize('how', ['weight', 'bias', 'no bias', ''])
+def test_constants_of_tied_layers(how):
+    torch.manual_seed(0)
+    model = Tied(how).double()
+    with torch.no_grad(): model.a.weight[[1, 4]] = 0
+    slim = cut_dead(model, torch.randn(5, 3).double())[0]
+    assert slim.a.out_features == (5 if how else 4)  # carried, or folded into biases
+    check_same(slim, model, torch.randn(9, 3).double(), 1e-12)
+
+
 def test_a_gate_that_depends_on_the_input_is_no_constant():
     class Gated(nn.Module):
         def __init__(self):
