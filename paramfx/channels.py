@@ -21,7 +21,7 @@ from .plots import plot_spaces
 from .spaces import Space, Units, check_traceable, describe, pinned_modules, short_list
 from .state import root_module
 
-# %% ../nbs/01_channels.ipynb #e2cae2b7
+# %% ../nbs/01_channels.ipynb #4bff285d
 class ChannelMap:
     "Spaces of a model, and where their units lie in its tensors"
     def __init__(self,
@@ -32,7 +32,9 @@ class ChannelMap:
         shapes:dict, # Tensor -> shape
         sample:tuple, # Inputs that were used
         unseen:list=(), # Layers that did not run: heads for training only, or unused
-        pin:list=() # Names of the modules that were pinned
+        pin:list=(), # Names of the modules that were pinned
+        computed:list=(), # Layers whose weights are computed from others: nothing of them can be cut
+        weights:list=() # Names of the weights of convolutions and linear layers
     ): store_attr()
 
     def __len__(self): return len(self.spaces)
@@ -59,8 +61,8 @@ class ChannelMap:
         mine = np.zeros(max((u.max() for u in self.units), default=0)+2, bool)
         for i in take: mine[self.units[i]] = True
         held = total = 0
-        for key,shape in self.shapes.items():
-            if len(shape) < 2: continue
+        for key in self.weights:
+            shape = self.shapes[key]
             free = int(np.prod(shape))
             for d,n in enumerate(shape):
                 b = next((v for (m,t,k),v in self.bindings.items() if k == d and f'{m}.{t}'.lstrip('.') == key), None)
@@ -73,8 +75,8 @@ class ChannelMap:
         "A row per space"
         size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
         rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers), readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
-        unseen = f'. Did not run, so stay as they are: {short_list(self.unseen)}' if self.unseen else ''
-        return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold {100*self.coverage():.1f} % of the weights of convolutions and linear layers{unseen}')
+        more = ''.join(f'. {what}: {short_list(names)}' for what,names in (('Did not run, so stay as they are', self.unseen), ('Weights computed, so stay whole', self.computed)) if names)
+        return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold {100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
 
@@ -87,7 +89,7 @@ class ChannelMap:
             if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
         return plot_spaces(runs, ax=ax, **kwargs)
 
-# %% ../nbs/01_channels.ipynb #cae7c7ba
+# %% ../nbs/01_channels.ipynb #a8d4fa19
 def trace_channels(
     model:nn.Module, # Any network; it is left exactly as it was
     sample, # Input tensor, or a tuple of the positional inputs; small images will do
@@ -113,15 +115,15 @@ def _map(rec, boxes, model, sample):
     units = Units(rec)
     number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1)) for k,b in rec.bindings.items()}
     groups = {n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1) for n,ids in rec.groups.items()}
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    shapes = {f'{m}.{t}'.lstrip('.'): tuple(getattr(model.get_submodule(m), t).shape) for m,t,_ in number}
-    shapes |= {f'{n}.weight'.lstrip('.'): tuple(m._parameters['weight'].shape) for n,m in model.named_modules() if isinstance(m, layers) and m._parameters.get('weight') is not None}
+    held = [(n, m._parameters.get('weight')) for n,m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    held = {f'{n}.weight'.lstrip('.'): tuple(w.shape) for n,w in held if w is not None}
+    shapes = {f'{m}.{t}'.lstrip('.'): tuple(getattr(model.get_submodule(m), t).shape) for m,t,_ in number} | held
     sample = tuple(x.detach().cpu().clone() for x in model_inputs(model, sample))
     mine = {n: [id(t) for t in m._parameters.values() if t is not None] for n,m in model.named_modules()}
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
-    return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes])
+    return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes], sorted(rec.computed), list(held))
 
-# %% ../nbs/01_channels.ipynb #cae673ca
+# %% ../nbs/01_channels.ipynb #90dcc68a
 _ENDS = 'they are the output'
 
 @patch
@@ -141,6 +143,6 @@ def cut(self:ChannelMap,
     if stuck and (whole == 'raise' or not any(s.cuttable for s in chosen)): raise ValueError(
         f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if len(stuck) > 1 else '') + '. ' +
         ("Cut the others with whole='keep', or name them with only=[...]." if any(s.cuttable for s in chosen) else 'Nothing else is left to cut.'))
-    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join(f'{s.name}: {s.why}' for s in self) or 'the model has no layer whose channels could go') + '.')
+    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join([f'{s.name}: {s.why}' for s in self] + [f'{n}: its weight is computed' for n in self.computed]) or 'the model has no layer whose channels could go') + '.')
     rule = keep if callable(keep) else lambda s: np.arange(ceil(round(s.size*keep, 9)))
     return Cut(self, {s.name: rule(s) for s in chosen if s.cuttable})

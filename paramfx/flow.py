@@ -37,7 +37,7 @@ def tidy(ids):
 def get_ids(t): return getattr(t, '_channel_ids', None)
 def is_traced(t): return isinstance(t, torch.Tensor) and hasattr(t, '_channel_ids')
 
-# %% ../nbs/00f_flow.ipynb #ee4861e7
+# %% ../nbs/00f_flow.ipynb #c61ed1eb
 @dataclass
 class Binding:
     "Ids along one dimension of a parameter or buffer"
@@ -60,7 +60,7 @@ class Record:
             for k,t in (*m._parameters.items(), *m._buffers.items()):
                 if t is not None: self.owner.setdefault(id(t), (n, k))
         self.known = {*self.owner, *(id(t) for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))}
-        self.bindings,self.producers,self.groups,self.stack,self.ran = {},[],{},[],set()
+        self.bindings,self.producers,self.groups,self.stack,self.ran,self.computed = {},[],{},[],set(),set()
 
     @property
     def here(self): return self.stack[-1] if self.stack else self.model
@@ -102,6 +102,7 @@ class Record:
         own = self.owner.get(id(t))
         self.ran.add(id(t))
         if own is None:
+            self.computed.add(self.where)
             for i in (ids, get_ids(t)): self.pin(i, f'{self.where} computes its weight instead of storing it')
             return
         old = self.bindings.get((*own, dim))
