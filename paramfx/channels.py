@@ -123,7 +123,7 @@ def _map(rec, boxes, model, sample):
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
     return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes], sorted(rec.computed), list(held))
 
-# %% ../nbs/01_channels.ipynb #90dcc68a
+# %% ../nbs/01_channels.ipynb #d949d6dc
 _ENDS = 'they are the output'
 
 @patch
@@ -143,6 +143,6 @@ def cut(self:ChannelMap,
     if stuck and (whole == 'raise' or not any(s.cuttable for s in chosen)): raise ValueError(
         f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if len(stuck) > 1 else '') + '. ' +
         ("Cut the others with whole='keep', or name them with only=[...]." if any(s.cuttable for s in chosen) else 'Nothing else is left to cut.'))
-    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join([f'{s.name}: {s.why}' for s in self] + [f'{n}: its weight is computed' for n in self.computed]) or 'the model has no layer whose channels could go') + '.')
+    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join([f'{s.name}: {s.why}' for s in self] + [f'{n}: its weight is computed' for n in self.computed[:3]]) or 'the model has no layer whose channels could go') + '.')
     rule = keep if callable(keep) else lambda s: np.arange(ceil(round(s.size*keep, 9)))
     return Cut(self, {s.name: rule(s) for s in chosen if s.cuttable})
