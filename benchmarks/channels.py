@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 from benchmarks.timing import paired, quartiles, write_table
 from paramfx.channels import trace_channels
-from paramfx.core import check_same
+from paramfx.forward import check_same
 
 COVERAGE, TOL32, TOL64 = .9, 1e-5, 1e-12
 DEPENDS = 3e-4  # smallest relative change with the input, and by the cut: equal constants would prove nothing

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from benchmarks.networks import resnet, small_cnn
 from benchmarks.timing import paired, ratios, write_table
-from paramfx.core import CONVS, check_same
+from paramfx.core import CONVS
 from paramfx.experiments import demo_net
+from paramfx.forward import check_same
 from paramfx.plain import materialize
 from paramfx.sparse import sparsify
 

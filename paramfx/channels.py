@@ -7,13 +7,14 @@ Docs: https://paramfx.github.io/paramfx/channels.html.md"""
 # %% auto #0
 __all__ = ['ChannelMap', 'trace_channels']
 
-# %% ../nbs/01_channels.ipynb #e42bf413
+# %% ../nbs/01_channels.ipynb #a8f71937
 from math import ceil
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, patch, store_attr
-from .core import Table, model_inputs, run_model, still
+from .core import Table
+from .forward import model_inputs, run_model, still
 from .cuts import Cut
 from .flow import Flow
 import paramfx.rules # registers how channels pass each operator

@@ -6,19 +6,15 @@ Docs: https://paramfx.github.io/paramfx/core.html.md"""
 
 # %% auto #0
 __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pick_layers', 'rng_state', 'set_rng_state',
-           'rng_guard', 'sample_batch', 'still', 'copy_model', 'model_inputs', 'show_shapes', 'run_model', 'check_same',
-           'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
+           'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
 
-# %% ../nbs/00_core.ipynb #1c91a452
+# %% ../nbs/00_core.ipynb #9617bb53
 import random
 from contextlib import contextmanager
-from copy import deepcopy
 from fnmatch import fnmatchcase
 
 import numpy as np, torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from fastcore.basics import listify, store_attr
 from fastai.basics import OptimWrapper, apply
 
@@ -146,76 +142,6 @@ def sample_batch(
     n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
     return tuple(apply(lambda t: t[:n], b[:n_inp])) # inputs may be nested, as in a siamese network
 
-# %% ../nbs/00_core.ipynb #1c8c38ab
-@contextmanager
-def still(model):
-    "Evaluation mode without gradients; attributes, buffers and random states are put back, after errors too"
-    before = [(m, m.training, dict(vars(m))) for m in model.modules()]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    try:
-        with rng_guard(), torch.no_grad(): yield model.eval()
-    finally:
-        for m,training,attrs in before:
-            vars(m).clear(); vars(m).update(attrs)
-            if m.training != training: m.training = training # a scripted module keeps its flag elsewhere
-        with torch.no_grad():
-            for b,version,old in buffers:
-                if b._version != version: b.copy_(old)
-
-class _Detached(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf: return args[1].setdefault(id(args[0]), args[0].detach().clone())
-        return func(*args, **(kwargs or {}))
-
-def copy_model(model, memo=None):
-    "A deep copy, also of models that keep computed weights or activations (as hooks do), which `deepcopy` refuses"
-    with _Detached(): new = deepcopy(model, {} if memo is None else memo)
-    for p,q in zip(model.parameters(), new.parameters()): vars(q).update(vars(p)) # torch copies a parameter without them
-    return new
-
-def model_inputs(model, sample):
-    "The positional inputs of `model`, on its device"
-    xs = tuple(sample) if isinstance(sample, (tuple,list)) else (sample,)
-    if not (xs and all(isinstance(x, torch.Tensor) for x in xs)):
-        raise ValueError(f'sample must be a tensor or a tuple of tensors, not {sample!r:.80}')
-    p = next(model.parameters(), None)
-    return xs if p is None else tuple(x.to(p.device) for x in xs)
-
-def show_shapes(xs): return ', '.join(str(list(x.shape)) for x in xs)
-def run_model(model, xs):
-    "One forward; a failure names the shapes it was tried with"
-    try: return model(*xs)
-    except Exception as e:
-        raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}') from e
-
-# %% ../nbs/00_core.ipynb #ade16232
-_TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-def _outputs(model, sample):
-    "Tensors that a forward gives, in float64 unless they are whole numbers, and the coarsest precision among them"
-    xs = tuple(x.clone() for x in model_inputs(model, sample)) # the network may write into its inputs
-    with still(model): outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
-    types = [o.dtype for o in outs if o.dtype in _TOL]
-    return [o.detach().cpu().double() for o in outs],max(types, key=_TOL.get, default=torch.float64)
-
-def check_same(
-    a:nn.Module, # The network to check
-    b:nn.Module, # The reference
-    sample, # Input tensor, or a tuple of the positional inputs
-    tol:float=None # Largest relative difference allowed; None: 1e-4 in float32, 1e-10 in float64
-) -> float: # Largest difference of the outputs, relative to the largest output of `b`
-    "Compare two networks in evaluation mode; a difference above `tol` raises"
-    (xs,ta),(ys,tb) = _outputs(a, sample),_outputs(b, sample)
-    if [x.shape for x in xs] != [y.shape for y in ys]: raise ValueError(f'The outputs have shapes {show_shapes(xs)} and {show_shapes(ys)}: these are not the same network.')
-    rel = max((_relative(x, y) for x,y in zip(xs, ys)), default=0.)
-    tol = max(_TOL[ta], _TOL[tb]) if tol is None else tol
-    if not rel <= tol: raise ValueError(f'The networks differ: {rel:.3g} of the largest output, where at most {tol:g} is allowed.')
-    return rel
-
-def _relative(x, y):
-    if not x.numel() or torch.equal(x, y): return 0.
-    return ((x-y).abs().max()/y.abs().max().clamp_min(torch.finfo(y.dtype).tiny)).item()
-
 # %% ../nbs/00_core.ipynb #89d54b4d
 def opt_state(
     opt, # fastai `Optimizer`, `OptimWrapper` or torch optimizer
@@ -237,13 +163,22 @@ def swap_params(
 ) -> None:
     "Make `opt` train the new parameters in place of the old ones, group, hyper-parameters and state included"
     if opt is None: return
-    for group in _groups(opt):
-        for i,p in enumerate(group):
-            if p in pairs: group[i] = pairs[p]
     inner = opt.opt if isinstance(opt, OptimWrapper) else opt
+    slow = inner.__dict__.get('slow_weights') # `Lookahead` keeps its copy outside of the state
+    for g,group in enumerate(_groups(opt)):
+        for i,p in enumerate(group):
+            if p not in pairs: continue
+            group[i] = pairs[p]
+            if slow is not None: slow[g][i] = _ahead(slow[g][i], p, pairs[p], state)
     for store in {id(s):s for s in (opt.state, inner.state)}.values():
         for old,new in pairs.items():
             if old in store: store[new] = _carry(store.pop(old), old, new, state)
+
+def _ahead(slow, old, new, f):
+    "Slow weights that lag as far behind the new parameter as they did behind the old one"
+    lag = slow.detach()-old.detach()
+    if f: lag = f(lag, old, new)
+    return new.detach()+lag if lag.shape == new.shape else new.detach().clone()
 
 def _carry(st, old, new, f):
     same = lambda k,v: v if old.shape == new.shape or not torch.is_tensor(v) or v.shape != old.shape else None

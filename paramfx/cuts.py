@@ -7,13 +7,13 @@ Docs: https://paramfx.github.io/paramfx/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut']
 
-# %% ../nbs/00i_cuts.ipynb #fbc09784
+# %% ../nbs/00i_cuts.ipynb #298596d5
 import warnings
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
-from .core import check_same, copy_model
+from .forward import check_same, copy_model
 from .spaces import short_list
 from .state import effects, root_module
 

@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/dead.html.md"""
 # %% auto #0
 __all__ = ['Read', 'Probe', 'constant_reads', 'cut_dead', 'has_dead']
 
-# %% ../nbs/02a_dead.ipynb #db2bb776
+# %% ../nbs/02a_dead.ipynb #d8e99d79
 from dataclasses import dataclass
 
 import numpy as np, torch
@@ -15,11 +15,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from .channels import Cut, trace_channels
-from .core import copy_model, model_inputs, still
+from .forward import copy_model, model_inputs, still
+from .spaces import pin_names
 
 # %% ../nbs/02a_dead.ipynb #c457fdc0
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
 _PRODUCTS = ('mul', 'multiply', 'rmul')
+_BLIND = 'sign sgn nan_to_num fmax fmin copysign heaviside nansum nanmean'.split() # they make a number of NaN
 
 def _out_dim(name): return 1 if 'transpose' in name else 0
 
@@ -33,7 +35,8 @@ def _padded(name, args, kwargs):
     if 'transpose' in name: return True
     pad = kwargs.get('padding', args[4] if len(args) > 4 else 0)
     ks = args[1].shape[2:]
-    return max(ks) > 1 and (pad == 'same' or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad] if pad != 'valid' else [])))
+    if isinstance(pad, str): return pad == 'same' and max(ks) > 1
+    return any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad]))
 
 @dataclass
 class Read:
@@ -56,6 +59,8 @@ class Probe(TorchFunctionMode):
         zero = sum(t == 0 for t in ts) > 0 if name in _PRODUCTS and ts else None
         out = func(*args, **kwargs)
         if zero is not None: out.masked_fill_(zero, 0)
+        if name in _BLIND: out = self._blind(func, out, ts)
+        if name == 'pad' and kwargs.get('value', args[3] if len(args) > 3 else 0): return self._spoil(func, out)
         if name in ('pad', 'unfold', 'fold') or 'avg_pool' in name: out = torch.where(out == 0, out, self._spoil(func, out)) if self._borders(name, args, kwargs) else out
         return self._spoil(func, out) if any(not t.is_floating_point() for t in ts) else out
 
@@ -64,6 +69,10 @@ class Probe(TorchFunctionMode):
         if name == 'pad': return (args[2] if len(args) > 2 else kwargs.get('mode', 'constant')) == 'constant'
         pad = kwargs.get('padding', args[3] if len(args) > 3 and 'adaptive' not in name else 0)
         return name in ('unfold', 'fold') or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad]))
+
+    def _blind(self, func, out, ts):
+        unknown = sum(t for t in ts if t.is_floating_point()).isnan()
+        return out.masked_fill_(unknown, float('nan')) if unknown.shape == out.shape else self._spoil(func, out) if unknown.any() else out
 
     def _spoil(self, func, out):
         own = func.__name__.endswith('_') and not func.__name__.endswith('__')
@@ -77,21 +86,51 @@ class Probe(TorchFunctionMode):
         dim = x.ndim-1 if name == 'linear' else x.ndim-w.ndim+1
         flat = x.movedim(dim, 0).flatten(1)
         const = (flat == flat[:, :1]).all(1) # NaN equals nothing
-        self.reads.setdefault(id(w), []).append(Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs), id(kwargs.get('bias', args[2] if len(args) > 2 else None))))
+        read = Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs), id(kwargs.get('bias', args[2] if len(args) > 2 else None)))
+        self.reads.setdefault(id(w), []).append(read)
+        if read.padded: args = (x.masked_fill(x != 0, float('nan')), *args[1:]) # a constant, but not at the border; a map of one position does not show it
         out = func(*args, **kwargs)
         rows = out.movedim(out.ndim-1 if name == 'linear' else dim, 0) # a view
         zero = _zero_rows(name, w)
-        if len(zero) == len(rows) and zero.any() or self.reads[id(w)][-1].padded and not rows.isnan().all():
-            bias = func(torch.zeros_like(x), *args[1:], **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)
-            if self.reads[id(w)][-1].padded: rows[~(rows == bias).flatten(1).all(1)] = float('nan') # a constant, but not at the border
-            if len(zero) == len(rows): rows[zero] = bias[zero] # else grouped and transposed
+        if read.padded: rows[rows.isnan().flatten(1).any(1)] = float('nan')
+        if len(zero) == len(rows) and zero.any(): # else grouped and transposed
+            rows[zero] = func(torch.zeros_like(x), *args[1:], **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)[zero]
         return out
 
-def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
-    "What each layer of `model` reads that does not depend on the input"
-    xs = tuple(torch.full_like(x, float('nan')) if x.is_floating_point() else x for x in model_inputs(model, sample))
-    with still(model), Probe() as p: model(*xs)
+def _other_sizes(xs):
+    "The inputs grown along the batch, along dimension 1, and along all that come after"
+    def grow(x, dims, odd):
+        for d in dims:
+            if 0 < x.shape[d]: x = torch.cat([x, x] + [x.narrow(d, 0, 1)]*odd, d)
+        return x
+    for pick in (lambda n: range(min(n, 1)), lambda n: range(1, min(n, 2)), lambda n: range(2, n)):
+        if any(len(pick(x.ndim)) for x in xs): yield [tuple(grow(x, pick(x.ndim), odd) for x in xs) for odd in (1, 0)] # some networks want even sizes
+
+def _probe(model, xs):
+    with Probe() as p: model(*(x.clone() for x in xs))
     return p.reads
+
+def _close(a, b): return (a-b).abs() <= min(1e3*torch.finfo(a.dtype).eps, .05)*a.abs() # a mean over more numbers is rounded in another way
+
+def _narrow(reads, others):
+    "Of what was read, keep what is the same constant at another size"
+    for w,rs in others.items():
+        for r,o in zip(reads.get(w, []), rs):
+            r.padded |= o.padded
+            r.const &= o.const & _close(r.value, o.value) if r.const.shape == o.const.shape else False
+            r.value[~r.const] = 0
+
+def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
+    "What each layer of `model` reads that does not depend on the input, nor on its size"
+    xs = tuple(torch.full_like(x, float('nan')) if x.is_floating_point() else x for x in model_inputs(model, sample))
+    with still(model):
+        reads = _probe(model, xs)
+        for sizes in _other_sizes(xs):
+            for ys in sizes:
+                try: _narrow(reads, _probe(model, ys))
+                except Exception: continue # it wants inputs of the size that it got
+                break
+    return reads
 
 # %% ../nbs/02a_dead.ipynb #8c4fcd19
 @dataclass
@@ -184,7 +223,7 @@ def cut_dead(
     pin=None # Modules to leave alone, as in `trace_channels`
 ) -> tuple: # The smaller network (or `model`), the `Cut`s that led to it, a row per space that was touched
     "Remove the channels that contribute nothing but constants; the outputs in evaluation mode stay the same"
-    cuts,rows = [],[]
+    cuts,rows,pin = [],[],pin_names(model, pin)
     while has_dead(model):
         cmap = trace_channels(model, sample, pin)
         keep,twin,new = _prepare(model, cmap, constant_reads(model, sample))
@@ -206,6 +245,8 @@ def _prepare(model, cmap, reads):
     biased = _biased(model, reads)
     for i,space in enumerate(cmap):
         sides = _sides(model, twin, cmap, i, reads, biased) if space.cuttable else []
+        n = 0 if space.cuttable or space.why.startswith('they are the output') else len(_idle(twin, cmap, i))
+        if n: rows.append(dict(space=space.name, channels='kept', note=f'{_plural(n, "dead channel")} kept: {space.why}'))
         if not sides: continue
         gone,carrier,merged,fold,note = _plan_space(space.size, sides, _idle(twin, cmap, i))
         for s in sides:

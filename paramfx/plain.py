@@ -7,8 +7,8 @@ Docs: https://paramfx.github.io/paramfx/plain.html.md"""
 # %% auto #0
 __all__ = ['VERBS', 'defer', 'recipe_verb', 'Recipe', 'save_recipe', 'load_recipe', 'materialize']
 
-# %% ../nbs/03_plain.ipynb #a8b882c9
-import importlib, inspect, warnings
+# %% ../nbs/03_plain.ipynb #ef1de120
+import errno, importlib, inspect, warnings
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner
 from .channels import Cut, trace_channels
-from .core import Table, check_same, copy_model, sample_batch, swap_params
+from .core import Table, sample_batch, swap_params
+from .forward import check_same, copy_model
 from .dead import cut_dead, has_dead
 from .persist import atomic_path, burn_in
+from .spaces import pin_names, pinned_modules
 from .state import effects, root_module
 
 # %% ../nbs/03_plain.ipynb #0f7c249a
@@ -42,7 +44,11 @@ def _swap_plain(model, kw):
     for n,m in reversed(mods.items()):
         if id(m) not in done: done[id(m)] = m.plain(**{k:v for k,v in kw.items() if _takes(m.plain, k)}).train(m.training)
         if n: model.set_submodule(n, done[id(m)])
-    return done.get(id(model), model),list(mods)
+    new = done.get(id(model), model)
+    for k in ('_recipe', '_pending'):
+        if new is not model and k in model.__dict__: new.__dict__[k] = model.__dict__[k]
+    if mods: new.__dict__['_recipe'] = [*new.__dict__.get('_recipe', []), dict(verb='plain', module='paramfx.plain', args=dict(kw), note=', '.join(mods))]
+    return new,list(mods)
 
 # %% ../nbs/03_plain.ipynb #89c88521
 VERBS = {}
@@ -62,12 +68,19 @@ def _plain_data(o):
     if isinstance(o, (list, tuple)): return all(map(_plain_data, o))
     return o is None or isinstance(o, (bool, int, float, str, torch.Tensor))
 
+def _inner(model, *keys):
+    "Names of the modules inside of `model` that carry one of these on their own"
+    return [n for n,m in model.named_modules() if n and any(m.__dict__.get(k) for k in keys)]
+
 class Recipe(list):
     "Steps from the network as it was built to the one at hand"
     @classmethod
     def of(cls, model):
         "The steps that `model` has behind it, effects in force included"
         model = root_module(model)
+        if model.__dict__.get('_pending'): raise ValueError('A cut waits to be applied, which cannot be recorded. `materialize` first, then save what it returns.')
+        inner = _inner(model, '_recipe', '_pending', '_effects')
+        if inner: raise ValueError(f"{', '.join(inner[:3])}: this part has steps of its own, and what is around it knows nothing of them. Save it alone, or `materialize` the whole and save its weights.")
         steps = list(model.__dict__.get('_recipe', []))
         for n,st in effects(model).items():
             if n not in VERBS or VERBS[n][1] is None: raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or `materialize` first.")
@@ -86,16 +99,22 @@ class Recipe(list):
     def apply(self, model:nn.Module) -> nn.Module:
         "Do all steps again on a copy of `model`"
         model = copy_model(root_module(model))
-        for s in self:
+        for i,s in enumerate(self):
+            if not isinstance(s, dict) or not {'verb', 'module', 'args'} <= s.keys(): raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
             if not s['module'].startswith('paramfx.'): raise ValueError(f"{s['verb']}: module {s['module']!r} is not of this library.")
             importlib.import_module(s['module'])
             if s['verb'] not in VERBS: raise ValueError(f"{s['verb']}: this version knows no such step. There are: {', '.join(VERBS)}.")
-            model = VERBS[s['verb']][0](model, **s['args'])
+            try: model = VERBS[s['verb']][0](model, **s['args'])
+            except (TypeError, ValueError, NotImplementedError) as e: raise ValueError(f"Step {i+1} of the recipe ({s['verb']}) does not fit this {type(model).__name__}. Build the network as it was when the recorded one was built. {e}") from e
         return model
+
+@recipe_verb('plain')
+def _plain_again(model, **kw): return _swap_plain(model, kw)[0]
 
 @recipe_verb('cut')
 def _cut_again(model, keep, sizes, sample, pin=None):
-    xs = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape,dtype in sample)
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    xs = tuple(torch.zeros(shape, dtype=kind if getattr(torch, dtype).is_floating_point else getattr(torch, dtype)) for shape,dtype in sample)
     cmap = trace_channels(model, xs, pin)
     for n,size in sizes.items():
         if cmap[n].size != size: raise ValueError(f'{n}: the recorded network had {size} units here, this one has {cmap[n].size}. Build it as it was.')
@@ -119,9 +138,13 @@ def load_recipe(
     "Do the recorded steps on a copy of `model`, then load the weights strictly"
     if isinstance(source, list): return Recipe(source).apply(model)
     try: content = torch.load(source, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError): raise
-    except Exception as e: content = e # torch raises many kinds
-    if not isinstance(content, dict) or content.get('version') != 1: raise ValueError(
+    except MemoryError: raise
+    except Exception as e: # torch raises many kinds
+        if isinstance(e, OSError) and e.errno != errno.EINVAL: raise # a file that ends early is an invalid argument to torch
+        content = e
+    if isinstance(content, dict) and isinstance(content.get('version'), int) and content['version'] > 1 and 'recipe' in content: raise ValueError(
+        f"{source}: written by a newer version of this library (format {content['version']}, this one knows 1). Update paramfx.")
+    if not isinstance(content, dict) or content.get('version') != 1 or not {'recipe', 'state'} <= content.keys(): raise ValueError(
         f"{source}: no file of `save_recipe`. Load plain weights with `load_state_dict`.") from (content if isinstance(content, Exception) else None)
     p = next(root_module(model).parameters(), torch.empty(0))
     new = Recipe(content['recipe']).apply(model)
@@ -133,8 +156,13 @@ def _materialize(model, sample, tol, dead, pin, kw):
     "The plain network, the cuts on the way, and a row per thing that was done"
     old = root_module(model)
     new,rows,cuts = copy_model(old),[],[]
-    for n,c in burn_in(new).items(): rows.append(dict(what=n, how=f'burnt in: {c}'))
+    waiting = _inner(new, '_pending')
+    if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. `materialize` that part first.")
+    for m,part in list(new.named_modules()):
+        for n,c in burn_in(part).items(): rows.append(dict(what=f'{m}.{n}'.lstrip('.'), how=f'burnt in: {c}'))
     new,names = _swap_plain(new, kw)
+    pin = pin_names(old, pin)
+    pinned_modules(new, pin) # a name that fits nothing raises
     if names: rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}", how='replaced by plain ones: ' + ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')))
     if not kw: check_same(new, old, sample, tol)
     for cut in new.__dict__.pop('_pending', []):
@@ -193,10 +221,14 @@ def materialize(self:Learner,
     old = root_module(self.model)
     new,cuts,rows = _materialize(old, sample_batch(self.dls) if sample is None else sample, *(kwargs.pop(k, d) for k,d in (('tol',None), ('dead',True), ('pin',None))), kwargs)
     same = _same_shape(old, new) and not cuts
-    if same: burn_in(old)
+    for m in list(old.modules()) if same else []: burn_in(m)
     self.release()
     if not same:
         _repoint(self, old, new, cuts)
-        self.model = new
-    self.__dict__.setdefault('_reports', {})['materialize'] = rows
+        if isinstance(self.model, nn.DataParallel): self.model.module = new
+        else:
+            if self.model is not old: warnings.warn(f'{type(self.model).__name__}: the new network stands outside of this wrapper. Wrap `learn.model` anew.')
+            self.model = new
+    reports = self.__dict__.setdefault('_reports', {})
+    reports['materialize'] = [*reports.get('materialize', []), *rows]
     return self

@@ -8,14 +8,15 @@ Docs: https://paramfx.github.io/paramfx/report.html.md"""
 __all__ = ['human', 'n_params', 'file_bytes', 'count_macs', 'peak_memory', 'measure_latency', 'Report', 'cost', 'Comparison',
            'compare']
 
-# %% ../nbs/04_report.ipynb #ee4bf4f4
+# %% ../nbs/04_report.ipynb #7e8b9367
 import json, time, weakref
 from dataclasses import asdict, dataclass
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from fastai.basics import Learner, Tensor, contextmanager, delegates, groupby, nn, np, patch, torch
-from .core import model_inputs, run_model, sample_batch, show_shapes, still
+from .core import sample_batch
+from .forward import model_inputs, run_model, show_shapes, still
 
 # %% ../nbs/04_report.ipynb #fca89918
 def human(

@@ -192,14 +192,16 @@ sparsify.plan = plan_masks
 
 @recipe_verb('dynamic_sparse', lambda st: _again_args(st))
 def _sparsify_again(model, **kw):
-    mask_state(model, kw, **kw).attach(model)
+    known = {k:v for k,v in kw.items() if k not in ('include', 'init_mask')} # those of the recipe are not what the user gave
+    mask_state(model, known | dict(given=isinstance(kw.get('init_mask'), dict)), **kw).attach(model)
     return model
 
 def _again_args(st):
     "Plain arguments that mask the same parameters; which weights live comes with the weights"
     kw = {k: st.settings[k] for k in ('sparsity', 'granularity', 'distribution', 'seed') if k in st.settings}
     how = st.settings.get('init_mask', 'random')
-    return kw | dict(include=[e.layer for e in st.holder.items], init_mask=st.holder.masks if isinstance(how, dict) else how)
+    given = isinstance(how, dict) or st.settings.get('given', False)
+    return kw | dict(include=[e.layer for e in st.holder.items], init_mask=st.holder.masks if given else how)
 
 # %% ../nbs/40_sparse.ipynb #229c298d
 def l1_penalty(weights:list) -> torch.Tensor:

@@ -13,7 +13,7 @@ from fastai.vision.models import resnet18, xresnet
 from torch import nn
 
 from paramfx.channels import trace_channels
-from paramfx.core import check_same
+from paramfx.forward import check_same
 
 
 def read(golden, name):

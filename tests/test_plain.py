@@ -19,8 +19,9 @@ from PIL import Image
 from torch import nn
 
 from paramfx.channels import trace_channels
-from paramfx.core import CONVS, check_same, opt_state
+from paramfx.core import CONVS, opt_state
 from paramfx.data import digits_dls
+from paramfx.forward import check_same
 from paramfx.dead import cut_dead, has_dead
 from paramfx.experiments import demo_net
 from paramfx.persist import RunState
