@@ -440,3 +440,116 @@ def test_pretrained_style_learner(tmp_path):
         plain = materialize(model, x)
     assert sum(p.numel() for p in plain.parameters()) < .8*sum(p.numel() for p in model.parameters())
     check_same(plain, model, torch.randn(3, 3, 96, 64))
+
+
+# 5. what a sample cannot show, and what must not get lost -----------------------------------------------------------------------
+
+class Do(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+
+def middle_of_zero():
+    conv = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+    with torch.no_grad(): conv.weight[:, :, 1, 1] = 0
+    return conv
+
+
+SIZES = dict(  # name -> what is between two layers, the second layer, extent of the sample, is the dead channel the same constant at any size?
+    sum=(Do(lambda h: h.sum((2, 3))), nn.Linear(6, 2), 4, False),
+    softmax=(Do(lambda h: h.flatten(2).softmax(-1)), nn.Conv1d(6, 2, 1), 4, False),
+    shape=(Do(lambda h: h/h.shape[-1]), nn.Conv2d(6, 2, 1), 4, False),
+    depthwise=(middle_of_zero(), nn.Conv2d(6, 2, 1), 1, False),
+    ceil=(nn.AvgPool2d(2, 2, ceil_mode=True, divisor_override=3), nn.Conv2d(6, 2, 1), 4, False),
+    mean=(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(6, 2), 4, True),
+    border=(nn.Identity(), nn.Conv2d(6, 2, 1, padding=1), 4, None),  # merged
+    fmax=(Do(lambda h: torch.fmax(h, torch.zeros_like(h))), nn.Conv2d(6, 2, 1), 4, True),
+    sign=(Do(torch.sign), nn.Conv2d(6, 2, 1), 4, True))
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_constants_hold_at_other_sizes(name):
+    torch.manual_seed(0)
+    mid, head, n, steady = SIZES[name]
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), copy.deepcopy(mid), head).double().eval()
+    with torch.no_grad(): model[0].weight[[1, 3]] = 0; model[0].bias[[1, 3]] = torch.tensor([.7, .4]).double()
+    slim = cut_dead(model, torch.randn(1, 3, n, n).double())[0]
+    assert slim[0].out_channels == (5 if steady is None else 4 if steady else 6)
+    check_same(slim, model, torch.randn(2, 3, 7, 5).double(), 1e-12)
+
+
+def test_dead_channels_that_must_stay_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(1, 6), nn.Conv2d(6, 2, 1))
+    with torch.no_grad(): model[0].weight[1] = 0
+    with pytest.warns(UserWarning, match='1 dead channel kept: .*normalizes'): materialize(model, torch.randn(2, 3, 4, 4))
+
+
+def test_pins_by_module_and_by_wrong_name():
+    model, x = two_convs(0, True), torch.randn(2, 3, 9, 9).double()
+    with torch.no_grad(): model[0].weight[1] = 0; model[3].weight[1] = 0
+    slim = materialize(model, x, pin=model[0])
+    assert slim[0].out_channels == 6 and slim[3].out_channels == 4
+    with pytest.raises(ValueError, match="'zzz'"): materialize(model, x, pin='zzz')
+
+
+class Shell(nn.Module):
+    def __init__(self): super().__init__(); self.inner = demo_net()
+    def forward(self, x): return self.inner(x)
+    def plain(self): return self.inner
+
+
+def test_plain_modules_keep_cuts_and_recipes(tmp_path):
+    model, x = lively(Shell()).eval(), torch.randn(2, 1, 8, 8)
+    defer(model, trace_channels(model.inner, x).cut(.5))
+    with pytest.raises(ValueError, match='waits'): save_recipe(model, tmp_path/'net.pth')
+    small = materialize(model, x)
+    assert small[0].out_channels == 8
+    assert torch.equal(load_recipe(save_recipe(small, tmp_path/'net.pth'), Shell()).eval()(x), small(x))
+    with pytest.raises(ValueError, match='steps of its own'): save_recipe(nn.Sequential(small), tmp_path/'net.pth')
+
+
+def test_effects_on_a_part_end_too():
+    model, x = nn.Sequential(demo_net(), nn.Linear(10, 2)), torch.randn(2, 1, 8, 8)
+    sparsify(model[0], .5)
+    plain = materialize(model, x)
+    assert not effects(plain[0]) and list(plain.state_dict()) == list(nn.Sequential(demo_net(), nn.Linear(10, 2)).state_dict())
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(granularity='kernel'), dict(init_mask={'3.weight': torch.arange(32*16*9).view(32, 16, 3, 3)%3 > 0})], ids=['weight', 'kernel', 'given'])
+def test_rewired_masks_go_on_from_a_recipe(tmp_path, kw):
+    new = lambda: DynamicSparse(.8, period=4, n_realloc=5, **kw)
+    learn = Learner(digits_dls(device='cpu'), demo_net(), path=tmp_path)
+    learn.fit(1, cbs=new())
+    again = load_recipe(save_recipe(learn.model, tmp_path/'net.pth'), demo_net())
+    assert_state(snapshot(again), snapshot(learn.model))
+    twice = load_recipe(save_recipe(again, tmp_path/'net.pth'), demo_net())
+    assert_state(snapshot(twice), snapshot(learn.model))
+    steps = effects(again)['dynamic_sparse'].clock.steps
+    Learner(digits_dls(device='cpu'), again, path=tmp_path).fit(1, cbs=new())
+    assert effects(again)['dynamic_sparse'].clock.steps == 2*steps
+
+
+def test_recipes_of_other_precision_and_damaged_files(tmp_path):
+    model, x = lively(demo_net()).eval().double(), torch.randn(2, 1, 8, 8).double()
+    file = save_recipe(trace_channels(model, x).cut(.5).apply(model), tmp_path/'net.pth')
+    assert load_recipe(file, demo_net())[0].out_channels == 8
+    with pytest.raises(ValueError, match='Step 1 .*does not fit this ResNet'): load_recipe(file, torchvision.models.resnet18())
+    (tmp_path/'half.pth').write_bytes(file.read_bytes()[:file.stat().st_size//2])
+    torch.save(dict(version=1), tmp_path/'empty.pth')
+    for name in ('half.pth', 'empty.pth'):
+        with pytest.raises(ValueError, match='no file of `save_recipe`'): load_recipe(tmp_path/name, demo_net())
+    torch.save(dict(torch.load(file), version=2), tmp_path/'new.pth')
+    with pytest.raises(ValueError, match='newer version'): load_recipe(tmp_path/'new.pth', demo_net())
+    with pytest.raises(ValueError, match='Step 1 of the recipe is damaged'): load_recipe([dict(verb='cut')], demo_net())
+
+
+def test_slow_weights_and_wrappers_go_along(tmp_path):
+    from fastai.optimizer import ranger
+    learn = learner(tmp_path, ranger)
+    learn.model = nn.DataParallel(learn.model)
+    learn.materialize()
+    assert isinstance(learn.model, nn.DataParallel) and learn.model.module[0].out_channels == 8
+    for ps, ss in zip(learn.opt.param_lists, learn.opt.slow_weights): assert [p.shape for p in ps] == [s.shape for s in ss]
+    rows = learn.paramfx['materialize']
+    learn.fit(1)
+    assert learn.materialize().paramfx['materialize'] == rows
