@@ -176,6 +176,12 @@ def _idle(model, cmap, s):
     made = np.isin(cmap.units[s], np.concatenate([lab for (_,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind]))
     return np.flatnonzero(zero[cmap.units[s]] & made).tolist()
 
+def _stuck(model, cmap, s):
+    "Number of dead channels in a space that stays whole; where several layers make it, only units count, which are dead in each"
+    made = [(getattr(model.get_submodule(m), t).detach().movedim(d, 0), np.isin(lab, cmap.units[s])) for (m,t,d),(kind,lab) in cmap.bindings.items() if 'rows' in kind]
+    made = [(w, mine) for w,mine in made if w.ndim > 1 and mine.any()]
+    return int((made[0][0].flatten(1) == 0).all(1).cpu().numpy()[made[0][1]].sum()) if len(made) == 1 else len(_idle(model, cmap, s))
+
 def _carrier(units, sides):
     "Of the constant `units` the one that can take over the others, and these; a constant near 0 could not be scaled to the others"
     least = lambda u: min(s.values(u).abs().min().item() if len(s.cols[u]) else 0. for s in sides)
@@ -245,7 +251,7 @@ def _prepare(model, cmap, reads):
     biased = _biased(model, reads)
     for i,space in enumerate(cmap):
         sides = _sides(model, twin, cmap, i, reads, biased) if space.cuttable else []
-        n = 0 if space.cuttable or space.why.startswith('they are the output') else len(_idle(twin, cmap, i))
+        n = 0 if space.cuttable or space.why.startswith('they are the output') else _stuck(twin, cmap, i)
         if n: rows.append(dict(space=space.name, channels='kept', note=f'{_plural(n, "dead channel")} kept: {space.why}'))
         if not sides: continue
         gone,carrier,merged,fold,note = _plan_space(space.size, sides, _idle(twin, cmap, i))
