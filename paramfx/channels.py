@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/channels.html.md"""
 # %% auto #0
 __all__ = ['ChannelMap', 'trace_channels']
 
-# %% ../nbs/01_channels.ipynb #a8f71937
+# %% ../nbs/01_channels.ipynb #594ccf19
 from math import ceil
 
 import numpy as np, torch
@@ -16,7 +16,7 @@ from fastcore.basics import listify, patch, store_attr
 from .core import Table
 from .forward import model_inputs, run_model, still
 from .cuts import Cut
-from .flow import Flow
+from .flow import Flow, TraceError
 import paramfx.rules # registers how channels pass each operator
 from .plots import plot_spaces
 from .spaces import Space, Units, check_traceable, describe, pinned_modules, short_list
@@ -90,7 +90,7 @@ class ChannelMap:
             if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
         return plot_spaces(runs, ax=ax, **kwargs)
 
-# %% ../nbs/01_channels.ipynb #a8d4fa19
+# %% ../nbs/01_channels.ipynb #0d4e3c96
 def trace_channels(
     model:nn.Module, # Any network; it is left exactly as it was
     sample, # Input tensor, or a tuple of the positional inputs; small images will do
@@ -105,11 +105,11 @@ def trace_channels(
         flow = Flow(model, boxes)
         try:
             with flow: flow.output(model(*flow.inputs(xs)))
-        except NotImplementedError: raise # an operator without a rule
+        except TraceError: raise # an operator without a rule
         except Exception as e:
             try: run_model(model, tuple(x.detach().clone() for x in model_inputs(model, sample)))
             except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e # what fails here, too, is the sample's fault
-            raise NotImplementedError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
+            raise TraceError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
     return _map(flow.rec, flow.boxes, model, sample)
 
 def _map(rec, boxes, model, sample):

@@ -7,13 +7,13 @@ Docs: https://paramfx.github.io/paramfx/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut']
 
-# %% ../nbs/00i_cuts.ipynb #298596d5
+# %% ../nbs/00i_cuts.ipynb #3a8a2434
 import warnings
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
-from .forward import check_same, copy_model
+from .forward import check_same, copy_model, fails_at
 from .spaces import short_list
 from .state import effects, root_module
 
@@ -87,7 +87,7 @@ def _check_units(space, idx):
         f"{space.name}: these channels must stay whole: {space.why}. Leave the space out of the cut.")
     return a
 
-# %% ../nbs/00i_cuts.ipynb #f9d4a538
+# %% ../nbs/00i_cuts.ipynb #74be5c02
 def _tensors(model, cmap):
     "The tensors of `model` that the map speaks of, after a look at their shapes"
     res = {}
@@ -187,6 +187,8 @@ def _check(self:Cut, model, new):
     xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.cmap.sample)
     twin = self._masked(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     try: check_same(new, twin, xs)
-    except ValueError as e: raise ValueError(
-        f"{type(model).__name__}: the smaller network does not do what the masked one does; its code holds a width as a number, or moves "
-        f"channels by fixed positions. Keep the layers concerned whole with trace_channels(..., pin=[...]). {e}") from e
+    except ValueError as e:
+        where = fails_at(new, tuple(x.to(p.device) for x in xs))
+        raise ValueError(
+            f"{where or type(model).__name__}: the smaller network {'breaks off here' if where else 'does not do what the masked one does'}; its code holds a width as a number, or moves "
+            f"channels by fixed positions. Keep the layers concerned whole with trace_channels(..., pin=[...]). {e}") from e

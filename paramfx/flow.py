@@ -6,7 +6,7 @@ Docs: https://paramfx.github.io/paramfx/flow.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'ASKING', 'SHAPING', 'READING', 'squash', 'varying', 'tidy', 'get_ids', 'is_traced', 'Binding', 'Record',
-           'channel_rule', 'Flow']
+           'channel_rule', 'TraceError', 'Flow']
 
 # %% ../nbs/00f_flow.ipynb #2fd10f03
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ def channel_rule(
         return f
     return _register
 
-# %% ../nbs/00f_flow.ipynb #f0a6e000
+# %% ../nbs/00f_flow.ipynb #6f3a19f7
 ASKING = '''size dim ndimension numel stride is_contiguous is_floating_point is_complex element_size get_device storage_offset data_ptr __len__ __repr__ __format__
  __hash__ __bool__ is_tensor _assert broadcast_shapes broadcast_tensors_ result_type is_nonzero is_same_size new_zeros new_ones new_empty new_full
  new_tensor nelement has_names untyped_storage shape_ __class__ is_signed register_hook retain_grad __deepcopy__'''.split()
@@ -173,6 +173,9 @@ def _plain_call(args, kwargs):
     if kwargs.get('out', 0) is None: del kwargs['out']
     first = next((k for k in ('input', 'tensors', 'tensor') if k in kwargs), None)
     return (args, kwargs) if args or first is None else ((kwargs.pop(first),), kwargs)
+
+class TraceError(NotImplementedError, ValueError):
+    "The channels of a model cannot be followed"
 
 class Flow(TorchFunctionMode):
     "Carries channel ids through what runs inside, and collects what it sees in `rec`"
@@ -203,7 +206,7 @@ class Flow(TorchFunctionMode):
         if id(m) in self.within: self._close(m, ins, out)
         lost = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point() and not is_traced(t) and id(t) not in self.rec.known]
         new = self.marks.pop() < self.rec.n # channels made inside
-        if lost and ins and (new or any(get_ids(t) is not None for t in ins)): raise NotImplementedError(
+        if lost and ins and (new or any(get_ids(t) is not None for t in ins)): raise TraceError(
             f"{self.rec.where}: channels cannot be followed through it (scripted code, or an operator outside of torch's function protocol). "
             f"Replace it by plain PyTorch modules, or {self.rec.advice}.")
         if ins: self._tag(lost, None)
@@ -246,11 +249,11 @@ class Flow(TorchFunctionMode):
             if name not in SHAPING:
                 for t in traced: self.rec.pin(get_ids(t), f'{self.rec.where} applies them to channels that stay whole ({name})')
             return None
-        if 'out' in kwargs: raise NotImplementedError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). Take its result instead, or {self.rec.advice}.")
+        if 'out' in kwargs: raise TraceError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). Take its result instead, or {self.rec.advice}.")
         if rule is not None: return rule(self.rec, out, name, *args, **kwargs)
-        if name in READING: raise NotImplementedError(
+        if name in READING: raise TraceError(
             f"{self.rec.where}: {name!r} takes the numbers of channels out of torch, where they cannot be followed. Stay with tensors, or {self.rec.advice}.")
-        raise NotImplementedError(
+        raise TraceError(
             f"{self.rec.where}: no rule tells how channels pass {name!r}. Give it one with `@channel_rule({name!r})`, or {self.rec.advice}.")
 
     def _tag(self, out, ids):
@@ -269,6 +272,6 @@ class Flow(TorchFunctionMode):
         "The channels of the model's output stay whole"
         for t in tree_leaves(out):
             if is_traced(t): self.rec.pin(get_ids(t), 'they are the output of the model')
-            elif not isinstance(t, (torch.Tensor, str, bytes, int, float, complex, type(None))): raise NotImplementedError(
+            elif not isinstance(t, (torch.Tensor, str, bytes, int, float, complex, type(None))): raise TraceError(
                 f"{type(self.rec.model).__name__}: the outputs inside of a {type(t).__name__} cannot be seen. "
                 "Return tensors, tuples, lists or dicts, or tell torch.utils._pytree of the class.")

@@ -283,4 +283,4 @@ FIXED = {
 def test_what_is_written_as_a_number_is_found_out(name):
     model = fill(FIXED[name])
     cmap = trace_channels(model, numbers(2, 3, 6, 6))
-    with pytest.raises(ValueError, match=r'(?s)Net: the smaller network.*pin=\[\.\.\.\]'): Cut(cmap, keep(cmap, 'shuffled')).apply(model)
+    with pytest.raises(ValueError, match=r'(?s): the smaller network.*pin=\[\.\.\.\]'): Cut(cmap, keep(cmap, 'shuffled')).apply(model)
