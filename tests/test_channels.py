@@ -248,7 +248,7 @@ UNTRACEABLE = {
     'type of the sample': (nn.Sequential(conv(3, 8)), X.float(), ValueError, [r'^0 \(Conv2d\)', 'float', 'double']),
     'no tensor': (nn.Sequential(conv(3, 8)), 'picture.png', ValueError, ["not 'picture.png'"]),
     'number of inputs': (nn.Sequential(conv(3, 8)), (X, X), ValueError, ['does not run', 'positional argument']),
-    'no forward': (nn.Sequential(conv(3, 8), nn.ModuleList([conv(8, 8)])), X, NotImplementedError, ['forward']),
+    'no forward': (nn.Sequential(conv(3, 8), nn.ModuleList([conv(8, 8)])), X, ValueError, [r'1 \(ModuleList\)', 'forward']),
 }
 
 if hasattr(torch.ao, 'quantization'): # it is to leave torch
