@@ -21,6 +21,7 @@ from .spaces import pin_names
 # %% ../nbs/02a_dead.ipynb #c457fdc0
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
 _PRODUCTS = ('mul', 'multiply', 'rmul')
+_NORMS = dict(batch_norm=3, instance_norm=3, group_norm=2) # position of the weight, which the bias follows
 _BLIND = 'sign sgn nan_to_num fmax fmin copysign heaviside nansum nanmean'.split() # they make a number of NaN
 
 def _out_dim(name): return 1 if 'transpose' in name else 0
@@ -59,6 +60,7 @@ class Probe(TorchFunctionMode):
         zero = sum(t == 0 for t in ts) > 0 if name in _PRODUCTS and ts else None
         out = func(*args, **kwargs)
         if zero is not None: out.masked_fill_(zero, 0)
+        if name in _NORMS: self._norm(out, name, args, kwargs)
         if name in _BLIND: out = self._blind(func, out, ts)
         if name == 'pad' and kwargs.get('value', args[3] if len(args) > 3 else 0): return self._spoil(func, out)
         if name in ('pad', 'unfold', 'fold') or 'avg_pool' in name: out = torch.where(out == 0, out, self._spoil(func, out)) if self._borders(name, args, kwargs) else out
@@ -69,6 +71,12 @@ class Probe(TorchFunctionMode):
         if name == 'pad': return (args[2] if len(args) > 2 else kwargs.get('mode', 'constant')) == 'constant'
         pad = kwargs.get('padding', args[3] if len(args) > 3 and 'adaptive' not in name else 0)
         return name in ('unfold', 'fold') or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad]))
+
+    def _norm(self, out, name, args, kwargs):
+        "A channel that is scaled by 0 is its shift"
+        w,b = (kwargs.get(k, args[i] if len(args) > i else None) for i,k in enumerate(('weight', 'bias'), _NORMS[name]))
+        zero = None if w is None else w == 0
+        if zero is not None and zero.any(): out.movedim(1, -1)[..., zero] = 0. if b is None else b[zero]
 
     def _blind(self, func, out, ts):
         unknown = sum(t for t in ts if t.is_floating_point()).isnan()
@@ -241,7 +249,9 @@ def cut_dead(
     return model,cuts,rows
 
 def has_dead(model) -> bool:
-    "Is there a convolution or linear layer with a row or column of zeros?"
+    "Is there a convolution or linear layer with a row or column of zeros, or a norm that scales a channel by 0?"
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    if any(isinstance(m, norms) and m.weight is not None and not m.weight.detach().all() for m in model.modules()): return True
     layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.weight.ndim > 1]
     return any(not m.weight.detach().transpose(0, d).flatten(1).any(1).all() for m in layers for d in (0, 1))
 

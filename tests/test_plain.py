@@ -553,3 +553,20 @@ def test_slow_weights_and_wrappers_go_along(tmp_path):
     rows = learn.paramfx['materialize']
     learn.fit(1)
     assert learn.materialize().paramfx['materialize'] == rows
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True), lambda n: nn.GroupNorm(n, n)], ids=['batch', 'instance', 'group'])
+def test_channels_scaled_by_zero(norm):
+    "As network slimming leaves them: the filter lives, but its norm keeps only the shift"
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)).double().eval(), torch.randn(2, 3, 9, 9).double()
+    with torch.no_grad(): model[1].weight[[0, 2, 5]] = 0; model[1].bias[[0, 2, 5]] = torch.tensor([.5, .3, -1.]).double()
+    slim = cut_dead(model, x)[0]
+    assert slim[0].out_channels == 4  # two constants in one, and a zero
+    check_same(slim, model, torch.randn(3, 3, 14, 12).double(), 1e-12)
+
+
+def test_fresh_residual_networks_with_zero_scales_stay():
+    model = torchvision.models.resnet18(zero_init_residual=True).eval()
+    slim = materialize(model, torch.randn(1, 3, 48, 48))
+    check_same(slim, model, torch.randn(2, 3, 64, 64))
