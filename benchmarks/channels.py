@@ -94,7 +94,7 @@ def why_whole(cmap):
     "The reason that keeps the largest share of the weights whole"
     base, shares = cmap.coverage(), {}
     for s in cmap:
-        if s.cuttable or s.why.startswith('they are the output'): continue
+        if s.cuttable or s.is_output: continue
         shares.setdefault(s.why, []).append(s.name)
     gain = {w: cmap.coverage([s.name for s in cmap.cuttable]+names)-base for w, names in shares.items()}
     return max(gain, key=gain.get, default='')

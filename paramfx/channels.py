@@ -124,9 +124,7 @@ def _map(rec, boxes, model, sample):
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
     return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes], sorted(rec.computed), list(held))
 
-# %% ../nbs/01_channels.ipynb #d949d6dc
-_ENDS = 'they are the output'
-
+# %% ../nbs/01_channels.ipynb #46fd1f51
 @patch
 def cut(self:ChannelMap,
     keep, # Rate in (0, 1]: the first units of each space, rounded up; a function of a `Space` that returns units; or a dict as for `Cut`
@@ -138,7 +136,7 @@ def cut(self:ChannelMap,
     if isinstance(keep, dict): return Cut(self, keep)
     if whole not in ('raise', 'keep'): raise ValueError(f"whole={whole!r}: choose 'raise' or 'keep'.")
     if not callable(keep) and not 0 < keep <= 1: raise ValueError(f'keep={keep}: the share of units to keep lies in (0, 1].')
-    chosen = [self[k] for k in listify(only)] if only is not None else [s for s in self if s.cuttable or s.size > 1 and not s.why.startswith(_ENDS)]
+    chosen = [self[k] for k in listify(only)] if only is not None else [s for s in self if s.cuttable or s.size > 1 and not s.is_output]
     chosen = [s for s in chosen if self.find(s) not in {self.find(k) for k in listify(exclude)}]
     stuck = [s for s in chosen if not s.cuttable]
     if stuck and (whole == 'raise' or not any(s.cuttable for s in chosen)): raise ValueError(

@@ -140,7 +140,7 @@ def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
                 break
     return reads
 
-# %% ../nbs/02a_dead.ipynb #8c4fcd19
+# %% ../nbs/02a_dead.ipynb #0e822e52
 @dataclass
 class _Side:
     "One reader of a space: columns of each unit, and what is read there"
@@ -199,24 +199,34 @@ def _carrier(units, sides):
 
 def _plural(n, what): return f'{n} {what}' + ('s' if n > 1 else '')
 
+@dataclass
+class _Plan:
+    gone:list # Units that go
+    carrier:int # Constant unit that stays for others
+    merged:list # Those others
+    fold:list # Units whose constants go into biases
+    note:str
+    stays:bool # Is there a dead channel that could not go?
+
 def _plan_space(n, sides, idle):
-    "Of `n` units those that go, the one that carries, those it takes over, those whose constants go into biases; and a note"
+    "What becomes of `n` units"
     unread = [all(s.unread(u) for s in sides) for u in range(n)]
     fixed = [u for u in range(n) if not unread[u] and all(s.unread(u) or s.steady(u) for s in sides)]
     zero = [u for u in fixed if all(s.unread(u) or not s.values(u).any() for s in sides)]
-    rest,carrier,merged,notes = [u for u in fixed if u not in zero],None,[],[]
+    rest,carrier,merged,notes,stays = [u for u in fixed if u not in zero],None,[],[],False
     fold = rest if all(s.foldable for s in sides) else []
     if rest and not fold:
         carrier,merged = _carrier(rest, sides)
         what = f'{_plural(len(merged)+1, "constant channel")} merged into one' if merged else f'{_plural(len(rest), "constant channel")} kept'
+        stays = not merged
         notes.append(f'{what}: a reader pads with zeros or has no bias of its own')
     gone = sorted({*(u for u in range(n) if unread[u]), *zero, *fold, *merged})
     varied = [u for u in idle if u not in gone and u not in rest]
     if varied: notes.append(f'{_plural(len(varied), "dead channel")} kept: what is read of them varies (a gate, or the border of a padded layer)')
     if len(gone) == n: gone,notes = gone[1:],['all channels are dead; one is kept'] # a layer needs a channel
-    return gone,carrier,[u for u in merged if u in gone],[u for u in fold if u in gone],'; '.join(notes)
+    return _Plan(gone, carrier, [u for u in merged if u in gone], [u for u in fold if u in gone], '; '.join(notes), stays or bool(varied))
 
-# %% ../nbs/02a_dead.ipynb #40ff068a
+# %% ../nbs/02a_dead.ipynb #c7ddc2f2
 def _shift(side, units):
     "What the constants of `units` add to each output of a reader"
     w = side.weight.movedim(side.key[2], 0).double()
@@ -261,13 +271,13 @@ def _prepare(model, cmap, reads):
     biased = _biased(model, reads)
     for i,space in enumerate(cmap):
         sides = _sides(model, twin, cmap, i, reads, biased) if space.cuttable else []
-        n = 0 if space.cuttable or space.why.startswith('they are the output') else _stuck(twin, cmap, i)
-        if n: rows.append(dict(space=space.name, channels='kept', note=f'{_plural(n, "dead channel")} kept: {space.why}'))
+        n = 0 if space.cuttable or space.is_output else _stuck(twin, cmap, i)
+        if n: rows.append(dict(space=space.name, channels='kept', note=f'{_plural(n, "dead channel")} kept: {space.why}', stays=True))
         if not sides: continue
-        gone,carrier,merged,fold,note = _plan_space(space.size, sides, _idle(twin, cmap, i))
+        p = _plan_space(space.size, sides, _idle(twin, cmap, i))
         for s in sides:
-            if merged: _take_over(s, carrier, merged)
-            if fold: twin.get_submodule(s.key[0]).bias += _shift(s, fold).to(s.weight.dtype)
-        if gone: keep[space.name] = [u for u in range(space.size) if u not in gone]
-        if gone or note: rows.append(dict(space=space.name, channels=f'{space.size} -> {space.size-len(gone)}' if gone else 'kept', note=note))
+            if p.merged: _take_over(s, p.carrier, p.merged)
+            if p.fold: twin.get_submodule(s.key[0]).bias += _shift(s, p.fold).to(s.weight.dtype)
+        if p.gone: keep[space.name] = [u for u in range(space.size) if u not in p.gone]
+        if p.gone or p.note: rows.append(dict(space=space.name, channels=f'{space.size} -> {space.size-len(p.gone)}' if p.gone else 'kept', note=p.note, stays=p.stays))
     return keep,twin,rows

@@ -151,11 +151,11 @@ def load_recipe(
     new.load_state_dict(content['state'])
     return new.to(p.device)
 
-# %% ../nbs/03_plain.ipynb #c113f80e
+# %% ../nbs/03_plain.ipynb #1970f4cc
 def _materialize(model, sample, tol, dead, pin, kw):
-    "The plain network, the cuts on the way, and a row per thing that was done"
+    "The plain network, the cuts on the way, a row per thing that was done, and those of the rows that tell what could not be done"
     old = root_module(model)
-    new,rows,cuts = copy_model(old),[],[]
+    new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')
     if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. `materialize` that part first.")
     for m,part in list(new.named_modules()):
@@ -168,19 +168,21 @@ def _materialize(model, sample, tol, dead, pin, kw):
     for cut in new.__dict__.pop('_pending', []):
         new = cut.apply(new)
         cuts.append(cut); rows.append(dict(what='cut', how=repr(cut)))
-    if dead and has_dead(new): new,more = _without_dead(new, sample, tol, pin, rows); cuts += more
-    return new,cuts,rows
+    if dead and has_dead(new):
+        new,more,found,stays = _without_dead(new, sample, tol, pin)
+        cuts,rows = cuts+more,rows+found
+    return new,cuts,rows,stays
 
-def _without_dead(model, sample, tol, pin, rows):
-    "Cut dead channels out where the model can be traced"
+def _without_dead(model, sample, tol, pin):
+    "Cut dead channels out where the model can be traced: network, cuts, rows, rows of what stays"
     try:
         new,cuts,notes = cut_dead(model, sample, pin)
         check_same(new, model, sample, tol)
     except (NotImplementedError, RuntimeError, ValueError) as e:
-        rows.append(dict(what='dead channels', how=f'left where they are: {e}'))
-        return model,[]
-    rows += [dict(what=f"dead channels of {r['space']}", how=f"{r['channels']}" + (f" ({r['note']})" if r['note'] else '')) for r in notes]
-    return new,cuts
+        rows = [dict(what='dead channels', how=f'left where they are: {e}')]
+        return model,[],rows,rows
+    rows = [dict(what=f"dead channels of {r['space']}", how=f"{r['channels']}" + (f" ({r['note']})" if r['note'] else '')) for r in notes]
+    return new,cuts,rows,[row for row,r in zip(rows, notes) if r['stays']]
 
 def materialize(
     model:nn.Module, # Network with or without effects and modules of ours; it is left as it was
@@ -191,12 +193,11 @@ def materialize(
     **kw # Passed to the `plain` methods that take them, such as `rate=`
 ) -> nn.Module: # An ordinary network
     "What `model` stands for, as an ordinary network with the same outputs"
-    new,_,rows = _materialize(model, sample, tol, dead, pin, kw)
-    for r in rows:
-        if 'kept' in r['how'] or 'left where' in r['how']: warnings.warn(f"{r['what']}: {r['how']}")
+    new,_,rows,stays = _materialize(model, sample, tol, dead, pin, kw)
+    for r in stays: warnings.warn(f"{r['what']}: {r['how']}")
     return new
 
-# %% ../nbs/03_plain.ipynb #205504a0
+# %% ../nbs/03_plain.ipynb #ff96aeb4
 def _same_shape(a, b):
     shapes = lambda m: ([(n, type(o)) for n,o in m.named_modules()], [(n, p.shape) for n,p in m.named_parameters()])
     return shapes(a) == shapes(b)
@@ -219,7 +220,7 @@ def materialize(self:Learner,
 ) -> Learner: # Itself
     "Make what the effects stand for permanent and end them: an ordinary network with the same outputs"
     old = root_module(self.model)
-    new,cuts,rows = _materialize(old, sample_batch(self.dls) if sample is None else sample, *(kwargs.pop(k, d) for k,d in (('tol',None), ('dead',True), ('pin',None))), kwargs)
+    new,cuts,rows,_ = _materialize(old, sample_batch(self.dls) if sample is None else sample, *(kwargs.pop(k, d) for k,d in (('tol',None), ('dead',True), ('pin',None))), kwargs)
     same = _same_shape(old, new) and not cuts
     for m in list(old.modules()) if same else []: burn_in(m)
     self.release()

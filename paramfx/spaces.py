@@ -7,13 +7,14 @@ Docs: https://paramfx.github.io/paramfx/spaces.html.md"""
 # %% auto #0
 __all__ = ['pinned_modules', 'pin_names', 'check_traceable', 'short_list', 'Space', 'Units', 'describe']
 
-# %% ../nbs/00h_spaces.ipynb #b879c820
+# %% ../nbs/00h_spaces.ipynb #5351ce0f
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np, torch, torch.nn.utils.prune
 from torch import nn
 from fastcore.basics import listify
+from .flow import OUTPUT
 from .state import effects
 
 # %% ../nbs/00h_spaces.ipynb #2571f20d
@@ -48,7 +49,7 @@ def check_traceable(model, boxes):
         why = None if id(m) in inside else _hidden(m)
         if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1]}, or {'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
 
-# %% ../nbs/00h_spaces.ipynb #e8307bad
+# %% ../nbs/00h_spaces.ipynb #46ca3292
 def short_list(names): return ', '.join(names[:3]) + (f', ... ({len(names)})' if len(names) > 3 else '')
 
 @dataclass
@@ -62,6 +63,8 @@ class Space:
     why:str='' # Why it must stay whole; empty: it can be cut
     @property
     def cuttable(self): return not self.why
+    @property
+    def is_output(self): return self.why == OUTPUT
 
 class Units:
     "Ids of a finished trace, sorted into spaces and units"

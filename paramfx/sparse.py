@@ -145,7 +145,7 @@ def given_mask(mask, w, shape, name):
     if not torch.equal(small.expand_as(mask), mask): raise ValueError(f"{name}: the mask cuts through units of this granularity. Use granularity='weight'.")
     return small
 
-# %% ../nbs/40_sparse.ipynb #0042abaa
+# %% ../nbs/40_sparse.ipynb #182271c4
 VALUES = dict(rewires=0., rewired=0., threshold=0., layers=0.) # numbers that a checkpoint of a sparse run holds
 
 def mask_state(
@@ -190,18 +190,18 @@ def sparsify(
 
 sparsify.plan = plan_masks
 
-@recipe_verb('dynamic_sparse', lambda st: _again_args(st))
-def _sparsify_again(model, **kw):
-    known = {k:v for k,v in kw.items() if k not in ('include', 'init_mask')} # those of the recipe are not what the user gave
-    mask_state(model, known | dict(given=isinstance(kw.get('init_mask'), dict)), **kw).attach(model)
-    return model
-
 def _again_args(st):
     "Plain arguments that mask the same parameters; which weights live comes with the weights"
     kw = {k: st.settings[k] for k in ('sparsity', 'granularity', 'distribution', 'seed') if k in st.settings}
     how = st.settings.get('init_mask', 'random')
     given = isinstance(how, dict) or st.settings.get('given', False)
     return kw | dict(include=[e.layer for e in st.holder.items], init_mask=st.holder.masks if given else how)
+
+@recipe_verb('dynamic_sparse', _again_args)
+def _sparsify_again(model, **kw):
+    known = {k:v for k,v in kw.items() if k not in ('include', 'init_mask')} # those of the recipe are not what the user gave
+    mask_state(model, known | dict(given=isinstance(kw.get('init_mask'), dict)), **kw).attach(model)
+    return model
 
 # %% ../nbs/40_sparse.ipynb #229c298d
 def l1_penalty(weights:list) -> torch.Tensor:
