@@ -650,3 +650,12 @@ def test_learners_go_on_with_the_small_network(tmp_path):
     small = Learner(learn.dls, cmap.cut(.5).apply(learn.model), loss_func=learn.loss_func, path=tmp_path)
     quiet(small).fit(1)
     assert small.model[1][2].weight.shape[1]*2 == learn.model[1][2].weight.shape[1]
+
+
+def test_units_stand_in_the_order_that_was_asked_for():
+    "Equal outputs do not show it: rows, norms, columns and flattened blocks must all follow"
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4*9, 2)).double()
+    small = Cut(trace_channels(model, torch.randn(2, 3, 3, 3).double()), {'0': [3, 0, 2]}).apply(model)
+    assert torch.equal(small[0].weight, model[0].weight[[3, 0, 2]]) and torch.equal(small[1].weight, model[1].weight[[3, 0, 2]])
+    blocks = model[3].weight.view(2, 4, 9)[:, [3, 0, 2]]
+    assert torch.equal(small[3].weight, blocks.reshape(2, 27))
