@@ -7,23 +7,24 @@ import argparse
 import os
 import time
 import warnings
+from functools import partial
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
 from torch import nn
-from benchmarks.networks import resnet, small_cnn
+from benchmarks.networks import small_cnn
 from benchmarks.timing import paired, ratios, write_table
+from paramfx import zoo
 from paramfx.core import CONVS
-from paramfx.experiments import demo_net
 from paramfx.forward import check_same
 from paramfx.plain import materialize
 from paramfx.sparse import sparsify
 
 CASES = {  # name -> (builder, shape of a picture, layers that are masked)
-    'demo': (demo_net, (1, 8, 8), CONVS),
+    'demo': (partial(zoo.build, 'digits/convnet'), (1, 8, 8), CONVS),
     'small CNN': (small_cnn, (3, 32, 32), CONVS),
-    'resnet18, 64 pixels': (lambda: resnet('resnet18'), (3, 64, 64), 'layer*.conv1'),
+    'resnet18, 64 pixels': (partial(zoo.build, 'imagenet/resnet18'), (3, 64, 64), 'layer*.conv1'),
 }
 BATCHES = (1, 32)
 

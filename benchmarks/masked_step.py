@@ -14,17 +14,18 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: threads that the 
 
 import torch
 from fastai.basics import SGD, Adam, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper
-from benchmarks.networks import lenet_300_100, resnet, small_cnn
+from benchmarks.networks import small_cnn
 from benchmarks.timing import paired, quartiles, write_table
+from paramfx import zoo
 from paramfx.data import InMemory, MemoryDL
 from paramfx.effects import EffectCallback
 from paramfx.rewire import DynamicSparse
 from paramfx.state import EffectState
 
 NETS = {  # network -> (builder, shape of an input, batch size, items of an epoch, batches per turn, target)
-    'resnet18': (partial(resnet, 'resnet18', 10), (3, 32, 32), 32, 50_000, 1, 1.04),
+    'resnet18': (partial(zoo.build, 'imagenet/resnet18', 10), (3, 32, 32), 32, 50_000, 1, 1.04),
     'small CNN': (small_cnn, (3, 32, 32), 32, 50_000, 5, 1.03),
-    'LeNet-300-100': (lenet_300_100, (784,), 100, 60_000, 6, 1.08),
+    'LeNet-300-100': (partial(zoo.build, 'mnist/lenet_300_100'), (1, 28, 28), 100, 60_000, 6, 1.08),
 }
 OPTS = {
     'SGD': partial(SGD, mom=.9),

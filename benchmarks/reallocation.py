@@ -11,16 +11,17 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
 from fastai.basics import SGD, CrossEntropyLossFlat, DataLoaders, Learner
-from benchmarks.networks import WRN_DENSE, lenet_300_100, resnet, wrn_28_2
 from benchmarks.timing import quartiles, write_table
 from paramfx.data import InMemory, MemoryDL
+from paramfx import zoo
 from paramfx.rewire import DynamicSparse
+from paramfx.sparse_rows import PUBLISHED_DENSE
 
 CASES = {  # name -> (builder, settings, target in seconds)
-    'ResNet-50': (partial(resnet, 'resnet50'), dict(sparsity=.9), .10),
-    'ResNet-50, kernels': (partial(resnet, 'resnet50'), dict(sparsity=.9, granularity='kernel'), None),
-    'WRN-28-2': (wrn_28_2, dict(sparsity=.9, exclude=WRN_DENSE), .010),
-    'LeNet-300-100': (lenet_300_100, dict(sparsity=.98), .001),
+    'ResNet-50': (partial(zoo.build, 'imagenet/resnet50'), dict(sparsity=.9), .10),
+    'ResNet-50, kernels': (partial(zoo.build, 'imagenet/resnet50'), dict(sparsity=.9, granularity='kernel'), None),
+    'WRN-28-2': (partial(zoo.build, 'cifar10/wrn_28_2'), dict(sparsity=.9, exclude=PUBLISHED_DENSE['wrn_28_2']), .010),
+    'LeNet-300-100': (partial(zoo.build, 'mnist/lenet_300_100'), dict(sparsity=.98), .001),
 }
 
 

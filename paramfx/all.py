@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #25a547cf
+# %% ../nbs/99_all.ipynb #352f5b4a
 from .core import *
 from .clock import *
 from .state import *
@@ -25,6 +25,7 @@ from .report import *
 from .dryrun import *
 from .plots import *
 from .data import *
+from . import zoo
 from .rows import *
 from .dead import *
 from .plain import *

@@ -7,29 +7,28 @@ Docs: https://paramfx.github.io/paramfx/experiments.html.md"""
 # %% auto #0
 __all__ = ['NOTE', 'demo_net', 'pick_rows', 'run_row', 'plain_net', 'latencies', 'demo_table', 'run_demo']
 
-# %% ../nbs/71_experiments.ipynb #a7f8dd7e
+# %% ../nbs/71_experiments.ipynb #763dda42
 import json, tempfile, time, warnings
 from pathlib import Path
 
 import paramfx.all # every family registers its rows
+from . import zoo
 from fastcore.basics import noop
 from fastai.basics import Callback, Learner, accuracy, nn, np, set_seed, torch
 import fastai.callback.schedule # gives Learner fit_one_cycle
 from fastai.callback.progress import ProgressCallback
 from fastprogress.fastprogress import progress_bar
 from .core import Table, sample_batch
-from .data import digits_dls
 from .persist import atomic_path
 from .plain import materialize, save_recipe
 from .plots import plot_tradeoff
 from .report import cost, human, measure_latency
 from .rows import PICTURES, ROWS, demo_row
 
-# %% ../nbs/71_experiments.ipynb #62a5a2d1
+# %% ../nbs/71_experiments.ipynb #bde4d3f0
 def demo_net() -> nn.Module:
-    "Three convolutions and a linear layer, about 15,000 parameters"
-    conv = lambda i,o,s: [nn.Conv2d(i, o, 3, stride=s, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*conv(1,16,1), *conv(16,32,2), *conv(32,32,1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,10))
+    "Three convolutions and a linear layer, 14,458 parameters"
+    return zoo.build('digits/convnet')
 
 @demo_row('dense')
 def _dense(new, fit): return fit(new())
@@ -83,7 +82,7 @@ def latencies(nets:list, sample, rounds:int=5) -> list: # Median and 90th percen
     times = np.array([[measure_latency(m, sample, max_seconds=.02) for m in nets] for _ in range(rounds)])
     return np.median(times, 0).tolist()
 
-# %% ../nbs/71_experiments.ipynb #cf893fd7
+# %% ../nbs/71_experiments.ipynb #7753dfed
 def _save_pictures(name, learn, out):
     from matplotlib.figure import Figure
     files = []
@@ -127,7 +126,7 @@ def run_demo(
     if epochs < 1: raise ValueError(f'epochs={epochs}: at least one epoch is needed')
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out): pass # fail now, not after the training
-    dls,rows,nets,files = digits_dls(device='cpu'),[],[],[]
+    dls,rows,nets,files = zoo.dls('digits', device='cpu'),[],[],[]
     sample = sample_batch(dls)
     ticks = iter(progress_bar(range(len(names)*epochs))) if bar else None
     tick = (lambda: next(ticks, None)) if bar else noop
