@@ -7,15 +7,14 @@ Docs: https://paramfx.github.io/paramfx/zoo.html.md"""
 # %% auto #0
 __all__ = ['DATASETS']
 
-# %% ../nbs/07_zoo.ipynb #e4f9f13a
+# %% ../nbs/07_zoo.ipynb #cf679968
 import csv, difflib, fnmatch, re
 from importlib.resources import files
 
-import torch
+import pandas as pd, torch
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from . import data, nets
-from .core import Table
 from .forward import copy_model
 from .report import cost
 
@@ -149,7 +148,7 @@ def dls(
     if dataset in ('digits', 'mnist'): return getattr(data, f'{dataset}_dls')(**kwargs)
     raise ValueError(f'No loader for {dataset} yet')
 
-# %% ../nbs/07_zoo.ipynb #e4874caf
+# %% ../nbs/07_zoo.ipynb #33d9bf79
 _COUNTS = {}
 def row_counts(
     family:str # Of the table
@@ -170,6 +169,12 @@ def _rows(family, dataset):
     for r in rows: r['network'] = f"{r['dataset']}/{r['network']}"
     return rows
 
+def _frame(rows):
+    "A data frame with numbers where the text is one"
+    df = pd.DataFrame(rows)
+    for c in ('top1','top5','spread'): df[c] = pd.to_numeric(df[c])
+    return df
+
 def _start(r, made):
     "The network that a row starts from and its counts, once per network"
     key = r['network'],r['width']
@@ -183,11 +188,11 @@ def published(
     family:str|None=None, # 'shared_bases', 'dynamic_sparse' or 'knowledge_evolution'; None: all
     dataset:str|None=None, # Such as 'cifar100'; None: all
     count:bool=True # Build the networks and count? Takes seconds
-)->Table: # A row per printed result
+)->pd.DataFrame: # A row per printed result
     "What was printed, beside what is counted"
     rows,made = _rows(family, dataset),{}
     for r in progress_bar(rows) if count else ():
         net,counts = _start(r, made)
         own = _COUNTS[r['family']](copy_model(net), r) if r['family'] in _COUNTS else {}
         r.update(counts, **{f'row_{k}': own.get(k) for k in ('params', 'macs')})
-    return Table(rows, note='params, flops, top1 and top5 as printed in the source; net_* counted on the network that the row starts from, row_* on its own form of it')
+    return _frame(rows)

@@ -4,7 +4,7 @@
 - the *shared* rows: taking the published sharing out of a plain network must give the published shared count;
 - the *sliced* rows: cutting every channel space of a full network must give the counts at that rate;
 - torchvision's own networks: equal weights, equal outputs."""
-import gzip, json, re, subprocess, sys
+import json, math, re, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -299,13 +299,17 @@ def test_module_names_shadow_nothing():
 
 
 # ------------------------------------------------------------------ published rows
+def records(*args, **kw): return zoo.published(*args, **kw).to_dict('records')
+
+
 def test_printed_figures():
     "Each row names a network that can be built, and its printed figures are numbers"
-    rows = zoo.published(count=False)
-    assert len(rows) > 100 and not any('net_params' in r for r in rows)
+    df = zoo.published(count=False)
+    assert len(df) > 100 and 'net_params' not in df
+    rows = df.to_dict('records')
     for r in rows:
         dataset, f, _ = zoo._find(r['network'])
-        assert 0 < float(r['top1']) <= 100 and r['measure'] in ('error %', 'accuracy %') and r['source'] and r['row']
+        assert 0 < r['top1'] <= 100 and r['measure'] in ('error %', 'accuracy %') and r['source'] and r['row']
         assert r['flops_are'] in (('2 MACs', 'MACs') if r['flops'] else ('',))
         if r['params']: assert re.fullmatch(r'[\d.]+M', r['params'])
     assert len({(r['family'], r['dataset'], r['row']) for r in rows}) == len(rows)
@@ -313,30 +317,30 @@ def test_printed_figures():
 
 def test_printed_equals_golden():
     "The printed figures are those that the golden vectors carry"
-    rows = {(r['dataset'], r['row'].lower()): r for r in zoo.published('shared_bases', count=False)}
+    rows = {(r['dataset'], r['row'].lower()): r for r in records('shared_bases', count=False)}
     n = 0
     for g in golden('shared_bases/counts.json')['rows']:
         if not g['published']: continue
         name = g['row'].lower().replace('resnext50', 'resnext50_32x4d').replace('mobilenetv2', 'mobilenet_v2')
         r, p = rows[BASES[g['dataset']], name], g['published']
-        assert (r['params'], r['flops']) == (p['params'], p['flops']) and float(r['top1']) == p['top1_error'] and (r['flops_are'] == p['flops_are'].replace('*', ' '))
-        assert (float(r['top5']) if r['top5'] else None) == p['top5_error']
+        assert (r['params'], r['flops']) == (p['params'], p['flops']) and r['top1'] == p['top1_error'] and (r['flops_are'] == p['flops_are'].replace('*', ' '))
+        assert (None if math.isnan(r['top5']) else r['top5']) == p['top5_error']
         n += 1
     assert n >= 9
-    runs, slim = golden('knowledge_evolution/published_runs.json'), {(r['dataset'], r['row']): r for r in zoo.published('knowledge_evolution', count=False)}
+    runs, slim = golden('knowledge_evolution/published_runs.json'), {(r['dataset'], r['row']): r for r in records('knowledge_evolution', count=False)}
     for key, d in (('aircraft_sample_run', 'aircraft'), ('flower102_readme_chart', 'flowers102')):
         cols = runs[key]['columns']
         for v in runs[key]['rows']:
             for what in ('dense', 'slim'):
                 r = slim[d, f'resnet18 KELS 0.5 generation {v[0]} {what}']
-                assert float(r['top1']) == v[cols.index(f'{what}_test_top1')] and float(r['top5']) == v[cols.index(f'{what}_test_top5')]
+                assert r['top1'] == v[cols.index(f'{what}_test_top1')] and r['top5'] == v[cols.index(f'{what}_test_top5')]
 
 
 def test_counted_figures():
     "What is counted comes from the networks that the rows start from"
-    rows = zoo.published('dynamic_sparse', 'cifar10')
+    rows = records('dynamic_sparse', 'cifar10')
     assert {(r['net_params'], r['net_macs']) for r in rows} == {(1_467_610, count_macs(zoo.build('cifar10/wrn_28_2'), zoo.sample('cifar10'))[0])}
-    cifar = zoo.published('shared_bases', 'cifar10')
+    cifar = records('shared_bases', 'cifar10')
     assert {r['net_params'] for r in cifar} == {464_154, n_params(zoo.build('cifar10/resnet56'))[0]}
     assert all(r['row_params'] is None for r in cifar) # until the family counts them
 
@@ -345,7 +349,7 @@ def test_sparse_rows_are_counted_by_their_family():
     "Live and dense parameters of the sparse rows, by the family's own masks; thin networks as they are"
     import paramfx.sparse_rows # registers
     want = {m['model']: m['learnable'] for m in golden('dynamic_sparse/initial_counts.json')}
-    rows = {r['row']: r['row_params'] for d in ('mnist', 'cifar10', 'imagenet') for r in zoo.published('dynamic_sparse', d)}
+    rows = {r['row']: r['row_params'] for d in ('mnist', 'cifar10', 'imagenet') for r in records('dynamic_sparse', d)}
     for s in ('0.9', '0.95', '0.98', '0.99'): assert rows[f'lenet_300_100 dsr {s}'] == want[f'mnist_mlp({s})']
     for s in ('0.5', '0.6', '0.7', '0.8', '0.9'): assert rows[f'wrn_28_2 set {s}'] == want[f'cifar10_WideResNet(28,widen_factor=2,initial_sparsity_conv={s})']
     for s in ('0.8', '0.9'): assert rows[f'resnet50 static {s}'] == want[f'imagenet_resnet50(initial_sparsity_conv={s},initial_sparsity_fc={s})']
