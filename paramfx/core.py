@@ -187,20 +187,30 @@ def _carry(st, old, new, f):
 
 def swap_module(
     model:nn.Module, # Network, changed in place
-    name:str, # Name of the module to replace
+    name:str, # Name of the module to replace; where it has several names, it is replaced under all of them
     new:nn.Module, # What takes its place; parameters of the same name follow in the optimizer
-    opt=None # Optimizer that trains `model`, if there is one
+    opt=None # Optimizer that trains `model`, if there is one; without it any module may come
 ) -> nn.Module: # `new`
     "Replace a module and re-point the optimizer to its parameters; raises if one of them would be left untrained"
     old = model.get_submodule(name)
+    if opt is not None: swap_params(opt, _pairs(model, name, old, new))
+    new.train(old.training)
+    for n in [n for n,m in model.named_modules(remove_duplicate=False) if m is old]: model.set_submodule(n, new)
+    return new
+
+def _pairs(model, name, old, new):
+    "Old parameter -> new parameter of the same name, or an error where the optimizer would lose one"
     olds,news = dict(old.named_parameters()),dict(new.named_parameters())
     extra = [n for n in news if n not in olds]
-    if opt is not None and extra: raise ValueError(
+    if extra: raise ValueError(
         f"{name}: parameters {', '.join(extra)} have no counterpart in the old module, so the existing optimizer "
-        "would not train them. Swap before the optimizer is made, or call `learn.create_opt()` afterwards.")
-    swap_params(opt, {olds[n]:p for n,p in news.items() if olds[n] is not p})
-    model.set_submodule(name, new.train(old.training))
-    return new
+        "would not train them. Swap before the optimizer is made: pass opt=None, and call `learn.create_opt()` afterwards.")
+    pairs,inside = {olds[n]:p for n,p in news.items() if olds[n] is not p},{*old.modules()}
+    shared = [f'{n}.{k}' for n,m in model.named_modules() if m not in inside for k,p in m._parameters.items() if p is not None and p in pairs]
+    if shared: raise ValueError(
+        f"{name}: {', '.join(shared)} shares a parameter with it, which the existing optimizer would train no more. "
+        "Give the new module the old parameter, or pass opt=None, and call `learn.create_opt()` afterwards.")
+    return pairs
 
 # %% ../nbs/00_core.ipynb #6bf672b1
 _FIXED_TORCH = 'SGD Adam AdamW NAdam RAdam Adamax Adagrad Adadelta RMSprop'.split()
