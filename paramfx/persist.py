@@ -148,7 +148,7 @@ class RunState(Callback):
     "Save the whole run after each epoch, so that `learn.resume` continues it exactly"
     order = 68 # after trackers, before SkipToEpoch
     def __init__(self,
-        fname:str='run', # File name below `learn.path/learn.model_dir`
+        file='run', # Name below `learn.path/learn.model_dir`, or a path; the same for `learn.resume`
         every:int=1 # Epochs between two files; the last epoch is always saved
     ): store_attr(); self.flags = {}
 
@@ -171,7 +171,7 @@ class RunState(Callback):
         state = dict(version=1, fit=self.learn.__dict__['_n_fits'], epoch=self.epoch, n_epoch=self.n_epoch, rng=rngs, model=model.state_dict(),
                      opt=_plain(opt), callbacks=_callback_state(self.learn),
                      history={n: _plain(s.history) for n,s in effects(model).items()})
-        with atomic_path(join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.pth')) as tmp: torch.save(state, tmp)
+        with atomic_path(_model_path(self.learn, self.file)) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/00d_persist.ipynb #f515f83a
 class _Resume(Callback):
@@ -235,7 +235,7 @@ def restore_run(learn, state):
 
 @patch
 def resume(self:Learner,
-    file='run' # Name given to `RunState`, or a path
+    file='run' # As given to `RunState`
 ):
     "Continue an interrupted run: call the same `fit` again, and it goes on where the file was written"
     path = _model_path(self, file)

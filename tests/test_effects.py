@@ -216,6 +216,10 @@ def test_a_file_name_or_a_path_both_resume(mk):
     learn = mk(RunState())
     learn.fit(1)
     for file in ('run', 'run.pth', learn.path/'models/run.pth'): mk().resume(file)
+    files = [p.name for p in (learn.path/'models').iterdir()]
+    learn.run_state.file = 'run.pth'
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert [p.name for p in (learn.path/'models').iterdir()] == files  # the same file, not run.pth.pth
 
 
 def test_plain_files_with_a_dot_in_their_name(mk):
