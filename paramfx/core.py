@@ -9,7 +9,7 @@ __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pi
            'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
 
 # %% ../nbs/00_core.ipynb #9617bb53
-import random
+import json, random
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -227,19 +227,25 @@ def zero_is_fixed(opt) -> bool:
 
 # %% ../nbs/00_core.ipynb #49d08a78
 class Table(list):
-    "Rows (dicts) that show as a markdown table; `title` comes above, `note` below"
+    "Rows (dicts of exact values) that show as a markdown table; `title` comes above, `note` below"
+    rule = '---' # of all columns but the first; '--:' sets them to the right
     def __init__(self, rows=(), title='', note=''):
         super().__init__(rows)
         store_attr('title,note')
 
+    def shown(self): return self # the rows as people read them
     def _cell(self, v): return '' if v is None else f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
     def _repr_markdown_(self):
-        cols = list(dict.fromkeys(k for r in self for k in r))
-        rows = [cols, ['---']*len(cols)] + [[self._cell(r.get(c)) for c in cols] for r in self]
+        shown = self.shown()
+        cols = list(dict.fromkeys(k for r in shown for k in r))
+        rows = [cols, ['---', *[self.rule]*(len(cols)-1)]] + [[self._cell(r.get(c)) for c in cols] for r in shown]
         body = '\n'.join('|' + '|'.join(r) + '|' for r in rows) if cols else ''
         return '\n\n'.join(o for o in (self.title, body, self.note) if o)
     def __repr__(self): return self._repr_markdown_()
+    def to_dict(self): return [dict(r) for r in self]
+    def to_json(self) -> str: return json.dumps(self.to_dict())
     def to_df(self):
-        "The rows as a pandas `DataFrame`"
+        "The exact values as a pandas `DataFrame`"
         import pandas as pd
-        return pd.DataFrame(list(self))
+        d = self.to_dict()
+        return pd.DataFrame.from_dict(d, orient='index') if isinstance(d, dict) else pd.DataFrame(d)

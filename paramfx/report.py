@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from fastai.basics import Learner, Tensor, contextmanager, delegates, groupby, nn, np, patch, torch
-from .core import sample_batch
+from .core import Table, sample_batch
 from .forward import model_inputs, run_model, show_shapes, still
 
 # %% ../nbs/04_report.ipynb #fca89918
@@ -189,18 +189,8 @@ def _cell(n, field):
     if '_ms' in field: return f'{n:#.3g} ms' if n < 100 else f'{n:,.0f} ms'
     return human(n, 'B' if field in ('bytes','peak_memory') else '')
 
-class _Exact:
-    def to_json(self)->str:
-        "The exact numbers as JSON"
-        return json.dumps(self.to_dict())
-    def to_df(self):
-        "The exact numbers as a data frame, one row per model"
-        import pandas as pd
-        d = self.to_dict()
-        return pd.DataFrame([d]) if isinstance(self, Report) else pd.DataFrame.from_dict(d, orient='index')
-
 @dataclass
-class Report(_Exact):
+class Report:
     "What a model costs, for one forward of one sample"
     params:int # Stored parameter elements, shared ones once
     nonzero:int # Those that are not zero
@@ -216,6 +206,8 @@ class Report(_Exact):
     def to_dict(self)->dict:
         "The exact numbers, in plain types"
         return asdict(self)
+    def to_json(self)->str: return json.dumps(self.to_dict())
+    def to_df(self): return Table([self.to_dict()]).to_df()
     def _repr_markdown_(self):
         return '\n'.join(['| | |', '|---|--:|', *(f'| {k} | {_cell(v,k)} |' for k,v in self.to_dict().items())])
 
@@ -242,25 +234,23 @@ def cost(self:Learner, **kwargs)->Report:
 
 # %% ../nbs/04_report.ipynb #578ac91b
 _measures = [k for k in Report.__dataclass_fields__ if k not in ('sample','device')]
-class Comparison(_Exact):
-    "Reports side by side, with ratios to the first"
-    def __init__(self, reports:dict): self.reports = reports
-    def __getitem__(self, name): return self.reports[name]
-    def _ratio(self, name, field):
-        "`field` of `name` over that of the first row"
-        n,first = (getattr(self.reports[o], field) for o in (name, next(iter(self.reports))))
-        return n/first if n is not None and first else None
+class Comparison(Table):
+    "A row per report, with ratios to the first; `table[name]` is the report"
+    rule = '--:'
+    def __init__(self, reports:dict):
+        self.reports,first = reports,next(iter(reports.values())).to_dict()
+        ratio = lambda n,d: n/d if n is not None and d else None
+        rows = {k: r.to_dict() for k,r in reports.items()}
+        super().__init__({'model': k, **r, **{f'{o}_ratio': ratio(r[o], first[o]) for o in _measures}} for k,r in rows.items())
+    def __getitem__(self, i): return self.reports[i] if isinstance(i, str) else super().__getitem__(i)
     def to_dict(self)->dict:
         "Name -> exact numbers and their ratios to the first row"
-        return {k: {**r.to_dict(), **{f'{o}_ratio': self._ratio(k,o) for o in _measures}} for k,r in self.reports.items()}
-    def _text(self, name, field):
-        "The cell of the table: value, and ratio below the first row"
-        v,r = _cell(getattr(self.reports[name], field), field),self._ratio(name, field)
-        return v if r is None or name == next(iter(self.reports)) else f'{v} ({r:.2f}x)'
-    def _repr_markdown_(self):
-        cols = [o for o in _measures if any(getattr(r,o) is not None for r in self.reports.values())]
-        rows = [f'| {k} | ' + ' | '.join(self._text(k,o) for o in cols) + ' |' for k in self.reports]
-        return '\n'.join(['| | ' + ' | '.join(cols) + ' |', '|---|' + '--:|'*len(cols), *rows])
+        return {r['model']: {o:v for o,v in r.items() if o != 'model'} for r in self}
+    def shown(self)->list:
+        "Values for people, with the ratios below the first row"
+        cols = [o for o in _measures if any(r[o] is not None for r in self)]
+        text = lambda r,o: _cell(r[o], o) + (f" ({r[f'{o}_ratio']:.2f}x)" if r is not self[0] and r[f'{o}_ratio'] is not None else '')
+        return [{'model': r['model'], **{o: text(r,o) for o in cols}} for r in self]
 
 def compare(
     models:dict, # Name -> model or `Report`; the first is the reference

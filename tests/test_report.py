@@ -228,6 +228,7 @@ def test_compare():
     assert list(df.index) == ['a','b'] and df.macs_ratio.tolist() == [1,2] and df.params_ratio.tolist() == [1,1]
     assert json.loads(table.to_json())['b']['macs_ratio'] == 2
     md = table._repr_markdown_()
-    assert '(2.00x)' in md and 'latency' not in md and len(md.splitlines()) == 4
+    assert '(2.00x)' in md and 'latency' not in md and len(md.splitlines()) == 4 and repr(table) == md
+    assert [r['macs_ratio'] for r in table] == [1,2] and len(copy.deepcopy(table)) == 2
     with pytest.raises(ValueError, match="'a' is a model"): compare(dict(a=small()))
     with pytest.raises(ValueError, match='at least one'): compare({})
