@@ -8,12 +8,14 @@ Docs: https://paramfx.github.io/paramfx/dryrun.html.md"""
 __all__ = []
 
 # %% ../nbs/04a_dryrun.ipynb #0ddd7d38
-from copy import deepcopy
+import inspect
 
+from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner
 from .core import Table, sample_batch
 from .effects import EffectCallback
+from .forward import copy_model
 from .state import effects, root_module
 from .report import cost, human
 
@@ -32,22 +34,22 @@ def _resolve(what, kwargs):
 
 def _applied(what, model, learn, kwargs):
     "A copy of `model` with the method applied"
-    twin = deepcopy(model)
-    if isinstance(what, EffectCallback): what.attach(twin, learn).attach(twin)
-    else: what(twin, **kwargs)
-    return twin
+    twin = copy_model(model)
+    new = what.attach(twin, learn).attach(twin) if isinstance(what, EffectCallback) else what(twin, **kwargs)
+    return new if isinstance(new, nn.Module) else twin # what shrinks a model returns another one
 
 @patch
 def plan(self:Learner,
     what, # Callback (as in `cbs`), verb of the Learner or its name, or verb on a model
-    **kwargs # Arguments of a verb
+    **kwargs # Arguments of a verb; its `sample` is taken from the loaders unless it is among them
 ) -> Table: # Rows of what is touched, then of what is left alone; `.before` and `.after` are `Report`s
     "Dry run: what `what` would do to this model, and what that would cost; nothing changes"
     what,model = _resolve(what, kwargs),root_module(self.model)
     old = effects(model).get(getattr(what, 'name', None))
     if old is not None: what._check_settings(old)
-    table = what.plan(model, learn=self) if isinstance(what, EffectCallback) else what.plan(model, **kwargs)
     x = sample_batch(self.dls)
+    if not isinstance(what, EffectCallback) and 'sample' in inspect.signature(what).parameters: kwargs.setdefault('sample', x)
+    table = what.plan(model, learn=self) if isinstance(what, EffectCallback) else what.plan(model, **kwargs)
     table.before = cost(model, x, latency=False)
     table.after = table.before if old is not None else cost(_applied(what, model, self, kwargs), x, latency=False)
     now = ', '.join(f"{k} {human(getattr(table.before, k))} -> {human(getattr(table.after, k))}" for k in ('params', 'nonzero', 'macs_executed', 'macs_nonzero', 'bytes'))
