@@ -39,7 +39,7 @@ class Idle(EffectCallback):
     "An effect that does nothing: what the base class and the keeper cost by themselves"
     def __init__(self): super().__init__()
     def plan(self, model, learn=None): return []
-    def attach(self, model, learn=None): return EffectState('idle', self.settings)
+    def convert(self, model, learn=None): return EffectState('idle', self.settings)
 
 
 class Repeated(InMemory):

@@ -175,7 +175,7 @@ class EffectCallback(LeanCallback):
         if old is not None:
             self._check_settings(old)
             old.settings = {**old.settings, **self.settings} # a verb on the model may have recorded fewer
-        self.__dict__['effect'] = old or self.attach(model, learner).attach(model)
+        self.__dict__['effect'] = old or self.convert(model, learner).attach(model)
         if 'effect_keeper' not in learner.__dict__: learner.add_cb(EffectKeeper())
         learner.effect_keeper.hold(self)
 
@@ -202,10 +202,10 @@ class EffectCallback(LeanCallback):
         "Could there be a penalty at all?"
         return type(self).penalty is not EffectCallback.penalty
 
-    def attach(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `attach`.')
+    def convert(self, model, learn=None) -> EffectState: raise TypeError(f'{type(self).__name__} defines no `convert`.')
     def plan(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `plan`.')
     def penalty(self): return None
-    def columns(self): return {}
+    def columns(self) -> dict: return {}
     def on_start(self, learn): pass
     def on_grads(self, learn): pass
     def on_update(self, learn): pass

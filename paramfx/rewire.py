@@ -185,7 +185,7 @@ class DynamicSparse(MaskedEffect, EffectCallback):
             f"n_realloc={self.n_realloc}: only {live} units are live. Give a share below 1, or a smaller number.")
         return table
 
-    def attach(self, model, learn=None):
+    def convert(self, model, learn=None):
         "Mask `model`; everything is checked first"
         table = self.plan(model)
         params = dict(model.named_parameters(remove_duplicate=False)) # a shared tensor under each of its names

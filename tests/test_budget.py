@@ -134,7 +134,7 @@ def net(widths, kernel, groups):
 
 def attached(cb, model):
     "`cb` on `model`, with an optimizer that has state everywhere, and no Learner"
-    cb.__dict__['effect'] = cb.attach(model).attach(model)
+    cb.__dict__['effect'] = cb.convert(model).attach(model)
     cb.effect.values['threshold'] = cb.threshold
     opt = Adam(list(model.parameters()), lr=0.)
     for p in model.parameters(): p.grad = torch.ones_like(p)

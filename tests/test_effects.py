@@ -176,7 +176,7 @@ def test_tied_weights_are_masked_once_and_embeddings_never():
     assert [r['layer'] for r in plan if 'live' in r] == ['a.weight']
     notes = {r['layer']: r['note'] for r in plan if 'note' in r}
     assert 'shared with the embedding e' in notes['out.weight'] and 'shared with a.weight' in notes['b.weight']
-    DynamicSparse(.5).attach(model)
+    DynamicSparse(.5).convert(model)
 
 
 def test_old_weight_norm_is_named_and_left():

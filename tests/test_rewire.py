@@ -84,7 +84,7 @@ def test_grow_random_gives_weights_and_grow_zero_does_not(dls):
         set_seed(0)
         model = net()
         cb = DynamicSparse(.8, grow_init=how, threshold=.05)
-        cb.__dict__['effect'] = cb.attach(model).attach(model)
+        cb.__dict__['effect'] = cb.convert(model).attach(model)
         cb.effect.values['threshold'] = .05
         before = cb.masks
         cb.rewire()
