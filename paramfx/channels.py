@@ -36,7 +36,11 @@ class ChannelMap:
         pin:list=(), # Names of the modules that were pinned
         computed:list=(), # Layers whose weights are computed from others: nothing of them can be cut
         weights:list=() # Names of the weights of convolutions and linear layers
-    ): store_attr()
+    ):
+        store_attr()
+        n = max((u.max() for u in units), default=0)+2 # the last entry is that of raw channels, -1
+        self.space_of,self.unit_of = np.full(n, -1),np.full(n, -1) # of each unit number: position of its space, and which of its units it is
+        for i,u in enumerate(units): self.space_of[u],self.unit_of[u] = i,np.arange(len(u))
 
     def __len__(self): return len(self.spaces)
     def __iter__(self): return iter(self.spaces)
@@ -58,9 +62,7 @@ class ChannelMap:
 
     def coverage(self, spaces=None) -> float:
         "Share of the numbers in convolutions and linear layers that lie in a row or column of `spaces` (default: all that can be cut)"
-        take = [self.find(s) for s in (self.cuttable if spaces is None else spaces)]
-        mine = np.zeros(max((u.max() for u in self.units), default=0)+2, bool)
-        for i in take: mine[self.units[i]] = True
+        mine = np.isin(self.space_of, [self.find(s) for s in (self.cuttable if spaces is None else spaces)])
         held = total = 0
         for key in self.weights:
             shape = self.shapes[key]
@@ -83,9 +85,8 @@ class ChannelMap:
 
     def plot(self, ax=None, **kwargs):
         "Draw which spaces each layer reads and produces, as wide as it has channels"
-        runs = {}
-        of = np.full(max((u.max() for u in self.units), default=0)+2, -1)
-        for i,u in enumerate(self.units): of[u] = -1 if self.spaces[i].why else i
+        runs,free = {},[self.find(s) for s in self.cuttable]
+        of = np.where(np.isin(self.space_of, free), self.space_of, -1)
         for (m,t,d),(kind,lab) in self.bindings.items():
             if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
         return plot_spaces(runs, ax=ax, **kwargs)

@@ -39,7 +39,7 @@ class Cut:
             s = cmap[key]
             if s.name in self.keep: raise ValueError(f'{s.name}: named twice, as {key!r} and before.')
             self.keep[s.name] = _check_units(s, idx)
-        n = max((u.max() for u in cmap.units), default=0)+2 # the last entry is that of raw channels, -1
+        n = len(cmap.space_of) # the last entry is that of raw channels, -1
         self.live,self.other = np.ones(n, bool),np.arange(n)
         for name,idx in self.keep.items():
             u = cmap.units[cmap.find(name)]
@@ -59,8 +59,8 @@ class Cut:
         if (key[order][at] != want*n+occ[pos]).any(): raise ValueError("The units of a space are read unequally often: keep them in ascending order.")
         return order[at]
 
-    def _indices(self):
-        "Tensor -> [(dimension, positions that stay)]"
+    def indices(self) -> dict:
+        "What stays of each tensor that gets smaller or is reordered: (module, tensor) -> [(dimension, positions)]"
         res = {}
         for (m,t,d),(kind,lab) in self.cmap.bindings.items():
             idx = self.index(lab)
@@ -69,7 +69,7 @@ class Cut:
 
     def tensor(self, key:str, t:torch.Tensor) -> torch.Tensor:
         "What is left of a tensor that belongs to the parameter `key`, such as its momentum"
-        mine = next((i for (m, n),i in self._indices().items() if f'{m}.{n}'.lstrip('.') == key), ())
+        mine = next((i for (m, n),i in self.indices().items() if f'{m}.{n}'.lstrip('.') == key), ())
         for d,idx in mine: t = t.index_select(d, idx.to(t.device))
         return t
 
@@ -118,7 +118,7 @@ def apply(self:Cut,
     model = root_module(model)
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `materialize` first, then cut what it returns.")
     tensors = _tensors(model, self.cmap)
-    small = {k: _smaller(tensors[k], i) for k,i in self._indices().items()}
+    small = {k: _smaller(tensors[k], i) for k,i in self.indices().items()}
     new = copy_model(model, {id(tensors[k]): t for k,t in small.items()})
     self._resize(new, small)
     for name in self.cmap.groups: self._regroup(new, name)

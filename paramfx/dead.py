@@ -177,7 +177,7 @@ def _sides(model, twin, cmap, s, reads, biased):
 
 def _idle(model, cmap, s):
     "Units whose rows are zero in each layer that makes them"
-    zero = np.ones(max(u.max() for u in cmap.units)+2, bool)
+    zero = np.ones(len(cmap.space_of), bool)
     for (m,t,d),(kind,lab) in cmap.bindings.items():
         w = getattr(model.get_submodule(m), t)
         if 'rows' in kind and w.ndim > 1: zero[lab[(w.detach().movedim(d, 0).flatten(1) != 0).any(1).cpu().numpy()]] = False
