@@ -56,9 +56,10 @@ def _picture(ax, img, width, **kwargs):
 
 def plot_mask(
     mask, # Two- or four-dimensional mask, true = kept
+    shape:tuple|None=None, # Read the mask in this shape first
+    *,
     ax=None, # Axes to draw on
-    title:str|None=None, # Default: shape and density
-    shape:tuple|None=None # Read the mask in this shape first
+    title:str|None=None # Default: shape and density
 ): # The axes
     "A mask as a picture: kept weights dark, outputs downwards, inputs to the right"
     m = _array(mask).astype(bool)
@@ -76,6 +77,7 @@ def plot_mask(
 def plot_inputs(
     mask, # Mask of a linear layer, outputs x inputs
     shape:tuple, # Height and width of the input image, or channels, height and width
+    *,
     ax=None, # Axes to draw on
     title:str|None='kept weights per input' # Text above
 ): # The axes
@@ -100,12 +102,13 @@ def _many(ax, names, lines):
 def plot_traces(
     series:dict, # Name -> values over time
     x=None, # Their common positions; default 0, 1, 2 ...
-    ax=None, # Axes to draw on
+    *,
     xlabel:str='', # Text below
     ylabel:str='', # Text at the left
-    title:str|None=None, # Text above
-    log:bool=False, # Logarithmic values?
-    legend:bool=True # Name the lines?
+    log_y:bool=False, # Logarithmic values?
+    legend:bool=True, # Name the lines?
+    ax=None, # Axes to draw on
+    title:str|None=None # Text above
 ): # The axes
     "Values over time, one line per name"
     if not series: raise ValueError('plot_traces needs at least one series')
@@ -115,7 +118,7 @@ def plot_traces(
                      marker='o' if len(y) == 1 else None)[0] for i,(k,y) in enumerate(ys.items())]
     if not few: _many(ax, list(map(str, ys)), lines)
     elif legend and len(ys) > 1: ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
-    if log: ax.set_yscale('log')
+    if log_y: ax.set_yscale('log')
     ax.grid(alpha=.25)
     return _label(ax, xlabel, ylabel, title)
 
@@ -124,6 +127,7 @@ def plot_blocks(
     matrix, # Weights, outputs x inputs; kernels of a convolution are summed up to their norm
     rows:list|None=None, # Sizes of the groups of outputs, in order
     cols:list|None=None, # Sizes of the groups of inputs, in order
+    *,
     ax=None, # Axes to draw on
     title:str|None=None # Text above
 ): # The axes
@@ -149,6 +153,7 @@ def _front(pts):
 
 def plot_tradeoff(
     points:dict, # Name -> (cost, quality)
+    *,
     xlabel:str='', # What it costs; less is better
     ylabel:str='', # What it is worth; more is better
     log_x:bool=True, # Logarithmic cost?
@@ -191,10 +196,11 @@ def _runs(group):
 
 def plot_spaces(
     layers:dict, # Layer name -> {'cols': group of each channel it reads, 'rows': of each it produces}; -1 for channels that stay whole
+    *,
     ax=None, # Axes to draw on
-    title:str=None # Title
-):
-    "Draw which groups of channels each layer reads and produces; returns the axes"
+    title:str|None=None # Text above
+): # The axes
+    "Which groups of channels each layer reads and produces"
     ax = _axes(ax, (7, 1+.2*len(layers)))
     for y,side in enumerate(layers.values()):
         for sign,kind in ((-1,'cols'), (1,'rows')):

@@ -36,7 +36,7 @@ def sparse_pictures(name, learn):
     if not sp or not sp.history: return
     tr,(last,mask) = sp.traces,max(sp.masks.items(), key=lambda o: o[1].numel())
     yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')
-    yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log=True)
+    yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log_y=True)
     yield 'mask', lambda ax: plot_mask(mask, ax=ax, title=f'{name}: live weights of {last}')
 
 # %% ../nbs/45_sparse_rows.ipynb #61a90ed1
