@@ -13,7 +13,7 @@ from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from functools import partial
 
 import numpy as np, torch
-from fastcore.basics import class2attr, patch
+from fastcore.basics import class2attr, patch, snake2camel
 from fastai.basics import Callback, L, Learner, ValueMetric
 from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import SchedCos
@@ -239,7 +239,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     loose = [n for n in effects(self.model) if n not in getattr(self.__dict__.get('effect_keeper'), 'held', {})]
     loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in L(cbs))]
     if loose: raise ValueError(f"The model carries {', '.join(loose)}, and nothing on this Learner holds it in force. "
-                               "Add the callback with the same settings, such as DynamicSparse(...), or call `learn.release()`.")
+                               f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
     try: return _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
     finally:
         if 'effect_keeper' in self.__dict__: self.effect_keeper.drop_columns()

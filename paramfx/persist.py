@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch, store_attr
+from fastcore.basics import patch, snake2camel, store_attr
 from fastcore.foundation import L
 from fastai.basics import Callback, CancelEpochException, Learner, get_model, join_path_file, num_distrib, rank_distrib
 from fastai.callback.progress import ProgressCallback
@@ -94,8 +94,8 @@ def missing_effects(model, state_dict, prefix='') -> list:
 def _refuse_effects(module, state_dict, prefix, *args):
     extra = missing_effects(module, state_dict, prefix)
     if extra: raise ValueError(
-        f"The file was saved with an effect in force ({', '.join(extra)}), and this Learner has no such callback. Add it first, "
-        "as in `Learner(..., cbs=DynamicSparse(...))` or `learn.sparsify(...)`, then load; or save with `learn.save_plain` to get a plain file.")
+        f"The file was saved with an effect in force ({', '.join(extra)}), and this Learner has no such callback. Add it first, as in "
+        f"`Learner(..., cbs={snake2camel(extra[0][len(prefix):-len('_effect')])}(...))`, then load; or save with `learn.save_plain` to get a plain file.")
 
 _fastai_load = Learner.load
 
