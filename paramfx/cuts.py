@@ -15,7 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from .forward import check_same, copy_model, fails_at
 from .spaces import short_list
-from .state import effects, root_module
+from .state import add_step, effects, root_module
 
 # %% ../nbs/00i_cuts.ipynb #d17a48fb
 _SIZES = 'in_channels out_channels in_features out_features num_features num_channels num_parameters channels'.split()
@@ -123,7 +123,7 @@ def apply(self:Cut,
     self._resize(new, small)
     for name in self.cmap.groups: self._regroup(new, name)
     if check: self._check(model, new)
-    new.__dict__['_recipe'] = [*model.__dict__.get('_recipe', []), self._step()]
+    add_step(new, **self._step())
     if self.cmap.unseen: warnings.warn(f"{short_list(self.cmap.unseen)} did not run when the model was traced, so nothing in them was cut: what they read may no longer fit. Remove them if they are not needed.")
     return new
 

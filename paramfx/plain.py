@@ -22,7 +22,7 @@ from .forward import check_same, copy_model
 from .dead import cut_dead, has_dead
 from .persist import atomic_path, burn_in
 from .spaces import pin_names, pinned_modules
-from .state import add_report, effects, root_module
+from .state import add_report, add_step, effects, root_module
 
 # %% ../nbs/03_plain.ipynb #0f7c249a
 def defer(
@@ -48,7 +48,7 @@ def _swap_plain(model, kw):
     new = done.get(id(model), model)
     for k in ('_recipe', '_pending'):
         if new is not model and k in model.__dict__: new.__dict__[k] = model.__dict__[k]
-    if mods: new.__dict__['_recipe'] = [*new.__dict__.get('_recipe', []), dict(verb='plain', module='paramfx.plain', args=dict(kw), note=', '.join(mods))]
+    if mods: add_step(new, 'plain', 'paramfx.plain', dict(kw), ', '.join(mods))
     return new,list(mods)
 
 # %% ../nbs/03_plain.ipynb #89c88521
