@@ -15,7 +15,6 @@ import numpy as np, torch, torch.nn.utils.prune
 from torch import nn
 from fastcore.basics import listify
 from .flow import OUTPUT
-from .state import effects
 
 # %% ../nbs/00h_spaces.ipynb #2571f20d
 def pinned_modules(model, pin):
@@ -44,7 +43,6 @@ def _hidden(m):
 
 def check_traceable(model, boxes):
     inside = {id(o) for b in boxes for o in b.modules()}
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `materialize` first, then trace what it returns.")
     for n,m in model.named_modules():
         why = None if id(m) in inside else _hidden(m)
         if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1]}, or {'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
