@@ -71,8 +71,12 @@ def _match(spec, layers, model, types):
     hit = hit or [n for n in layers if fnmatchcase(n, spec)]
     return hit or [n for n in stages(model, types).get(_alias(spec), []) if n in layers]
 
-def match_layers(model, specs, types=WEIGHTED):
-    "Set of the layer names that `specs` stand for; a name that fits nothing raises"
+def match_layers(
+    model:nn.Module, # Any network
+    specs, # As `include` of `pick_layers`
+    types:tuple=WEIGHTED # Classes of layer to choose from
+) -> set: # Layer names
+    "The layers that `specs` stand for; a name that fits nothing raises"
     layers,res = weighted_layers(model, types),set()
     for spec in listify(specs):
         hit = _match(spec, layers, model, types)
@@ -99,14 +103,14 @@ def _loaders(dls): return [getattr(dl, 'dl', dl) for dl in getattr(dls, 'loaders
 def _rngs(dls): return [dl.rng for dl in _loaders(dls) if getattr(dl, 'rng', None) is not None]
 def _generators(dls): return list({id(g):g for g in (getattr(dl, 'generator', None) for dl in _loaders(dls)) if g is not None}.values())
 
-def rng_state(dls=None):
+def rng_state(dls=None) -> dict:
     "All random state a run depends on, as plain types and tensors"
     name,keys,*rest = np.random.get_state()
     py = [random.getstate()] + [r.getstate() for r in _rngs(dls)]
     return {'python': [[v, list(s), g] for v,s,g in py], 'numpy': [name, torch.tensor(keys.astype(np.int64)), *rest],
             'torch': torch.get_rng_state(), 'loaders': [g.get_state() for g in _generators(dls)], 'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
-def set_rng_state(state, dls=None):
+def set_rng_state(state:dict, dls=None) -> None:
     "Put back what `rng_state` returned"
     py = [(v, tuple(s), g) for v,s,g in state['python']]
     random.setstate(py[0])

@@ -20,7 +20,7 @@ from .core import rng_guard
 
 # %% ../nbs/00e_forward.ipynb #de104ab1
 @contextmanager
-def still(model):
+def still(model:nn.Module):
     "Evaluation mode without gradients; attributes, buffers and random states are put back, after errors too"
     before = [(m, m.training, dict(vars(m))) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
@@ -39,13 +39,19 @@ class _Detached(TorchFunctionMode):
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf: return args[1].setdefault(id(args[0]), args[0].detach().clone())
         return func(*args, **(kwargs or {}))
 
-def copy_model(model, memo=None):
+def copy_model(
+    model:nn.Module, # Any network, trained or not
+    memo:dict=None # As for `deepcopy`: id -> object to take instead of a copy
+) -> nn.Module: # Of the same classes
     "A deep copy, also of models that keep computed weights or activations (as hooks do), which `deepcopy` refuses"
     with _Detached(): new = deepcopy(model, {} if memo is None else memo)
     for p,q in zip(model.parameters(), new.parameters()): vars(q).update(vars(p)) # torch copies a parameter without them
     return new
 
-def model_inputs(model, sample):
+def model_inputs(
+    model:nn.Module, # The network
+    sample # Input tensor, or a tuple of the positional inputs
+) -> tuple: # Tensors
     "The positional inputs of `model`, on its device"
     xs = tuple(sample) if isinstance(sample, (tuple,list)) else (sample,)
     if not (xs and all(isinstance(x, torch.Tensor) for x in xs)):
@@ -53,14 +59,18 @@ def model_inputs(model, sample):
     p = next(model.parameters(), None)
     return xs if p is None else tuple(x.to(p.device) for x in xs)
 
-def show_shapes(xs): return ', '.join(str(list(x.shape)) for x in xs)
-def run_model(model, xs):
+def show_shapes(xs:tuple) -> str: return ', '.join(str(list(x.shape)) for x in xs)
+
+def run_model(
+    model:nn.Module, # The network
+    xs:tuple # From `model_inputs`
+): # Whatever it returns
     "One forward; a failure names the shapes it was tried with"
     try: return model(*xs)
     except Exception as e:
         raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}') from e
 
-def fails_at(model, xs) -> str: # 'name (class)', or '' if nothing fails
+def fails_at(model:nn.Module, xs:tuple) -> str: # 'name (class)', or '' if nothing fails
     "The innermost module of `model` in which a forward of `xs` breaks off"
     names,stack = {id(m): n or 'the model itself' for n,m in model.named_modules()},[]
     hooks = [register_module_forward_pre_hook(lambda m, args: stack.append(m)), register_module_forward_hook(lambda m, args, out: stack.pop() and None)]

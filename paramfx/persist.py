@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from fastcore.basics import patch, snake2camel, store_attr
 from fastcore.foundation import L
 from fastai.basics import Callback, CancelEpochException, Learner, get_model, join_path_file, num_distrib, rank_distrib
@@ -38,19 +39,19 @@ def atomic_path(file):
         os.replace(tmp, file)
     finally: Path(tmp).unlink(missing_ok=True)
 
-def effect_keys(model) -> set:
+def effect_keys(model:nn.Module) -> set:
     "Keys of `model.state_dict()` that belong to effects"
     return {k for st in effects(model).values() for k in st.keys()}
 
 @patch
-def release(self:Learner):
+def release(self:Learner) -> Learner:
     "End every effect on this Learner: callbacks, masks and counters go, the weights stay as they are"
     for cb in [c for c in self.cbs if isinstance(c, EffectCallback)]: self.remove_cb(cb)
     for st in list(effects(self.model).values()): st.release(root_module(self.model))
     if 'effect_keeper' in self.__dict__: self.remove_cb(self.effect_keeper)
     return self
 
-def burn_in(model) -> dict: # Effect name -> what became of it
+def burn_in(model:nn.Module) -> dict: # Effect name -> what became of it
     "Make permanent what the effects on `model` stand for, and take them off it"
     done,model = {},root_module(model)
     for n,st in list(effects(model).items()):
@@ -68,7 +69,7 @@ def _model_path(learn, file):
 @patch
 def save_plain(self:Learner,
     file # Name below `learn.path/learn.model_dir`; '.safetensors' chooses that format, else a torch file
-):
+) -> Path:
     "Save the weights under the keys of the plain network, masks applied and left out; returns the path"
     path = _model_path(self, file)
     if rank_distrib(): return path
@@ -86,7 +87,7 @@ def _unshared(state):
     return {k:v for k,v in reversed({v.data_ptr() if v.numel() else k: (k, v) for k,v in reversed(state.items())}.values())}
 
 # %% ../nbs/00d_persist.ipynb #658620da
-def missing_effects(model, state_dict, prefix='') -> list:
+def missing_effects(model:nn.Module, state_dict:dict, prefix='') -> list:
     "Keys of effects in `state_dict` that `model` does not carry"
     have,ours = set(root_module(model).state_dict()),lambda v: getattr(v, 'dtype', None) == torch.int64 and v.ndim == 1
     return [k for k,v in state_dict.items() if k.endswith('_effect') and '.' not in k[len(prefix):] and k[len(prefix):] not in have and ours(v)]
@@ -222,7 +223,7 @@ class _Skip(Callback):
     def before_epoch(self):
         if self.seen.get('skip'): raise CancelEpochException()
 
-def restore_run(learn, state):
+def restore_run(learn:Learner, state:dict) -> None:
     "Put back model, optimizer, random states and callbacks from what `RunState` saved"
     _refuse_effects(get_model(learn.model), state['model'], '')
     get_model(learn.model).load_state_dict(state['model'])
@@ -236,7 +237,7 @@ def restore_run(learn, state):
 @patch
 def resume(self:Learner,
     file='run' # As given to `RunState`
-):
+) -> Learner:
     "Continue an interrupted run: call the same `fit` again, and it goes on where the file was written"
     path = _model_path(self, file)
     if not path.is_file(): raise FileNotFoundError(f"{path.name}: no saved run in {path.parent}. Train with cbs=RunState({str(file)!r}) first.")

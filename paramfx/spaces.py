@@ -17,7 +17,7 @@ from fastcore.basics import listify
 from .flow import OUTPUT
 
 # %% ../nbs/00h_spaces.ipynb #2571f20d
-def pinned_modules(model, pin):
+def pinned_modules(model:nn.Module, pin) -> list:
     "The modules that `pin` stands for: names, globs, classes or modules"
     names,res = dict(model.named_modules()),[]
     for p in listify(pin):
@@ -26,7 +26,7 @@ def pinned_modules(model, pin):
         res += hit
     return res
 
-def pin_names(model, pin):
+def pin_names(model:nn.Module, pin) -> list:
     "The same with names in place of modules: what holds for copies of `model`, too"
     names = {id(m): n for n,m in model.named_modules() if n}
     return [names.get(id(p), p) for p in listify(pin)]
@@ -41,7 +41,7 @@ def _hidden(m):
     old = [type(h).__name__ for h in m._forward_pre_hooks.values() if type(h).__name__ in ('WeightNorm', 'SpectralNorm')]
     if old: return f'its weight is computed by {old[0]}', f"Call torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm"
 
-def check_traceable(model, boxes):
+def check_traceable(model:nn.Module, boxes:list) -> None:
     inside = {id(o) for b in boxes for o in b.modules()}
     for n,m in model.named_modules():
         why = None if id(m) in inside else _hidden(m)

@@ -24,7 +24,7 @@ def nm_pattern(granularity:str):
     m = _NM.match(granularity)
     return (int(m[1]), int(m[2])) if m else None
 
-def check_granularity(granularity):
+def check_granularity(granularity:str) -> None:
     "Raise unless `granularity` names a unit"
     nm = nm_pattern(granularity) if isinstance(granularity, str) else None
     if granularity not in GRANULARITIES and not (nm and 0 < nm[0] < nm[1]): raise ValueError(
@@ -42,7 +42,7 @@ def unit_shape(
     dims = {'row': range(n-1), 'kernel': (0, 1), 'filter': (1,) if transposed else (0,)}[granularity]
     return tuple(s if i in dims else 1 for i,s in enumerate(shape))
 
-def check_sparsity(s, what='sparsity'):
+def check_sparsity(s:float, what:str='sparsity') -> None:
     "Raise unless `s` is a share in [0, 1)"
     if isinstance(s, bool) or not isinstance(s, Real) or not 0 <= s < 1: raise ValueError(
         f"{what}={s!r}: give the share of zeros as a number in [0, 1), such as .9.")
