@@ -13,7 +13,7 @@ import inspect
 from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner
-from .core import Table, sample_batch
+from .core import Table, rng_guard, sample_batch
 from .effects import EffectCallback
 from .forward import copy_model
 from .state import effects, root_module
@@ -35,7 +35,7 @@ def _resolve(what, kwargs):
 def _applied(what, model, learn, kwargs):
     "A copy of `model` with the method applied"
     twin = copy_model(model)
-    new = what.convert(twin, learn).attach(twin) if isinstance(what, EffectCallback) else what(twin, **kwargs)
+    with rng_guard(): new = what.convert(twin, learn).attach(twin) if isinstance(what, EffectCallback) else what(twin, **kwargs)
     return new if isinstance(new, nn.Module) else twin # what shrinks a model returns another one
 
 @patch

@@ -158,7 +158,11 @@ class EffectCallback(LeanCallback):
     @property
     def settings(self) -> dict:
         "The arguments this callback was built with"
-        return {n: getattr(self, n) for n in inspect.signature(type(self).__init__).parameters if n != 'self'}
+        init = type(self).__init__
+        names = [] if init is Callback.__init__ else list(inspect.signature(init).parameters)[1:]
+        lost = [n for n in names if n not in self.__dict__]
+        if lost: raise TypeError(f"{type(self).__name__} does not store {', '.join(lost)}: call store_attr() in `__init__`.")
+        return {n: self.__dict__[n] for n in names}
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -175,9 +179,16 @@ class EffectCallback(LeanCallback):
         if old is not None:
             self._check_settings(old)
             old.settings = {**old.settings, **self.settings} # a verb on the model may have recorded fewer
-        self.__dict__['effect'] = old or self.convert(model, learner).attach(model)
+        self.__dict__['effect'] = old or self._converted(model, learner)
         if 'effect_keeper' not in learner.__dict__: learner.add_cb(EffectKeeper())
         learner.effect_keeper.hold(self)
+
+    def _converted(self, model, learner):
+        "The new effect; an optimizer of parameters that are no longer there has to go"
+        before = {*model.parameters()}
+        effect = self.convert(model, learner).attach(model)
+        if before != {*model.parameters()}: learner.opt = None
+        return effect
 
     def _unbind(self, learner):
         others = [c for c in learner.cbs if type(c) is type(self) and c is not self]
