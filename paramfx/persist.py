@@ -23,7 +23,7 @@ from .core import rng_state, set_rng_state
 from .effects import EffectCallback, finding_lr, in_fit
 from .state import EffectState, effects, root_module
 
-# %% ../nbs/00d_persist.ipynb #00848d81
+# %% ../nbs/00d_persist.ipynb #48fdf310
 @contextmanager
 def atomic_path(file):
     "A temporary path beside `file`, renamed to it when the block ends well: a crash leaves the old file whole"
@@ -56,7 +56,7 @@ def burn_in(model:nn.Module) -> dict: # Effect name -> what became of it
     done,model = {},root_module(model)
     for n,st in list(effects(model).items()):
         if st.holder is not None: st.holder.burn_in()
-        done[n] = repr(st.holder) if st.holder is not None else 'nothing held'
+        done[n] = repr(st.holder) if st.holder is not None else 'ended'
         st.release(model)
     return done
 
