@@ -108,7 +108,7 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
     finally:
         if handle is not None: handle.remove()
 
-# %% ../nbs/00d_persist.ipynb #93df7339
+# %% ../nbs/00d_persist.ipynb #0d66137d
 _KEEP = {'recorder': ('lrs', 'iters', 'losses', 'values')}
 
 def _plain(o):
@@ -171,10 +171,11 @@ class RunState(Callback):
         opt,model = self.opt.state_dict(),get_model(self.model)
         state = dict(version=1, fit=self.learn.__dict__['_n_fits'], epoch=self.epoch, n_epoch=self.n_epoch, rng=rngs, model=model.state_dict(),
                      opt=_plain(opt), callbacks=_callback_state(self.learn),
-                     history={n: _plain(s.history) for n,s in effects(model).items()})
+                     history={n: _plain(s.history) for n,s in effects(model).items()},
+                     held={n: _plain(s.holder.run_state()) for n,s in effects(model).items() if hasattr(s.holder, 'run_state')})
         with atomic_path(_model_path(self.learn, self.file)) as tmp: torch.save(state, tmp)
 
-# %% ../nbs/00d_persist.ipynb #f515f83a
+# %% ../nbs/00d_persist.ipynb #c956eb6b
 class _Resume(Callback):
     "Skip what is done, then put the saved state back"
     order,_only_train_loop = -100,True # `learn.summary` fires before_epoch, too
@@ -230,7 +231,9 @@ def restore_run(learn:Learner, state:dict) -> None:
     opt = state['opt']
     learn.opt.load_state_dict(dict(opt, hypers=L(opt['hypers'])) if 'hypers' in opt else opt)
     _set_callback_state(learn, state['callbacks'])
-    for n,s in effects(learn.model).items(): s.history[:] = state['history'].get(n, [])
+    for n,s in effects(learn.model).items():
+        s.history[:] = state['history'].get(n, [])
+        if n in state.get('held', {}): s.holder.set_run_state(state['held'][n])
     learn.__dict__['_n_fits'] = state['fit']
     set_rng_state(state['rng'][min(rank_distrib(), len(state['rng'])-1)], learn.dls)
 

@@ -15,7 +15,7 @@ from fastai.basics import Learner, get_model
 from .clock import Clock
 from .core import Table
 
-# %% ../nbs/00b_state.ipynb #fdf347e9
+# %% ../nbs/00b_state.ipynb #a2d492ce
 def root_module(model:nn.Module) -> nn.Module:
     "The network inside of data parallel and `torch.compile` wrappers"
     model = get_model(model)
@@ -59,7 +59,7 @@ class EffectState:
         name:str, # Name of the effect, such as 'dynamic_sparse'
         settings:dict, # What it was built with
         clock:Clock=None, # Optimizer steps and position
-        holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`
+        holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`; perhaps run_state() and set_run_state(state)
         report=None, # What the transform did, for `learn.paramfx`
         **values # Further numbers to save
     ):

@@ -15,7 +15,7 @@ from paramfx.effects import EffectCallback, _same
 from paramfx.persist import RunState
 from paramfx.rewire import DynamicSparse
 from paramfx.sparse import plan_masks, sparsify
-from paramfx.state import effects
+from paramfx.state import EffectState, effects
 from paramfx import dryrun  # noqa: F401  (gives Learner plan)
 
 
@@ -53,6 +53,45 @@ def test_several_fits_that_each_bring_a_run_state_resume_in_the_right_one(mk):
     again = script(mk().resume())
     assert again.dynamic_sparse.effect.clock.steps == whole.dynamic_sparse.effect.clock.steps
     for a, b in zip(again.model.parameters(), whole.model.parameters()): assert torch.equal(a, b)
+
+
+class Own:
+    "What an effect holds: numbers with an optimizer of their own, outside of model and Learner"
+    def __init__(self):
+        self.x = nn.Parameter(torch.ones(3))
+        self.opt = torch.optim.Adam([self.x], lr=.1)
+    def step(self, model):
+        self.opt.zero_grad()
+        (self.x*model[1].weight.detach()[0, :3]).sum().add(self.x.square().sum()).backward()
+        self.opt.step()
+    def keys(self): return []
+    def check(self, state_dict, prefix): pass
+    def burn_in(self): pass
+    def release(self): pass
+    def run_state(self): return dict(x=self.x, opt=self.opt.state_dict())
+    def set_run_state(self, state):
+        self.x.data.copy_(state['x'])
+        self.opt.load_state_dict(state['opt'])
+
+
+class Owner(EffectCallback):
+    def plan(self, model, learn=None): return []
+    def convert(self, model, learn=None): return EffectState(self.name, self.settings, holder=Own())
+    def on_update(self, learn): self.effect.holder.step(learn.model)
+
+
+def test_what_an_effect_owns_is_resumed(mk):
+    "Tensors and optimizer of a holder continue as if nothing had happened"
+    def script(learn, crash=None):
+        if crash: learn.add_cb(crash)
+        try: learn.fit(4, 1e-2, cbs=[Owner(), RunState()])
+        except KeyboardInterrupt: pass
+        return learn.owner.effect.holder
+    whole = script(mk())
+    script(mk(), Crash((1, 2)))
+    again = script(mk().resume())
+    assert torch.equal(again.x, whole.x) and not torch.equal(whole.x, torch.ones(3))
+    assert torch.equal(again.opt.state[again.x]['exp_avg'], whole.opt.state[whole.x]['exp_avg'])
 
 
 def test_two_trackers_keep_their_own_best(mk):
