@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #1f29e1aa
+# %% ../nbs/99_all.ipynb #4986130a
 from .core import *
 from .clock import *
 from .state import *
@@ -25,6 +25,9 @@ from .report import *
 from .dryrun import *
 from .plots import *
 from .data import *
+from .images import *
+from .photos import *
+from .text import *
 from . import zoo
 from .rows import *
 from .dead import *
@@ -37,5 +40,5 @@ from .sparse_rows import *
 _HIDE = '''candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state adam_step spare_sqrt still model_inputs
  show_shapes run_model fails_at burn_in squash varying tidy get_ids is_traced Binding Record Flow Units describe pinned_modules pin_names
  check_traceable short_list Probe Read constant_reads has_dead EffectKeeper EffectSlot LeanCallback in_fit finding_lr missing_effects restore_run
- add_step add_report nm_pattern units_below draw_positions make_mask drop_below readmit threshold_for sparse_pictures sparse_counts'''.split()
+ add_step add_report nm_pattern units_below draw_positions make_mask drop_below readmit threshold_for sparse_pictures sparse_counts as_bytes list_tfms Row NormalizeBytes image_parts parts_dls crop_flip read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL'''.split()
 __all__ = [n for n in dir() if not n.startswith('_') and not n.isupper() and n not in _HIDE]

@@ -7,14 +7,14 @@ Docs: https://paramfx.github.io/paramfx/zoo.html.md"""
 # %% auto #0
 __all__ = ['DATASETS']
 
-# %% ../nbs/07_zoo.ipynb #cf679968
+# %% ../nbs/07_zoo.ipynb #6bbee0c4
 import csv, difflib, fnmatch, re
 from importlib.resources import files
 
 import pandas as pd, torch
 from torch import nn
 from fastprogress.fastprogress import progress_bar
-from . import data, nets
+from . import data, nets, text
 from .forward import copy_model
 from .report import cost
 
@@ -25,7 +25,7 @@ DATASETS = {'digits': (10,(1,8,8)), 'mnist': (10,(1,28,28)), 'cifar10': (10,(3,3
 _small,_large,_text = ('cifar10','cifar100'),('grocery',*_fine,'imagenet'),('wikitext2','ptb')
 _BUILDERS,_LISTED = [],{}
 
-# %% ../nbs/07_zoo.ipynb #b91fa04b
+# %% ../nbs/07_zoo.ipynb #cb056054
 def _network(datasets, pattern, listed):
     "Register `f(n_out, *groups of pattern, **kw)` as builder of the networks that `pattern` matches"
     def _register(f):
@@ -69,9 +69,7 @@ def _mobilenet_small(n_out, **kw): return nets.mobilenet_v2(n_out, small=True, *
 def _mobilenet(n_out, **kw): return nets.mobilenet_v2(n_out, **kw)
 
 @_network(_text, 'lstm', 'lstm')
-def _lstm(n_out, **kw):
-    from paramfx.text import LSTMLM
-    return LSTMLM(n_out, **kw)
+def _lstm(n_out, **kw): return text.LSTMLM(n_out, **kw)
 
 # %% ../nbs/07_zoo.ipynb #e3020ca6
 def _unknown(net, known):
@@ -137,7 +135,7 @@ def sample(
     if dataset in _text: return torch.randint(n_out, (bs, *shape), generator=g)
     return torch.randn(bs, *shape, generator=g)
 
-# %% ../nbs/07_zoo.ipynb #0ad5b9fd
+# %% ../nbs/07_zoo.ipynb #802d892a
 def dls(
     name:str, # Data set, or data set and network
     **kwargs # For its loader: `path`, `bs`, `valid`, `device`, ...
@@ -146,7 +144,12 @@ def dls(
     dataset = name.partition('/')[0]
     if dataset not in DATASETS: _find(name)
     if dataset in ('digits', 'mnist'): return getattr(data, f'{dataset}_dls')(**kwargs)
-    raise ValueError(f'No loader for {dataset} yet')
+    from paramfx import images, photos # PIL is not needed for the others
+    if dataset in _small: return images.cifar_dls(n_classes=DATASETS[dataset][0], **kwargs)
+    if dataset in _text: return text.lm_dls(**kwargs)
+    if dataset != 'imagenet': return photos.photo_dls(dataset, **kwargs)
+    folder = data.find_data('ImageNet', kwargs.pop('path', None), ('.','imagenet'), 'train/*', 'unpack its folders train/<class> and val/<class> (image-net.org) into $PARAMFX_DATA/imagenet, or pass the folder as `path`')
+    return images.folder_dls(folder, **dict(size=224)|kwargs)
 
 # %% ../nbs/07_zoo.ipynb #33d9bf79
 _COUNTS = {}

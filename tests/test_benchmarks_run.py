@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dead_filters, imports, masked_step, reallocation
+from benchmarks import dead_filters, imports, lenet, masked_step, reallocation
 from benchmarks.networks import small_cnn
 from benchmarks.timing import table, write_table
+from paramfx.data import tensor_dls
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +83,18 @@ def test_imports_rows():
 def test_import_loads_nothing_heavy():
     imports.check([imports.probe(imports.FASTAI, 'import paramfx.all')])
     with pytest.raises(AssertionError, match='sklearn'): imports.check([dict(new=['sklearn'], before=[])])
+
+
+def test_lenet(tmp_path):
+    x, y = torch.rand(64, 1, 28, 28), torch.arange(64) % 10
+    rows = lenet.run(seeds=2, epochs=1, dls=tensor_dls(x, y, x, y, bs=16, device='cpu'))
+    assert [r['seed'] for r in rows] == [0, 1] and all(0 <= r['accuracy'] <= 100 and r['loading_ms'] > 0 for r in rows)
+    assert write_table('lenet', rows, lenet.NOTE, folder=tmp_path).exists()
+
+
+@pytest.mark.parametrize('name', ['lenet', 'lstm'])
+def test_recorded_trainings_reach_their_goals(name):
+    "The checked-in tables: accuracy of the MLP on MNIST, perplexity of the language model against that of counted word pairs"
+    rows = json.loads((Path(lenet.__file__).parent/'results'/f'{name}.json').read_text())['rows']
+    if name == 'lenet': assert len(rows) >= 3 and all(r['accuracy'] >= lenet.GOAL and r['epochs'] <= 10 for r in rows)
+    else: assert max(rows[-1][k] for k in ('valid', 'final', 'test')) < 274 and rows[-1]['final'] < min(r['final'] for r in rows[:-1])

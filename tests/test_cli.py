@@ -91,3 +91,34 @@ def test_help(call):
     assert code == 0 and 'paramfx demo' in out
     with pytest.raises(SystemExit) as e: call('demo', '--help')
     assert e.value.code == 0
+
+
+def test_cost_for_people(call):
+    code, out, err = call('cost', 'mnist/lenet_300_100')
+    assert code == 0 and not err
+    lines = dict(l.split(None, 1) for l in out.splitlines() if not l.startswith('peak'))
+    assert lines['network'] == 'mnist/lenet_300_100' and lines['parameters'] == '267,020' and lines['MACs'] == '266,200'
+    assert int(lines['bytes'].replace(',', '')) > 4*267_020 and ' ms' in lines['latency']
+
+
+def test_cost_for_machines(call):
+    code, out, err = call('cost', 'cifar10/resnet32', '--json')
+    res = json.loads(out)
+    assert code == 0 and not err and (res['name'], res['params'], res['macs']) == ('cifar10/resnet32', 464_154, 68_862_592)
+    assert res['latency_ms'] > 0 and res['bytes'] > 4*464_154
+    twice = json.loads(call('cost', 'cifar10/resnet32', '--json', '--input', '3,64,64')[1])
+    assert twice['params'] == res['params'] and twice['macs'] == 4*(res['macs']-640)+640 and twice['sample'] == '[1, 3, 64, 64]'
+
+
+def test_cost_of_a_language_model(call):
+    res = json.loads(call('cost', 'ptb/lstm', '--input', '10', '--json')[1])
+    assert res['params'] == 10_000*201 + 4*200*402 and res['macs'] == 10*(4*200*400 + 200*10_000)
+
+
+@pytest.mark.parametrize('args,text', [
+    (['cost'], 'name'), (['cost', 'resnet32'], 'does not begin with a data set'), (['cost', 'cifar10/resnet33'], '8, 14, 20'), (['cost', 'cifar10/wrn'], 'did you mean'),
+    (['cost', 'mnist/lenet_300_100', '--input', '28'], '3 dimensions'), (['cost', 'mnist/lenet_300_100', '--input', '1,14,14'], 'does not run on a sample of shape [1, 1, 14, 14]'),
+    (['cost', 'cifar10/resnet32', '--input', '3,x,3'], 'no shape'), (['cost', 'cifar10/resnet32', '--input', '3,0,32'], 'no shape'), (['cost', 'cifar10/resnet32', '--inp'], '--inp')])
+def test_cost_bad_input(call, args, text):
+    code, out, err = call(*args)
+    assert code == 2 and not out and text in err and err.count('\n') == 1, err

@@ -2,13 +2,17 @@
 import gzip, random
 import numpy as np, pytest, torch
 from torch import nn
-from fastai.basics import DataLoaders, Learner, TensorImageBW, accuracy, load_learner, set_seed
-from paramfx.data import InMemory, MemoryDL, digits_dls, mnist_dls, tensor_dls
+from fastai.basics import DataLoaders, Learner, TensorImageBW, TfmdDL, accuracy, load_learner, set_seed
+from paramfx.data import InMemory, MemoryDL, digits_dls, find_data, mnist_dls, tensor_dls
+
+class ItemByItem(TfmdDL):
+    "fastai's own loader, with our permutation"
+    shuffle_fn = MemoryDL.shuffle_fn
 
 def twin(dls, bs=64):
     "The same items through fastai's own loader, item by item"
     dss = [list(zip(dl.dataset.x, dl.dataset.y)) for dl in dls.loaders]
-    return DataLoaders.from_dsets(*dss, bs=bs, num_workers=0, device='cpu')
+    return DataLoaders.from_dsets(*dss, bs=bs, num_workers=0, device='cpu', dl_type=ItemByItem)
 
 def same(a, b): return len(a) == len(b) and all(torch.equal(s, t) for p,q in zip(a, b) for s,t in zip(p, q))
 
@@ -162,3 +166,133 @@ def test_two_ranks_share_the_items():
     dl = digits_dls(device='cpu').valid
     seen = [torch.cat([b[1] for b in Local(dl, rank=r, world_size=2)]) for r in (0,1)]
     assert torch.equal(torch.cat(seen), dl.dataset.y)
+
+# images in bytes
+
+def pixels(n=40, c=3, size=8): return torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize('c', [1, 3])
+@pytest.mark.parametrize('normalize', [True, False, ([.5], [.25])])
+def test_bytes_give_the_batches_of_numbers(c, normalize):
+    x,y = pixels(c=c),torch.arange(40)%3
+    if isinstance(normalize, tuple): normalize = tuple(o*c for o in normalize)
+    random.seed(1); small = tensor_dls(x, y, x[:9], y[:9], bs=7, normalize=normalize, device='cpu')
+    random.seed(1); large = tensor_dls(x/255, y, x[:9]/255, y[:9], bs=7, normalize=normalize, device='cpu')
+    for a,b in zip(small.loaders, large.loaders):
+        for (xa,ya),(xb,yb) in zip(a, b):
+            assert xa.dtype == torch.float32 and torch.equal(torch.Tensor(ya), torch.Tensor(yb))
+            torch.testing.assert_close(torch.Tensor(xa), torch.Tensor(xb), atol=1e-5, rtol=1e-5)
+    shown = torch.stack([torch.Tensor(o[0]) for o in small.valid.show_batch(show=False, max_n=7)[2]])
+    torch.testing.assert_close(shown, x[:7]/255, atol=1e-5, rtol=1e-5)
+    assert 0 <= shown.min() and shown.max() <= 1 and small.train_ds.x is x  # no copy of all pixels
+
+def test_statistics_of_bytes_in_pieces():
+    "More images than fit one piece; NumPy computes them at once"
+    x = pixels(2300, size=4)
+    dls = tensor_dls(x, torch.arange(2300)%2, x[:4], torch.arange(4)%2, device='cpu')
+    a = x.numpy().transpose(1,0,2,3).reshape(3,-1)/255
+    np.testing.assert_allclose(dls.train_ds.mean, a.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(dls.train_ds.std, a.std(1, ddof=1), rtol=1e-5)
+
+def test_given_statistics_of_numbers():
+    x = torch.rand(6,3,4,4)
+    dls = tensor_dls(x, torch.arange(6), x, torch.arange(6), normalize=([.1,.2,.3], [1.,2.,4.]), bs=6, device='cpu')
+    want = torch.stack([(x[:,i]-m)/s for i,(m,s) in enumerate([(.1,1.), (.2,2.), (.3,4.)])], 1)
+    torch.testing.assert_close(dls.valid.one_batch()[0], want)
+    torch.testing.assert_close(dls.valid_ds.encode([x[2]]).x[0], want[2])
+
+def test_normalization_leaves_the_data_alone():
+    x = pixels(); before = x.clone()
+    dls = tensor_dls(x, torch.arange(40), x, torch.arange(40), device='cpu')
+    list(dls.train); list(dls.valid)
+    assert torch.equal(x, before)
+
+def test_fastai_finds_the_normalization():
+    "`vision_learner` would add ImageNet's otherwise"
+    from fastai.vision.learner import _add_norm
+    x = pixels(); dls = tensor_dls(x, torch.arange(40), x, torch.arange(40), device='cpu')
+    _add_norm(dls, dict(stats=([.5]*3, [.5]*3)), pretrained=True)
+    assert [type(t).__name__ for t in dls.after_batch.fs] == ['NormalizeBytes']
+    assert [type(t).__name__ for t in dls.new_empty().valid.new(dls.valid_ds).after_batch.fs] == ['NormalizeBytes']
+
+def test_bytes_that_are_no_images():
+    x = torch.zeros(4, 5, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r'images \(N,C,H,W\), not \[4, 5\]'): tensor_dls(x, torch.arange(4), x, torch.arange(4), normalize=False)
+
+@pytest.mark.parametrize('bad', [torch.full((3,8,8), 1.5), torch.full((3,8,8), -1.), torch.full((3,8,8), 300)])
+def test_pixels_out_of_range(bad):
+    with pytest.raises(ValueError, match='before normalisation'): InMemory(pixels(), torch.arange(40)).encode([bad])
+
+def test_rows_however_they_are_asked_for():
+    "The quick way for a loader's rows, the usual one for all other indices"
+    ds = InMemory(torch.rand(10,2), torch.arange(10))
+    for i in (3, -1, slice(2,5), [1,2], torch.tensor([4,4,0]), torch.tensor([-1,2]), torch.arange(10) > 6, torch.tensor(5)):
+        for a,b in zip(ds[i], (ds.x[i], ds.y[i])): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('as_bytes', [False, True])
+def test_random_transforms_know_training_from_validation(as_bytes):
+    "fastai's random transforms ask for `split_idx`: without it, some are never applied and others in validation, too"
+    import fastai.callback.progress  # noqa: F401 learn.no_bar
+    from fastai.vision.augment import Flip
+    x = pixels(); y = torch.arange(40); given = x if as_bytes else x/255
+    dls = tensor_dls(given, y, given, y, bs=40, normalize=False, after_batch=Flip(p=1.), shuffle=False, drop_last=False, device='cpu')
+    assert torch.allclose(torch.Tensor(dls.train.one_batch()[0]), (x/255).flip(-1), atol=1e-5)
+    assert torch.allclose(torch.Tensor(dls.valid.one_batch()[0]), x/255, atol=1e-5)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192,40)))
+    with learn.no_bar(), learn.no_logging(): (flipped,plain),_ = learn.tta(n=1, beta=None)
+    for p,o in ((plain, x/255), (flipped, (x/255).flip(-1))): torch.testing.assert_close(torch.Tensor(p), learn.model(o).softmax(1).detach())
+    assert dls.valid_ds.split_idx == 1
+
+def test_rows_as_items():
+    "Rows bring their targets, so that fastai's Interpretation works"
+    from fastai.interpret import ClassificationInterpretation
+    dls = digits_dls(device='cpu'); learn = Learner(dls, net(), metrics=accuracy)
+    dl = dls.test_dl(dls.valid_ds.items[3:6])
+    assert torch.equal(dl.dataset.y, dls.valid_ds.y[3:6]) and torch.equal(dl.dataset.x, dls.valid_ds.x[3:6])
+    it = ClassificationInterpretation.from_learner(learn)
+    losses,idx,rows = it.top_losses(4, items=True)
+    own = nn.functional.cross_entropy(learn.model(dls.valid_ds.x), dls.valid_ds.y, reduction='none').detach()
+    torch.testing.assert_close(torch.Tensor(losses), own.topk(4)[0])
+    assert [o.i for o in rows] == idx.tolist() and it.confusion_matrix().sum() == 360
+    inps,_,targs,_,_ = it[idx]
+    assert torch.equal(torch.Tensor(inps), dls.valid_ds.x[idx]) and torch.equal(torch.as_tensor(targs).long(), dls.valid_ds.y[idx])
+
+def test_vocab_is_fastais():
+    dls = digits_dls(device='cpu')
+    assert dls.vocab == list(range(10)) and dls.vocab.o2i[3] == 3
+    with pytest.raises(ValueError, match='twice'): InMemory(torch.rand(2,1), torch.arange(2), vocab=['a','a'])
+
+def halve(o): return torch.full((2,), float(o)/2)
+
+def test_reader():
+    "It survives export, and reads whatever it is made for"
+    import pickle
+    x = torch.rand(8,2); dls = tensor_dls(x, torch.arange(8)%2, x, torch.arange(8)%2, normalize=([1.], [2.]), reader=halve, bs=4, device='cpu')
+    empty = pickle.loads(pickle.dumps(dls.new_empty()))
+    assert empty.valid_ds.reader is halve and len(empty.valid_ds) == 0
+    from fastcore.foundation import L
+    for items in (['6'], ('6',), L('6')): assert empty.test_dl(items).dataset.x.tolist() == [[1.,1.]]
+    with pytest.raises(ValueError, match='no items'): empty.test_dl([])
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_workers(workers):
+    x = pixels(); dls = tensor_dls(x, torch.arange(40), x, torch.arange(40), bs=9, num_workers=workers, device='cpu')
+    torch.testing.assert_close(torch.cat([torch.Tensor(b[1]) for b in dls.valid]).long(), torch.arange(40))
+
+def test_find_data(tmp_path, monkeypatch):
+    (tmp_path/'b/deep').mkdir(parents=True); (tmp_path/'b/deep/here.bin').touch(); (tmp_path/'c').mkdir(); (tmp_path/'c/here.bin').touch()
+    monkeypatch.setenv('PARAMFX_DATA', str(tmp_path))
+    for path in (None, tmp_path, str(tmp_path)): assert find_data('X', path, ('a','b/deep','c'), 'h*.bin', '') == tmp_path/'b/deep'
+    assert find_data('X', tmp_path/'c', ('a','.'), 'here.bin', '') == tmp_path/'c'
+    with pytest.raises(FileNotFoundError, match='No X in .*nowhere: buy it'): find_data('X', tmp_path/'nowhere', ('.',), '*', 'buy it')
+    monkeypatch.delenv('PARAMFX_DATA')
+    with pytest.raises(FileNotFoundError, match='unset'): find_data('X', None, ('.',), '*', 'buy it')
+
+def test_permutations_are_uniform():
+    "Each item is as likely at each place, and no epoch repeats the last"
+    dls = tensor_dls(torch.zeros(6,1), torch.arange(6), torch.zeros(2,1), torch.zeros(2).long(), bs=6, normalize=False, device='cpu')
+    random.seed(0); dls.train.rng = random.Random(0)
+    orders = torch.stack([next(iter(dls.train))[1] for _ in range(3000)])
+    at = torch.stack([(orders == k).sum(0) for k in range(6)]).double()
+    assert (orders.sort(1).values == torch.arange(6)).all()
+    assert ((at-500).abs() < 4.5*(3000*(1/6)*(5/6))**.5).all() and len(orders.unique(dim=0)) > 700 # of 720

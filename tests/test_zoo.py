@@ -262,6 +262,66 @@ def test_listed_networks_run_and_learn(name):
     assert any(s.cuttable for s in trace_channels(net, x).spaces)
 
 
+def test_language_model():
+    "Names, counts, a training step, the carried state, copies and files"
+    import copy, io
+    name = 'wikitext2/lstm'
+    net = zoo.build(name)
+    assert n_params(net)[0] == 13_777*200 + 13_777 + 4*200*402 and net.out.weight is net.emb.weight
+    assert counts(net, name)[1] == 35*(4*200*400 + 200*13_777) and net.state is None # counting leaves no state behind
+    assert n_params(zoo.build('ptb/lstm', tie=False, width=.5, n_layers=2))[0] == 2*10_000*100 + 10_000 + 2*4*100*202
+    lm = zoo.build(name, n_out=60, n_emb=16)
+    x = zoo.sample(name, 4, 9) % 60
+    nn.functional.cross_entropy(lm(x).flatten(0, 1), x.roll(-1, 1).flatten()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in lm.parameters()) and not lm.state[0].requires_grad
+    lm.eval()
+    with torch.no_grad():
+        lm.reset(); whole = lm(x); lm.reset()
+        torch.testing.assert_close(torch.cat([lm(x[:, :4]), lm(x[:, 4:])], 1), whole)
+        assert not torch.allclose(lm(x[:, 4:]), whole[:, 4:]) # the state has run on
+        alone = lm(x[:2]) # another batch size begins afresh
+        torch.testing.assert_close(alone, whole[:2])
+    assert copy.deepcopy(lm).state is None and set(lm.state_dict()) == {n for n, _ in lm.named_parameters(remove_duplicate=False)}
+    torch.save(lm, f := io.BytesIO()); f.seek(0)
+    assert torch.load(f, weights_only=False).state is None
+    with pytest.raises(ValueError, match='tie=False'): zoo.build(name, n_hidden=100)
+
+
+def test_language_model_in_a_learner(tmp_path):
+    "fit, lr_find, cost, export: words that follow a rule are learnt"
+    from fastai.basics import Learner, Perplexity, load_learner
+    from fastai.callback.rnn import ModelResetter
+    import fastai.callback.schedule  # noqa: F401  (gives Learner lr_find)
+    for part, n in (('train', 300), ('valid', 60), ('test', 60)): (tmp_path/f'{part}.txt').write_text('a b c d e f g h\n'*n)
+    dls = zoo.dls('ptb', path=tmp_path, bs=8, seq_len=12, device='cpu')
+    learn = Learner(dls, zoo.build('ptb/lstm', n_out=dls.c, n_emb=32, p=.1), metrics=Perplexity(), cbs=ModelResetter, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(show_plot=False, num_it=5)
+        learn.fit_one_cycle(3, 2e-2)
+        assert learn.validate()[1] < 1.5 and learn.validate(ds_idx=2)[1] < 1.5
+    assert learn.cost(latency=False).params == n_params(learn.model)[0]
+    learn.export()
+    assert load_learner(tmp_path/'export.pkl').dls.vocab == dls.vocab
+
+
+@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'cifar100', 'grocery', 'wikitext2'])
+def test_loaders_of_real_data(data_dir, name):
+    "Every data set of which a copy is at hand: a batch fits the network of the same name"
+    if not (data_dir/name).is_dir(): pytest.skip(f'no {name} folder in PARAMFX_DATA')
+    dls = zoo.dls(name, path=data_dir/name, bs=4, device='cpu')
+    x, y = dls.one_batch()
+    n, shape = zoo.DATASETS[name]
+    assert tuple(x.shape[1:]) == shape and x.dtype == zoo.sample(name).dtype and dls.c == n and int(y.max()) < n
+
+
+@pytest.mark.parametrize('name', sorted({*zoo.DATASETS}-{'digits'})) # these come with scikit-learn
+def test_missing_data_sets_say_where_to_get_them(name, tmp_path, monkeypatch):
+    monkeypatch.setenv('PARAMFX_DATA', str(tmp_path))
+    with pytest.raises(FileNotFoundError) as e: zoo.dls(name)
+    text = str(e.value)
+    assert '\n' not in text and 'PARAMFX_DATA' in text and any(o in text for o in ('torchvision', 'http', 'image-net.org', 'pytorch/examples'))
+
+
 @pytest.mark.parametrize('name', zoo.list('imagenet/*') + ['grocery/resnet18', 'dogs/resnet50'])
 def test_large_networks_build(name):
     with torch.device('meta'): net = zoo.build(name)
