@@ -163,7 +163,7 @@ def _groups(opt): return opt.param_lists if hasattr(opt, 'param_lists') else [g[
 def swap_params(
     opt, # Optimizer of any kind, or None
     pairs:dict, # Old parameter -> new parameter
-    state=None # Called with (old state value, old, new) for tensors of the old shape; None: keep where the shape is the same
+    state=None # Called with (old state value, old, new) for tensors of the old shape; where none of the new shape comes of it, state begins anew
 ) -> None:
     "Make `opt` train the new parameters in place of the old ones, group, hyper-parameters and state included"
     if opt is None: return
@@ -185,9 +185,10 @@ def _ahead(slow, old, new, f):
     return new.detach()+lag if lag.shape == new.shape else new.detach().clone()
 
 def _carry(st, old, new, f):
-    same = lambda k,v: v if old.shape == new.shape or not torch.is_tensor(v) or v.shape != old.shape else None
-    moved = {k: f(v, old, new) if f and torch.is_tensor(v) and v.shape == old.shape else same(k, v) for k,v in st.items()}
-    return {k:v for k,v in moved.items() if v is not None}
+    like = lambda v, p: torch.is_tensor(v) and v.shape == p.shape
+    moved = {k: f(v, old, new) if f and like(v, old) else v for k,v in st.items()}
+    # torch's optimizers begin anew only where there is no state at all
+    return moved if all(like(moved[k], new) for k,v in st.items() if like(v, old)) else {}
 
 def swap_module(
     model:nn.Module, # Network, changed in place
@@ -205,11 +206,12 @@ def swap_module(
 def _pairs(model, name, old, new):
     "Old parameter -> new parameter of the same name, or an error where the optimizer would lose one"
     olds,news = dict(old.named_parameters()),dict(new.named_parameters())
-    extra = [n for n in news if n not in olds]
+    kept = {*olds.values()}
+    extra = [n for n,p in news.items() if n not in olds and p not in kept]
     if extra: raise ValueError(
         f"{name}: parameters {', '.join(extra)} have no counterpart in the old module, so the existing optimizer "
         "would not train them. Swap before the optimizer is made: pass opt=None, and call `learn.create_opt()` afterwards.")
-    pairs,inside = {olds[n]:p for n,p in news.items() if olds[n] is not p},{*old.modules()}
+    pairs,inside = {olds[n]:p for n,p in news.items() if p not in kept},{*old.modules()}
     shared = [f'{n}.{k}' for n,m in model.named_modules() if m not in inside for k,p in m._parameters.items() if p is not None and p in pairs]
     if shared: raise ValueError(
         f"{name}: {', '.join(shared)} shares a parameter with it, which the existing optimizer would train no more. "

@@ -126,10 +126,12 @@ def list_tfms(
 def _with_normalize(dataset, tfms):
     "Batch transforms of `dataset`, normalisation included if it is left for them"
     tfms = list_tfms(tfms)
-    if not dataset.is_bytes or any(isinstance(t, Normalize) for t in tfms): return tfms
+    if not dataset.is_bytes or any(isinstance(t, NormalizeBytes) for t in tfms): return tfms
     if dataset.x.ndim != 4: raise ValueError(f'Bytes must be images (N,C,H,W), not {list(dataset.x.shape)}: make other inputs float')
-    # augmentations between fastai's two orders calculate with pixels in [0,1]
-    if any(10 < getattr(t, 'order', 0) < 99 for t in tfms): tfms.append(IntToFloatTensor())
+    given = any(isinstance(t, Normalize) for t in tfms)
+    # fastai's own normalisation, and augmentations between its two orders, calculate with pixels in [0,1]
+    if (given or any(10 < getattr(t, 'order', 0) < 99 for t in tfms)) and not any(isinstance(t, IntToFloatTensor) for t in tfms): tfms.append(IntToFloatTensor())
+    if given: return tfms
     mean,std = (torch.as_tensor(o, dtype=torch.float32).reshape(1,-1,1,1) for o in (dataset.mean, dataset.std))
     return [*tfms, NormalizeBytes(mean, std)]
 
@@ -144,7 +146,7 @@ class MemoryDL(TfmdDL):
         if self.bs is None or self.after_item.fs or self.before_batch.fs: yield from super().create_batches(samps)
         else:
             for rows in torch.tensor([*samps], dtype=torch.long).split(self.bs):
-                if len(rows) == self.bs or not self.drop_last: yield self.gather(rows)
+                if len(rows) == self.bs or len(rows) and not self.drop_last: yield self.gather(rows) # a worker may have no rows at all
     def shuffle_fn(self, idxs):
         "A permutation from this loader's own generator, drawn by torch, which takes a fiftieth of the time"
         perm = torch.randperm(len(idxs), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
@@ -172,7 +174,7 @@ class MemoryDL(TfmdDL):
         return axs[:n]
     def _fitted(self, res, axs):
         "Names of classes can be long: make titles as small as their picture is wide"
-        for ax in axs or ():
+        for ax in () if axs is None else axs:
             if n := max(map(len, ax.get_title().split('\n'))): ax.title.set_fontsize(min(ax.title.get_fontsize(), max(5, 190/n)))
         return res
     def _one_row(self):
@@ -223,7 +225,7 @@ def tensor_dls(
     normalize:bool|tuple=True, # Subtract the mean of the training inputs and divide by their deviation? Or a mean and a deviation, per channel
     reader=None, # Makes one input, not normalised, of a raw item to predict
     device=None, # Where batches go; default: fastai's default device
-    **kwargs # Further arguments of the loaders, such as `after_batch`; a pair is for training and validation
+    **kwargs # Further arguments of the loaders: `after_batch` for all of them; of others, such as `shuffle`, a pair is for training and validation
 )->DataLoaders: # Training and validation loader
     "Loaders over tensors held in memory"
     for o,t,name in ((x,y,'training'), (x_valid,y_valid,'validation')):

@@ -216,7 +216,7 @@ def image_parts(
     return {k:v for k,v in res.items() if v}
 
 def _split(items, pct, seed):
-    "A share of each class, at least one image, set aside"
+    "A share of each class set aside, at least one image unless it is the only one"
     groups,rest,aside = {},[],[]
     for o in items: groups.setdefault(o[1], []).append(o)
     for i,c in enumerate(sorted(groups)):
@@ -260,7 +260,7 @@ def parts_dls(
     stats:tuple=IMAGENET, # Mean and deviation per channel
     max_memory:float=2e9, # Bytes; a larger set stays on disk
     device=None, # Where batches go; default: fastai's default device
-    **kwargs # Further arguments of the loaders, such as `after_batch`; a pair is for training and validation
+    **kwargs # Further arguments of the loaders: `after_batch` for all of them; of others, such as `shuffle`, a pair is for training and validation
 )->DataLoaders: # Training and validation loader
     "Loaders over image files, cropped to `size` and normalised, held in memory as bytes"
     _check(size, valid, valid_pct, stats)

@@ -48,5 +48,8 @@ def sparse_counts(net, row):
     *words,sparsity = row['row'].split()
     n = sum(p.numel() for p in net.parameters())
     if sparsity == 'dense' or 'thin' in words: return dict(params=n)
-    plan = plan_masks(net, float(sparsity), distribution='erk' if 'erk' in words else 'uniform', exclude=PUBLISHED_DENSE.get(words[0]))
+    erk = 'erk' in words
+    # RigL's authors mask shortcuts, too, and with ERK the first convolution as well
+    where = dict(include='*' if erk else None) if 'rigl' in words else dict(exclude=PUBLISHED_DENSE.get(words[0]))
+    plan = plan_masks(net, float(sparsity), distribution='erk' if erk else 'uniform', **where)
     return dict(params=n - sum(r['units']-r['live'] for r in plan if 'live' in r))

@@ -11,7 +11,7 @@ __all__ = ['UNK', 'EOS', 'split_words', 'make_vocab', 'TextStream', 'StreamDL', 
 from collections import Counter
 from pathlib import Path
 import pandas as pd
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Tensor, TfmdDL, TitledStr, default_device, delegates, display_df, nn, torch
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Tensor, TfmdDL, TitledStr, default_device, delegates, display_df, is_listy, nn, torch
 from .data import find_data
 from .nets import scaled
 
@@ -105,7 +105,7 @@ class StreamDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader with the same settings; lines of text become one batch to predict from"
         if isinstance(dataset, str): dataset = [dataset]
-        if isinstance(dataset, (list,tuple)):
+        if is_listy(dataset):
             dataset = self.dataset.prompts(dataset)
             kwargs |= dict(zip(('bs','seq_len'), dataset.ids.shape))
         return super().new(dataset, cls, **{'seq_len': self.seq_len, **kwargs})
@@ -149,9 +149,10 @@ def text_dls(
 
 # %% ../nbs/06c_text.ipynb #44e2ec77
 _LAYOUTS = ('wiki.{}.tokens','wiki.{}.txt','ptb.{}.txt','{}.txt')
-_SUBS = ('.','wikitext2','wikitext-2','ptb')
-_REMEDY = ('put wiki.valid.txt and wiki.test.txt of WikiText-2 (pytorch/examples, word_language_model/data/wikitext-2, has them) into '
-           '$PARAMFX_DATA/wikitext2, or pass the folder of train.txt, valid.txt and test.txt as `path`')
+_SUBS = {'wikitext2': ('wikitext2','wikitext-2'), 'ptb': ('ptb',)}
+_REMEDY = {k: f'put {files} into $PARAMFX_DATA/{k}, or pass the folder of train.txt, valid.txt and test.txt as `path`' for k,files in {
+    'wikitext2': 'wiki.valid.txt and wiki.test.txt of WikiText-2 (pytorch/examples, word_language_model/data/wikitext-2, has them)',
+    'ptb': 'ptb.train.txt, ptb.valid.txt and ptb.test.txt of the Penn Treebank (word level, as in https://catalog.ldc.upenn.edu/LDC99T42)'}.items()}
 
 def _read(fn):
     "All words of a file"
@@ -171,7 +172,7 @@ def _texts(folder):
             return [(valid.name, _read(valid)),
                     (f'{test.name}, first half', words[:half]), (f'{test.name}, second half', words[half:])]
     have,lack = min(([[f.name for f in fs if f.exists()==b] for b in (True,False)] for fs in files), key=lambda o: len(o[1]))
-    raise FileNotFoundError(f'No {", ".join(lack)} in {folder}: put it beside {", ".join(have)}' if have else f'No text in {folder}: {_REMEDY}')
+    raise FileNotFoundError(f'No {", ".join(lack)} in {folder}: put it beside {", ".join(have)}' if have else f'No text in {folder}: {_REMEDY["wikitext2"]}')
 
 @delegates(text_dls, but='train,valid,test')
 def lm_dls(
@@ -181,10 +182,12 @@ def lm_dls(
     min_freq:int=1, # Words that are rarer in the training text become `<unk>`
     device=None, # Where batches go; default: fastai's default device
     val_bs:int|None=None, # Rows in validation and test; default: `bs`
+    name:str|None=None, # 'wikitext2' or 'ptb': pass over the folder of the other one; default: the first there is
     **kwargs
 )->DataLoaders: # Training, validation and test loader
     "WikiText-2, Penn Treebank or a text of your own, word by word, held in memory"
-    folder = find_data('text', path, _SUBS, '*valid.t*', _REMEDY)
+    subs = [s for k,v in _SUBS.items() if name in (None, k) for s in v]
+    folder = find_data(name or 'text', path, ('.',*subs), '*valid.t*', _REMEDY[name or 'wikitext2'])
     return _loaders(_texts(folder), bs, seq_len, min_freq, val_bs, device, **kwargs)
 
 # %% ../nbs/06c_text.ipynb #8e8e27d8

@@ -146,7 +146,7 @@ def dls(
     if dataset in ('digits', 'mnist'): return getattr(data, f'{dataset}_dls')(**kwargs)
     from paramfx import images, photos # PIL is not needed for the others
     if dataset in _small: return images.cifar_dls(n_classes=DATASETS[dataset][0], **kwargs)
-    if dataset in _text: return text.lm_dls(**kwargs)
+    if dataset in _text: return text.lm_dls(name=dataset, **kwargs)
     if dataset != 'imagenet': return photos.photo_dls(dataset, **kwargs)
     folder = data.find_data('ImageNet', kwargs.pop('path', None), ('.','imagenet'), 'train/*', 'unpack its folders train/<class> and val/<class> (image-net.org) into $PARAMFX_DATA/imagenet, or pass the folder as `path`')
     return images.folder_dls(folder, **dict(size=224)|kwargs)

@@ -97,6 +97,11 @@ def test_show():
     shown = dls.valid.show_batch(b, show=False)[2]
     back = torch.stack([o[0] for o in shown])*16
     torch.testing.assert_close(torch.Tensor(back), torch.Tensor(back).round(), atol=1e-4, rtol=0)
+    axs = plt.subplots(1, 3)[1] # an array, as pyplot gives it
+    dls.show_batch(b, max_n=3, ctxs=axs)
+    assert all(ax.images for ax in axs)
+    dls.valid.show_batch(b, max_n=5)
+    assert len([ax for ax in plt.gcf().axes if ax.images]) == 5
     learn = Learner(dls, net())
     learn.show_results(max_n=4)
     titles = [ax.get_title() for ax in plt.gcf().axes if ax.images]
@@ -215,6 +220,19 @@ def test_fastai_finds_the_normalization():
     assert [type(t).__name__ for t in dls.after_batch.fs] == ['NormalizeBytes']
     assert [type(t).__name__ for t in dls.new_empty().valid.new(dls.valid_ds).after_batch.fs] == ['NormalizeBytes']
 
+@pytest.mark.parametrize('to_float', [0, 1])
+def test_fastais_own_transforms_of_bytes(to_float):
+    "Bytes become numbers in [0,1] once, before augmentations and a normalisation that is given"
+    from fastai.data.transforms import IntToFloatTensor, Normalize
+    from fastai.vision.augment import Flip
+    x = pixels(); norm = Normalize.from_stats([.5]*3, [.25]*3, cuda=False)
+    for tfms,want in (([Flip(p=0.)], x/255), ([norm], (x/255-.5)/.25), ([Flip(p=0.), norm], (x/255-.5)/.25)):
+        tfms = tfms + [IntToFloatTensor()]*to_float
+        dls = tensor_dls(x, torch.arange(40), x, torch.arange(40), bs=40, normalize=([0.]*3, [1.]*3), after_batch=tfms, device='cpu')
+        torch.testing.assert_close(torch.Tensor(dls.valid.one_batch()[0]), want)
+        again = dls.valid.new(dls.valid_ds)
+        torch.testing.assert_close(torch.Tensor(again.one_batch()[0]), want)
+
 def test_bytes_that_are_no_images():
     x = torch.zeros(4, 5, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r'images \(N,C,H,W\), not \[4, 5\]'): tensor_dls(x, torch.arange(4), x, torch.arange(4), normalize=False)
@@ -274,10 +292,13 @@ def test_reader():
     for items in (['6'], ('6',), L('6')): assert empty.test_dl(items).dataset.x.tolist() == [[1.,1.]]
     with pytest.raises(ValueError, match='no items'): empty.test_dl([])
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 2, 8])
 def test_workers(workers):
+    "The batches of one process, also where there are more workers than batches"
     x = pixels(); dls = tensor_dls(x, torch.arange(40), x, torch.arange(40), bs=9, num_workers=workers, device='cpu')
-    torch.testing.assert_close(torch.cat([torch.Tensor(b[1]) for b in dls.valid]).long(), torch.arange(40))
+    batches = list(dls.valid)
+    assert [len(b[0]) for b in batches] == [9,9,9,9,4] and len(list(dls.train)) == len(dls.train) == 4
+    torch.testing.assert_close(torch.cat([torch.Tensor(b[1]) for b in batches]).long(), torch.arange(40))
 
 def test_find_data(tmp_path, monkeypatch):
     (tmp_path/'b/deep').mkdir(parents=True); (tmp_path/'b/deep/here.bin').touch(); (tmp_path/'c').mkdir(); (tmp_path/'c/here.bin').touch()

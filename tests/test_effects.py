@@ -4,12 +4,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Callback, DataLoaders, Learner, accuracy, set_seed
+from fastai.basics import Callback, DataLoaders, Learner, SGD, accuracy, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from paramfx.core import pick_layers, rng_guard, sample_batch, stages
+from paramfx.core import pick_layers, rng_guard, sample_batch, stages, swap_module
 from paramfx.data import digits_dls
 from paramfx.effects import EffectCallback, _same
 from paramfx.persist import RunState
@@ -53,6 +53,16 @@ def test_several_fits_that_each_bring_a_run_state_resume_in_the_right_one(mk):
     again = script(mk().resume())
     assert again.dynamic_sparse.effect.clock.steps == whole.dynamic_sparse.effect.clock.steps
     for a, b in zip(again.model.parameters(), whole.model.parameters()): assert torch.equal(a, b)
+
+
+def test_a_module_may_be_wrapped_under_its_optimizer():
+    "Parameters that are trained already need no counterpart"
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    opt = SGD(model.parameters(), .1)
+    before = [*opt.param_lists[0]]
+    swap_module(model, '0', nn.Sequential(model[0], nn.ReLU()), opt)
+    assert all(a is b for a, b in zip(before, opt.param_lists[0])) and model[0][0].weight is before[0]
+    with pytest.raises(ValueError, match='2.weight, 2.bias have no counterpart'): swap_module(model, '0', nn.Sequential(*model[0], nn.Linear(2, 2)), opt)
 
 
 class Own:

@@ -25,7 +25,7 @@ from paramfx.forward import check_same
 from paramfx.dead import cut_dead, has_dead
 from paramfx.experiments import demo_net
 from paramfx.persist import RunState
-from paramfx.plain import Recipe, defer, load_recipe, materialize, save_recipe
+from paramfx.plain import Recipe, defer, load_recipe, materialize, save_recipe, swap_model
 from paramfx.rewire import DynamicSparse
 from paramfx.sparse import sparsify
 from paramfx.state import effects
@@ -570,3 +570,21 @@ def test_fresh_residual_networks_with_zero_scales_stay():
     model = torchvision.models.resnet18(zero_init_residual=True).eval()
     slim = materialize(model, torch.randn(1, 3, 48, 48))
     check_same(slim, model, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize('opt', [Adam, lambda p, **kw: OptimWrapper(p, torch.optim.Adam, **kw), lambda p, **kw: OptimWrapper(p, torch.optim.SGD, momentum=.9, **kw)])
+def test_swap_model_for_one_of_another_shape(opt):
+    "State of the old shape is left behind, that of unchanged parameters goes on"
+    dls = digits_dls(device='cpu')
+    net = lambda n: nn.Sequential(nn.Flatten(), nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 10))
+    learn = Learner(dls, net(8), opt_func=opt)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        old, kept = learn.opt, {k: v.clone() for k, v in opt_state(learn.opt, learn.model[3].bias).items() if torch.is_tensor(v)}
+        swap_model(learn, net(4))
+        assert learn.opt is old and kept and not opt_state(learn.opt, learn.model[1].weight)
+        now = opt_state(learn.opt, learn.model[3].bias)
+        assert all(torch.equal(now[k], v) for k, v in kept.items())
+        before = learn.model[1].weight.detach().clone()
+        learn.fit(1, 1e-3)
+    assert not torch.equal(learn.model[1].weight, before)

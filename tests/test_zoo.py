@@ -314,6 +314,19 @@ def test_loaders_of_real_data(data_dir, name):
     assert tuple(x.shape[1:]) == shape and x.dtype == zoo.sample(name).dtype and dls.c == n and int(y.max()) < n
 
 
+def test_each_text_is_read_from_its_own_folder(tmp_path, monkeypatch):
+    "Both lie below the same folder; where one is missing, the other is no substitute"
+    monkeypatch.setenv('PARAMFX_DATA', str(tmp_path))
+    def write(sub, pattern):
+        (tmp_path/sub).mkdir()
+        for part in ('train', 'valid', 'test'): (tmp_path/sub/pattern.format(part)).write_text('a b c\n'*20)
+    write('wikitext2', 'wiki.{}.txt')
+    with pytest.raises(FileNotFoundError, match='No ptb in .*PARAMFX_DATA/ptb'): zoo.dls('ptb')
+    write('ptb', 'ptb.{}.txt')
+    for name, source in (('ptb', 'ptb.train.txt'), ('wikitext2', 'wiki.train.txt')):
+        for path in (None, tmp_path, tmp_path/name): assert zoo.dls(name, path=path, bs=2, device='cpu').train_ds.source == source
+
+
 @pytest.mark.parametrize('name', sorted({*zoo.DATASETS}-{'digits'})) # these come with scikit-learn
 def test_missing_data_sets_say_where_to_get_them(name, tmp_path, monkeypatch):
     monkeypatch.setenv('PARAMFX_DATA', str(tmp_path))
@@ -413,4 +426,7 @@ def test_sparse_rows_are_counted_by_their_family():
     for s in ('0.9', '0.95', '0.98', '0.99'): assert rows[f'lenet_300_100 dsr {s}'] == want[f'mnist_mlp({s})']
     for s in ('0.5', '0.6', '0.7', '0.8', '0.9'): assert rows[f'wrn_28_2 set {s}'] == want[f'cifar10_WideResNet(28,widen_factor=2,initial_sparsity_conv={s})']
     for s in ('0.8', '0.9'): assert rows[f'resnet50 static {s}'] == want[f'imagenet_resnet50(initial_sparsity_conv={s},initial_sparsity_fc={s})']
+    weights = sum(p.numel() for p in zoo.build('imagenet/resnet50').parameters() if p.ndim > 1)
+    for row, mb in (('erk 0.8', 23.683), ('uniform 0.8', 23.685), ('erk 0.9', 13.499), ('uniform 0.9', 13.532)): # as RigL's README has them: 4 bytes per
+        assert rows[f'resnet50 rigl {row}'] == pytest.approx((mb*1e6 - weights/8)/4, rel=.015) # live weight, a bit per weight; norms are folded there
     assert rows['wrn_28_2 dense'] == 1_467_610 and rows['resnet50 thin 0.8'] == 8_167_095 and rows['resnet50 thin 0.9'] == 5_771_217
