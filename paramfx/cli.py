@@ -61,7 +61,10 @@ def cost(
     "Parameters, multiply-adds, bytes and latency of a network, for one input"
     _quiet()
     from paramfx import report, zoo
-    r = report.cost(zoo.build(name), zoo.sample(name, size=_shape(input) if input else None))
+    try: r = report.cost(zoo.build(name), zoo.sample(name, size=None if input is None else _shape(input)))
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
+        raise CliError(f"{name} does not fit into memory{f' with --input {input}' if input else ''}. Give a smaller --input.")
     if as_json: return print(json.dumps(dict(name=name, **r.to_dict())))
     rows = [('network', name), ('input', r.sample), ('parameters', f'{r.params:,}'), ('MACs', f'{r.macs:,}'), ('bytes', f'{r.bytes:,}'),
             ('latency', f'{r.latency_ms:.3g} ms, nine of ten below {r.latency_p90_ms:.3g} ms, on one thread of {r.device}'), ('peak memory', f'{r.peak_memory:,} bytes')]

@@ -130,7 +130,8 @@ def _narrow(reads, others):
 
 def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
     "What each layer of `model` reads that does not depend on the input, nor on its size"
-    xs = tuple(torch.full_like(x, float('nan')) if x.is_floating_point() else x for x in model_inputs(model, sample))
+    xs = tuple(x.as_subclass(torch.Tensor) for x in model_inputs(model, sample)) # constants of fastai's tensor types could not go into a bias
+    xs = tuple(torch.full_like(x, float('nan')) if x.is_floating_point() else x for x in xs)
     with still(model):
         reads = _probe(model, xs)
         for sizes in _other_sizes(xs):

@@ -8,7 +8,7 @@ Docs: https://paramfx.github.io/paramfx/images.html.md"""
 __all__ = ['IMAGENET', 'crop_flip', 'CropFlip', 'ReadImage', 'read_images', 'ImageFiles', 'cifar_dls', 'image_parts', 'parts_dls',
            'folder_dls']
 
-# %% ../nbs/06a_images.ipynb #0ec940ec
+# %% ../nbs/06a_images.ipynb #337dc4e4
 import os, pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,8 @@ from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from fastai.basics import DataLoaders, DisplayedTransform, Tensor, TensorImage, delegates, store_attr, torch
 from fastai.data.transforms import get_image_files
-from .data import as_bytes, find_data, list_tfms, tensor_dls
+from .data import tensor_dls
+from .loading import as_bytes, check_loader, find_data, list_tfms, reading
 
 # %% ../nbs/06a_images.ipynb #3b36daf7
 def _reflect(i, n): return (n-1) - ((n-1) - i.abs()).abs()
@@ -70,11 +71,16 @@ class CropFlip(DisplayedTransform):
         flip = torch.rand(n) < .5 if self.flip else torch.zeros(n, dtype=torch.bool)
         return torch.randint(h, (n,)),torch.randint(w, (n,)),flip
 
-# %% ../nbs/06a_images.ipynb #99410997
+# %% ../nbs/06a_images.ipynb #57bb7ac9
+def _to_rgb(im):
+    "The image in colour; 16 bits are scaled to 8, where PIL would clip them to white"
+    if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).astype('int64').clip(0, 65535) >> 8).astype('uint8'))
+    return im.convert('RGB')
+
 def _opened(fn):
     "The image of a file, in colour"
     try:
-        with Image.open(fn) as im: return im.convert('RGB')
+        with Image.open(fn) as im: return _to_rgb(im)
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f'{fn} is not a readable image ({type(e).__name__}): replace or delete it') from e
 
@@ -96,7 +102,7 @@ class ReadImage:
         "The resized centre square"
         (w,h),m = im.size,min(im.size)
         box = ((w-m)/2, (h-m)/2, (w+m)/2, (h+m)/2)
-        im = im if im.mode == 'RGB' else im.convert('RGB')
+        im = im if im.mode == 'RGB' else _to_rgb(im)
         a = np.array(im.resize((self.side,self.side), Image.Resampling.BILINEAR, box=box))
         return torch.from_numpy(a).permute(2,0,1).contiguous()
 
@@ -135,12 +141,13 @@ class ImageFiles:
         else: fns = [self.fns[j] for j in torch.as_tensor(i).tolist()]
         return torch.stack([self.read(o) for o in fns]) if fns else torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
-# %% ../nbs/06a_images.ipynb #a8f4817d
+# %% ../nbs/06a_images.ipynb #2424e905
 _CIFAR = {10: ([.4914,.4822,.4465], [.2470,.2435,.2616]), 100: ([.5071,.4865,.4409], [.2673,.2564,.2762])}
 
 def _pickles(folder, n_classes):
     "Class names, and the arrays of training and test set, as torchvision stores them"
-    def load(fn): return pickle.loads((folder/fn).read_bytes(), encoding='latin1')
+    def load(fn):
+        with reading(folder/fn): return pickle.loads((folder/fn).read_bytes(), encoding='latin1')
     def arrays(fns):
         ds = [load(o) for o in fns]
         x = np.concatenate([o['data'] for o in ds]).reshape(-1,3,32,32)
@@ -151,7 +158,7 @@ def _pickles(folder, n_classes):
 def _sheet(fn):
     "The tiles of a sheet, row by row"
     a = np.asarray(_opened(fn))
-    return a.reshape(len(a)//32,32,-1,32,3).transpose(0,2,4,1,3).reshape(-1,3,32,32)
+    with reading(fn): return a.reshape(len(a)//32,32,-1,32,3).transpose(0,2,4,1,3).reshape(-1,3,32,32)
 
 def _sheets(folder):
     "The same from one sheet of images per class"
@@ -161,7 +168,7 @@ def _sheets(folder):
         return np.concatenate(xs),np.repeat(np.arange(len(names)), [len(o) for o in xs])
     return names,arrays('train'),arrays('test')
 
-# %% ../nbs/06a_images.ipynb #717c298e
+# %% ../nbs/06a_images.ipynb #3bcaf644
 _FOLDERS = {10: ('cifar-10-batches-py','batches.meta'), 100: ('cifar-100-python','meta')}
 
 def _read_cifar(path, n_classes):
@@ -171,11 +178,11 @@ def _read_cifar(path, n_classes):
         f'torchvision.datasets.CIFAR{n_classes}(root, download=True) writes it; put its folder {sub} into $PARAMFX_DATA, or pass it as `path`')
     by_class = not (folder/meta).exists()
     names,train,test = _sheets(folder) if by_class else _pickles(folder, n_classes)
-    if len(names) != n_classes: raise ValueError(f'{folder} holds {len(names)} classes, not {n_classes}: give n_classes={len(names)}')
+    if len(names) != n_classes: raise ValueError(f'{folder} holds {len(names)} classes, not {n_classes}: give the folder of CIFAR-{n_classes}')
     counts = np.bincount(train[1]) if by_class else [len(train[1])]
     return names,train,test,np.concatenate([np.arange(n) >= n-n//10 for n in counts])
 
-# %% ../nbs/06a_images.ipynb #adc4a2e1
+# %% ../nbs/06a_images.ipynb #1d415bfa
 @delegates(tensor_dls, but='normalize,vocab,reader')
 def cifar_dls(
     path:str|Path|None=None, # Its folder, or one above; default: the environment variable PARAMFX_DATA
@@ -188,6 +195,7 @@ def cifar_dls(
     **kwargs
 )->DataLoaders: # Training and validation loader
     "CIFAR-10 or CIFAR-100, 3x32x32, normalised, held in memory as bytes"
+    check_loader(bs, kwargs)
     if n_classes not in _FOLDERS: raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
     if valid not in ('test','split'): raise ValueError(f"valid must be 'test' or 'split', not {valid!r}")
     tfms = [CropFlip(32, 4, pad_mode)] if augment else []
@@ -198,7 +206,7 @@ def cifar_dls(
     return tensor_dls(x, y.long(), xv, yv.long(), bs=bs, vocab=names, normalize=_CIFAR[n_classes], reader=ReadImage(32), device=device,
                       after_batch=tfms, **kwargs)
 
-# %% ../nbs/06a_images.ipynb #49648dcc
+# %% ../nbs/06a_images.ipynb #70063306
 IMAGENET = ([.485,.456,.406], [.229,.224,.225])
 
 def _listing(folder):
@@ -210,8 +218,8 @@ def image_parts(
 )->dict: # 'train', 'valid', 'test', as far as there -> pairs of file and class
     "The image files of each part of a set"
     if not path.is_dir(): raise FileNotFoundError(f'{path} is not a folder: give one that holds train/<class>/* or <class>/*')
-    names = {'train':'train', 'valid':'valid', 'val':'valid', 'test':'test'} if (path/'train').is_dir() else {'.':'train'}
-    res = {part: _listing(path/sub) for sub,part in names.items() if (path/sub).is_dir()}
+    names,have = {'train':'train', 'valid':'valid', 'val':'valid', 'test':'test'},{o.name.lower(): o for o in path.iterdir() if o.is_dir()}
+    res = {part: _listing(have[sub]) for sub,part in names.items() if sub in have} if 'train' in have else {'train': _listing(path)}
     if not res['train']: raise ValueError(f'{path} holds no images: give a folder that holds train/<class>/* or <class>/*')
     return {k:v for k,v in res.items() if v}
 
@@ -224,6 +232,7 @@ def _split(items, pct, seed):
         k = min(max(1, round(n*pct)), n-1)
         rest += [groups[c][j] for j in sorted(order[k:])]
         aside += [groups[c][j] for j in sorted(order[:k])]
+    if not aside: raise ValueError("No class has two images, so none can be set aside: add images, or a folder 'valid'")
     return rest,aside
 
 def _choose(parts, valid, pct, seed, title):
@@ -233,13 +242,14 @@ def _choose(parts, valid, pct, seed, title):
     if valid not in parts: raise ValueError(f"{title} has no images for valid={valid!r}, only {', '.join(parts)}: give valid='split' to set some of the training images aside")
     return parts['train'],parts[valid]
 
-# %% ../nbs/06a_images.ipynb #81eff6b1
-def _check(size, valid, pct, stats):
+# %% ../nbs/06a_images.ipynb #1741f91d
+def _check(size, valid, pct, seed, stats):
     "Complain before anything is read"
     if not isinstance(size, int) or size <= 0: raise ValueError(f'size={size!r} must be a positive whole number of pixels')
     if valid not in ('auto','valid','test','split'): raise ValueError(f"valid must be 'auto', 'valid', 'test' or 'split', not {valid!r}")
     if not 0 < pct < 1: raise ValueError(f'valid_pct={pct} must lie between 0 and 1')
-    if len(stats) != 2: raise ValueError(f'stats={stats!r} must be a mean and a deviation per channel')
+    if not isinstance(seed, int) or seed < 0: raise ValueError(f'seed={seed!r} must be a whole number of at least 0')
+    if not isinstance(stats, (tuple,list)) or len(stats) != 2: raise ValueError(f'stats={stats!r} must be a mean and a deviation per channel')
 
 def _check_files(train, valid, vocab):
     odd = next((o for o in valid if o[1] not in vocab), None)
@@ -263,7 +273,8 @@ def parts_dls(
     **kwargs # Further arguments of the loaders: `after_batch` for all of them; of others, such as `shuffle`, a pair is for training and validation
 )->DataLoaders: # Training and validation loader
     "Loaders over image files, cropped to `size` and normalised, held in memory as bytes"
-    _check(size, valid, valid_pct, stats)
+    check_loader(bs, kwargs)
+    _check(size, valid, valid_pct, seed, stats)
     items = _choose(parts, valid, valid_pct, seed, title)
     vocab = vocab or sorted({c for _,c in items[0]})
     _check_files(*items, vocab)

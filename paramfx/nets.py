@@ -16,7 +16,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/06d_nets.ipynb #eecf6e78
+# %% ../nbs/06d_nets.ipynb #6b291075
 def init_convs(
     model:nn.Module # Any network; changed in place
 )->nn.Module: # The same network
@@ -32,7 +32,8 @@ def scaled(
     width:float # Factor
 )->int: # At least 1
     "`n` channels times `width`, to the nearest whole number"
-    if not width > 0: raise ValueError(f'width must be a positive number, not {width!r}')
+    if isinstance(width, str) or width is None or not 0 < width < float('inf'): raise ValueError(f'width must be a positive number, not {width!r}')
+    if n != int(n) or n < 1: raise ValueError(f'A number of channels is whole and at least 1, not {n!r}')
     return max(1, round(n*width))
 
 # %% ../nbs/06d_nets.ipynb #b1e47739
@@ -68,7 +69,7 @@ def convnet(
         n_in = n
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pool), nn.Flatten(), nn.Linear(n_in*pool**2, n_out))
 
-# %% ../nbs/06d_nets.ipynb #541a078a
+# %% ../nbs/06d_nets.ipynb #c6ee7144
 class PadShortcut(nn.Module):
     "Every `stride`-th pixel, and channels of zeros on both sides: a shortcut without parameters"
     def __init__(
@@ -116,6 +117,7 @@ def resnet(
     block,n = Bottleneck if bottleneck else BasicBlock,scaled(first, width)
     m = OrderedDict(conv1=nn.Conv2d(3, n, stem, 2 if stem == 7 else 1, stem//2, bias=False), bn1=nn.BatchNorm2d(n), relu=nn.ReLU(inplace=True))
     if stem == 7: m['maxpool'] = nn.MaxPool2d(3, 2, 1)
+    if bottleneck and n*kwargs.get('base_width', 64) < 64: raise ValueError(f'width={width:g} leaves no channel in a group: give a larger one')
     def make(n_in, w, s): return block(n_in, w, s, _shortcut(n_in, w*block.expansion, s, pad), **kwargs)
     return _finish(m, _stack(m, n, [n*2**i for i in range(len(depths))], depths, make, block.expansion), n_out)
 

@@ -7,12 +7,12 @@ Docs: https://paramfx.github.io/paramfx/photos.html.md"""
 # %% auto #0
 __all__ = ['photo_dls', 'grocery_dls']
 
-# %% ../nbs/06b_photos.ipynb #a62cb157
+# %% ../nbs/06b_photos.ipynb #a23699bf
 from pathlib import Path
 import numpy as np
 from fastai.basics import DataLoaders, delegates
-from .data import find_data
 from .images import image_parts, parts_dls
+from .loading import find_data, reading
 
 # %% ../nbs/06b_photos.ipynb #f4c106da
 def _flowers(root):
@@ -25,6 +25,11 @@ def _flowers(root):
 
 def _lines(fn): return [o.strip() for o in fn.read_text().splitlines() if o.strip()]
 def _pairs(fn): return [o.split(' ', 1) for o in _lines(fn)]
+
+def _grocery(root):
+    names = {i:c for c,i,*_ in (o.split(',') for o in _lines(root/'classes.csv')[1:])}
+    def part(k): return [(root/fn, names[i]) for fn,i,_ in (o.split(', ') for o in _lines(root/f'{k}.txt'))]
+    return {'train':part('train'), 'valid':part('val'), 'test':part('test')},list(names.values())
 
 def _aircraft(root):
     def part(k): return [(root/f'data/images/{i}.jpg', c) for i,c in _pairs(root/f'data/images_variant_{k}.txt')]
@@ -46,10 +51,11 @@ def _dogs(root):
 
 def _mit67(root): return _by_folder(root, {k: _lines(root/f'{n}Images.txt') for k,n in (('train','Train'), ('test','Test'))})
 
-# %% ../nbs/06b_photos.ipynb #4daec002
+# %% ../nbs/06b_photos.ipynb #d16cf2b5
 # name: (title, classes, usual folders, a file that only its layout has, function that reads the layout, where to get it)
 _PHOTOS = {
-    'grocery': ('Grocery Store', 81, ['grocery'], None, None, 'https://github.com/marcusklasson/GroceryStoreDataset'),
+    'grocery': ('Grocery Store', 81, ['grocery','grocery/dataset','GroceryStoreDataset/dataset'], 'val.txt', _grocery,
+                'https://github.com/marcusklasson/GroceryStoreDataset'),
     'flowers102': ('Flowers 102', 102, ['flowers-102','flowers102/flowers-102','flowers102'], 'setid.mat', _flowers,
                    'torchvision.datasets.Flowers102(root, download=True)'),
     'aircraft': ('FGVC Aircraft', 100, ['fgvc-aircraft-2013b','aircraft/fgvc-aircraft-2013b','aircraft'], 'data/variants.txt', _aircraft,
@@ -63,9 +69,11 @@ def _photo_parts(name, path):
     "Parts and class names of a set, in its own layout or as a plain image folder"
     title,_,subs,marker,layout,source = _PHOTOS[name]
     remedy = f'get it from {source} and put its folder into $PARAMFX_DATA as {subs[0]}, or pass it as `path`'
-    root = find_data(title, path, (*subs,'.'), [o for o in (marker,'train/*/*','*/*.jp*g') if o], remedy)
-    parts,vocab = layout(root) if marker and (root/marker).exists() else (image_parts(root),None)
-    return parts,vocab or sorted({c for _,c in parts['train']}),root
+    root = find_data(title, path, (*subs,'.'), (marker,'train/*/*','*/*.jp*g'), remedy)
+    if (root/marker).exists():
+        with reading(root): return *layout(root),root
+    parts = image_parts(root)
+    return parts,sorted({c for _,c in parts['train']}),root
 
 @delegates(parts_dls, but='title,vocab')
 def photo_dls(

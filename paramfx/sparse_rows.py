@@ -39,7 +39,7 @@ def sparse_pictures(name, learn):
     yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log_y=True)
     yield 'mask', lambda ax: plot_mask(mask, ax=ax, title=f'{name}: live weights of {last}')
 
-# %% ../nbs/45_sparse_rows.ipynb #61a90ed1
+# %% ../nbs/45_sparse_rows.ipynb #4e247680
 PUBLISHED_DENSE = {'wrn_28_2': ('*.shortcut','fc'), 'resnet50': '*.downsample.0'}
 
 @row_counts('dynamic_sparse')
@@ -48,6 +48,7 @@ def sparse_counts(net, row):
     *words,sparsity = row['row'].split()
     n = sum(p.numel() for p in net.parameters())
     if sparsity == 'dense' or 'thin' in words: return dict(params=n)
+    if 'itop' in words: return {} # its source does not tell which layers are masked
     erk = 'erk' in words
     # RigL's authors mask shortcuts, too, and with ERK the first convolution as well
     where = dict(include='*' if erk else None) if 'rigl' in words else dict(exclude=PUBLISHED_DENSE.get(words[0]))

@@ -7,12 +7,12 @@ Docs: https://paramfx.github.io/paramfx/text.html.md"""
 # %% auto #0
 __all__ = ['UNK', 'EOS', 'split_words', 'make_vocab', 'TextStream', 'StreamDL', 'text_dls', 'lm_dls', 'LSTMLM']
 
-# %% ../nbs/06c_text.ipynb #ae7983fd
+# %% ../nbs/06c_text.ipynb #8202d031
 from collections import Counter
 from pathlib import Path
 import pandas as pd
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Tensor, TfmdDL, TitledStr, default_device, delegates, display_df, is_listy, nn, torch
-from .data import find_data
+from .loading import check_loader, find_data, reading
 from .nets import scaled
 
 # %% ../nbs/06c_text.ipynb #3123482e
@@ -120,9 +120,10 @@ class StreamDL(TfmdDL):
         self._show([(*i,*o) for i,o in zip(*res[2:])], 'text', 'target', 'prediction')
     def _show(self, rows, *names): display_df(pd.DataFrame([[str(o) for o in r] for r in rows], columns=names[:len(rows[0])]))
 
-# %% ../nbs/06c_text.ipynb #42870723
+# %% ../nbs/06c_text.ipynb #2ad47713
 def _loaders(texts, bs, seq_len, min_freq, val_bs, device, **kwargs):
     "One loader per (source, words); the vocab is that of the first"
+    check_loader(bs, kwargs)
     if kwargs.get('shuffle'): raise ValueError('shuffle=True would tear the text apart: leave it out')
     for source,words in texts:
         if not words: raise ValueError(f'{source} is empty: it needs at least bs+1 words')

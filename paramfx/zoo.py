@@ -25,7 +25,7 @@ DATASETS = {'digits': (10,(1,8,8)), 'mnist': (10,(1,28,28)), 'cifar10': (10,(3,3
 _small,_large,_text = ('cifar10','cifar100'),('grocery',*_fine,'imagenet'),('wikitext2','ptb')
 _BUILDERS,_LISTED = [],{}
 
-# %% ../nbs/07_zoo.ipynb #cb056054
+# %% ../nbs/07_zoo.ipynb #d2fcaa54
 def _network(datasets, pattern, listed):
     "Register `f(n_out, *groups of pattern, **kw)` as builder of the networks that `pattern` matches"
     def _register(f):
@@ -50,7 +50,7 @@ def _resnext_small(n_out, **kw): return nets.resnet(_DEPTHS['50'], n_out, bottle
 @_network(_small, r'resnet(\d+)', 'resnet20 resnet32 resnet56')
 def _resnet_pad(n_out, depth, **kw): return nets.resnet_cifar(int(depth), n_out, **kw)
 
-@_network(_small, r'wrn_(\d+)_([\d.]+)', 'wrn_16_8 wrn_28_2 wrn_28_10')
+@_network(_small, r'wrn_(\d+)_(\d+(?:\.\d+)?)', 'wrn_16_8 wrn_28_2 wrn_28_10')
 def _wrn(n_out, depth, k, **kw): return nets.wide_resnet(int(depth), float(k), n_out, **kw)
 
 @_network(_small, r'preact_resnet(\d+)', 'preact_resnet20 preact_resnet56 preact_resnet110 preact_resnet164')
@@ -71,8 +71,9 @@ def _mobilenet(n_out, **kw): return nets.mobilenet_v2(n_out, **kw)
 @_network(_text, 'lstm', 'lstm')
 def _lstm(n_out, **kw): return text.LSTMLM(n_out, **kw)
 
-# %% ../nbs/07_zoo.ipynb #e3020ca6
+# %% ../nbs/07_zoo.ipynb #2acff906
 def _unknown(net, known):
+    if not net: raise ValueError(f'No network is named behind the data set: add one, such as {known[0]}. paramfx.zoo.list() shows all')
     near = difflib.get_close_matches(net, known, 3, .4) or known
     raise ValueError(f'No network is called {net!r}; did you mean {", ".join(near)}? paramfx.zoo.list() shows all')
 
@@ -80,8 +81,9 @@ def _unknown(net, known):
 def _torchvision(n_out, net, width=1., **kw):
     from torchvision import models
     if net not in models.list_models(models): _unknown(net, models.list_models(models))
+    nets.scaled(1, width) # complains about what is no width
     if width != 1: return _torchvision_width(n_out, net, width, **kw)
-    if net in ('googlenet', 'inception_v3'): kw = dict(aux_logits=False, init_weights=True) | kw
+    if net in ('googlenet', 'inception_v3') and not kw.get('weights'): kw = dict(aux_logits=False, init_weights=True) | kw
     return models.get_model(net, num_classes=n_out, **kw)
 
 def _torchvision_width(n_out, net, width, **kw):
@@ -90,25 +92,25 @@ def _torchvision_width(n_out, net, width, **kw):
     if net == 'mobilenet_v2': return _torchvision(n_out, net, width_mult=width, **kw)
     raise ValueError(f'{net} has no width; resnet18 to resnet152 and mobilenet_v2 have one. Any other network can be cut: trace_channels(net, x).cut({width:g})')
 
-# %% ../nbs/07_zoo.ipynb #41848114
+# %% ../nbs/07_zoo.ipynb #9c84845b
 def _find(name):
     "Data set, builder and the matched parts of `name`"
-    dataset,_,net = name.partition('/')
+    dataset,_,net = str(name).partition('/')
     if dataset not in DATASETS: raise ValueError(f'{name!r} does not begin with a data set: {", ".join(DATASETS)}; such as cifar100/resnet34')
     for datasets,pattern,f in _BUILDERS:
         if dataset in datasets and (m := pattern.fullmatch(net)): return dataset,f,m.groups()
     _unknown(net, _LISTED[dataset])
 
-# %% ../nbs/07_zoo.ipynb #a79340d3
+# %% ../nbs/07_zoo.ipynb #ffe96d4a
 def build(
     name:str, # Data set and network, such as 'cifar10/wrn_28_2'
-    n_out:int|None=None, # Classes, or words; default: those of the data set
+    n_out:int|None=None, # Classes, or words (`dls.c`); default: those of the data set
     **kwargs # For the builder: `width` scales the channels; others as `paramfx.nets` or torchvision have them
 )->nn.Module: # With random weights from torch's generator
     "The network of this name"
     dataset,f,groups = _find(name)
     n_out = DATASETS[dataset][0] if n_out is None else n_out
-    if n_out < 1: raise ValueError(f'n_out={n_out}: a network has at least one output')
+    if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise ValueError(f'n_out={n_out!r}: the number of outputs is whole, and at least 1')
     return f(n_out, *groups, **kwargs)
 
 # %% ../nbs/07_zoo.ipynb #6c14d39c
@@ -135,23 +137,25 @@ def sample(
     if dataset in _text: return torch.randint(n_out, (bs, *shape), generator=g)
     return torch.randn(bs, *shape, generator=g)
 
-# %% ../nbs/07_zoo.ipynb #802d892a
+# %% ../nbs/07_zoo.ipynb #e6698269
 def dls(
     name:str, # Data set, or data set and network
     **kwargs # For its loader: `path`, `bs`, `valid`, `device`, ...
 ):
     "The `DataLoaders` of a data set"
-    dataset = name.partition('/')[0]
-    if dataset not in DATASETS: _find(name)
+    dataset = str(name).partition('/')[0]
+    if name != dataset or dataset not in DATASETS: _find(name)
     if dataset in ('digits', 'mnist'): return getattr(data, f'{dataset}_dls')(**kwargs)
     from paramfx import images, photos # PIL is not needed for the others
     if dataset in _small: return images.cifar_dls(n_classes=DATASETS[dataset][0], **kwargs)
     if dataset in _text: return text.lm_dls(name=dataset, **kwargs)
     if dataset != 'imagenet': return photos.photo_dls(dataset, **kwargs)
     folder = data.find_data('ImageNet', kwargs.pop('path', None), ('.','imagenet'), 'train/*', 'unpack its folders train/<class> and val/<class> (image-net.org) into $PARAMFX_DATA/imagenet, or pass the folder as `path`')
+    n = sum(o.is_dir() for o in (folder/'train').iterdir())
+    if n != 1000: raise ValueError(f'{folder} holds {n} classes, and ImageNet 1000: give its folder, or read this one with folder_dls')
     return images.folder_dls(folder, **dict(size=224)|kwargs)
 
-# %% ../nbs/07_zoo.ipynb #33d9bf79
+# %% ../nbs/07_zoo.ipynb #f2789607
 _COUNTS = {}
 def row_counts(
     family:str # Of the table
@@ -175,7 +179,8 @@ def _rows(family, dataset):
 def _frame(rows):
     "A data frame with numbers where the text is one"
     df = pd.DataFrame(rows)
-    for c in ('top1','top5','spread'): df[c] = pd.to_numeric(df[c])
+    for c in ('width','top1','top5','spread'): df[c] = pd.to_numeric(df[c])
+    for c in {'row_params','row_macs'} & {*df}: df[c] = df[c].astype('Int64') # whole numbers, or none
     return df
 
 def _start(r, made):
@@ -194,8 +199,9 @@ def published(
 )->pd.DataFrame: # A row per printed result
     "What was printed, beside what is counted"
     rows,made = _rows(family, dataset),{}
-    for r in progress_bar(rows) if count else ():
+    for r in progress_bar(rows, leave=False) if count else ():
         net,counts = _start(r, made)
-        own = _COUNTS[r['family']](copy_model(net), r) if r['family'] in _COUNTS else {}
+        plain = r['row'] == r['network'].split('/')[1] # a row about the network as it is
+        own = dict(params=counts['net_params'], macs=counts['net_macs']) if plain else _COUNTS.get(r['family'], lambda *_: {})(copy_model(net), r)
         r.update(counts, **{f'row_{k}': own.get(k) for k in ('params', 'macs')})
     return _frame(rows)

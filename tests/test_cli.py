@@ -31,9 +31,9 @@ def test_demo_prints_json_and_nothing_else(demo):
     assert set(rows) == set(ROWS) and list(rows)[0] == 'dense'
     dense, sparse = rows['dense'], rows['dsr 0.9']
     assert dense['accuracy'] > .96 and sparse['accuracy'] > .94
-    assert sparse['params'] == dense['params'] == dense['nonzero']
-    assert sparse['nonzero'] < .15*dense['nonzero'] and sparse['macs'] == dense['macs'] == sparse['macs_executed']
-    assert sparse['bytes'] == dense['bytes']  # the plain network it leaves, not the checkpoint with masks
+    # the plain network it leaves, not the checkpoint with masks; filters that died by chance are cut out on the way
+    for k in ('params', 'macs', 'bytes'): assert .8*dense[k] < sparse[k] <= dense[k]
+    assert dense['nonzero'] == dense['params'] and sparse['nonzero'] < .15*dense['nonzero'] and sparse['macs'] == sparse['macs_executed']
 
 
 def test_demo_writes_what_it_says(demo):
@@ -122,3 +122,9 @@ def test_cost_of_a_language_model(call):
 def test_cost_bad_input(call, args, text):
     code, out, err = call(*args)
     assert code == 2 and not out and text in err and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize('args', [['--input', '3,1000000,1000000'], ['--input', '']])
+def test_cost_refuses_an_input_in_one_line(args, call):
+    code, out, err = call('cost', 'imagenet/resnet18', *args)
+    assert code == 2 and not out and err.count('\n') == 1 and '--input' in err

@@ -3,7 +3,7 @@ import gzip, random
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.basics import DataLoaders, Learner, TensorImageBW, TfmdDL, accuracy, load_learner, set_seed
-from paramfx.data import InMemory, MemoryDL, digits_dls, find_data, mnist_dls, tensor_dls
+from paramfx.data import InMemory, MemoryDL, as_bytes, digits_dls, find_data, mnist_dls, tensor_dls
 
 class ItemByItem(TfmdDL):
     "fastai's own loader, with our permutation"
@@ -12,7 +12,8 @@ class ItemByItem(TfmdDL):
 def twin(dls, bs=64):
     "The same items through fastai's own loader, item by item"
     dss = [list(zip(dl.dataset.x, dl.dataset.y)) for dl in dls.loaders]
-    return DataLoaders.from_dsets(*dss, bs=bs, num_workers=0, device='cpu', dl_type=ItemByItem)
+    drop = {'drop_last': False} if bs > len(dss[0]) else {} # where fastai would have no batch to train on
+    return DataLoaders.from_dsets(*dss, bs=bs, num_workers=0, device='cpu', dl_type=ItemByItem, **drop)
 
 def same(a, b): return len(a) == len(b) and all(torch.equal(s, t) for p,q in zip(a, b) for s,t in zip(p, q))
 
@@ -247,25 +248,42 @@ def test_rows_however_they_are_asked_for():
     for i in (3, -1, slice(2,5), [1,2], torch.tensor([4,4,0]), torch.tensor([-1,2]), torch.arange(10) > 6, torch.tensor(5)):
         for a,b in zip(ds[i], (ds.x[i], ds.y[i])): assert torch.equal(a, b)
 
-@pytest.mark.parametrize('as_bytes', [False, True])
-def test_random_transforms_know_training_from_validation(as_bytes):
+@pytest.mark.parametrize('in_bytes', [False, True])
+def test_random_transforms_know_training_from_validation(in_bytes):
     "fastai's random transforms ask for `split_idx`: without it, some are never applied and others in validation, too"
     import fastai.callback.progress  # noqa: F401 learn.no_bar
     from fastai.vision.augment import Flip
-    x = pixels(); y = torch.arange(40); given = x if as_bytes else x/255
+    x = pixels(); y = torch.arange(40); given = x if in_bytes else x/255
     dls = tensor_dls(given, y, given, y, bs=40, normalize=False, after_batch=Flip(p=1.), shuffle=False, drop_last=False, device='cpu')
     assert torch.allclose(torch.Tensor(dls.train.one_batch()[0]), (x/255).flip(-1), atol=1e-5)
     assert torch.allclose(torch.Tensor(dls.valid.one_batch()[0]), x/255, atol=1e-5)
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192,40)))
     with learn.no_bar(), learn.no_logging(): (flipped,plain),_ = learn.tta(n=1, beta=None)
     for p,o in ((plain, x/255), (flipped, (x/255).flip(-1))): torch.testing.assert_close(torch.Tensor(p), learn.model(o).softmax(1).detach())
-    assert dls.valid_ds.split_idx == 1
+
+def test_split_idx_is_put_back():
+    "After an error, too; and an exported learner still tells training from validation"
+    dls = digits_dls(device='cpu')
+    with pytest.raises(KeyError), dls.valid_ds.set_split_idx(0) as ds:
+        assert ds is dls.valid_ds and ds.split_idx == 0
+        raise KeyError
+    assert dls.valid_ds.split_idx == 1 and [dl.dataset.split_idx for dl in dls.new_empty().loaders] == [0,1]
+
+def test_as_bytes_rounds():
+    assert torch.equal(as_bytes(torch.arange(256)/255), torch.arange(256, dtype=torch.uint8))
+    assert as_bytes(torch.tensor([.499,.999])).tolist() == [127,255] and as_bytes(torch.tensor([0,1,255])).tolist() == [0,1,255]
+
+def test_default_vocab_holds_the_classes_of_both_sets():
+    dls = tensor_dls(torch.rand(4,2), torch.tensor([0,1,0,1]), torch.rand(2,2), torch.tensor([0,3]), device='cpu')
+    assert dls.vocab == [0,1,2,3] and dls.c == 4
 
 def test_rows_as_items():
     "Rows bring their targets, so that fastai's Interpretation works"
     from fastai.interpret import ClassificationInterpretation
     dls = digits_dls(device='cpu'); learn = Learner(dls, net(), metrics=accuracy)
     dl = dls.test_dl(dls.valid_ds.items[3:6])
+    dls.valid_ds.names = [f'digit {i}' for i in range(360)]
+    assert dls.test_dl(dls.valid_ds.items[3:6]).dataset.names == ['digit 3','digit 4','digit 5']
     assert torch.equal(dl.dataset.y, dls.valid_ds.y[3:6]) and torch.equal(dl.dataset.x, dls.valid_ds.x[3:6])
     it = ClassificationInterpretation.from_learner(learn)
     losses,idx,rows = it.top_losses(4, items=True)
@@ -317,3 +335,34 @@ def test_permutations_are_uniform():
     at = torch.stack([(orders == k).sum(0) for k in range(6)]).double()
     assert (orders.sort(1).values == torch.arange(6)).all()
     assert ((at-500).abs() < 4.5*(3000*(1/6)*(5/6))**.5).all() and len(orders.unique(dim=0)) > 700 # of 720
+
+SETTINGS = [(dict(vald='split'), 'vald.*valid'), (dict(batch_tfms=[]), 'batch_tfms.*after_batch'), (dict(item_tfms=[]), 'item_tfms'), (dict(seqlen=3), 'seq_len')]
+def makers():
+    from paramfx import zoo
+    from paramfx.text import text_dls
+    x,y,lines = torch.randn(8, 3),torch.arange(8)%2,['a b c d']*9
+    return (lambda **kw: tensor_dls(x, y, x, y, **{'bs':2, **kw})),(lambda **kw: text_dls(lines, lines, **{'bs':2, **kw})),(lambda **kw: zoo.dls('cifar10', path='nowhere', **kw)),(lambda **kw: zoo.dls('mnist', path='nowhere', **kw))
+
+@pytest.mark.parametrize('kw,text', SETTINGS)
+def test_a_misspelt_setting_is_not_swallowed(kw, text):
+    for make in makers():
+        with pytest.raises(TypeError, match=text): make(**kw)
+
+@pytest.mark.parametrize('bs', [0, -1, 'x', 2.5, None, True])
+def test_a_batch_is_a_positive_whole_number(bs):
+    for make in makers():
+        with pytest.raises(ValueError, match='bs must be'): make(bs=bs)
+
+def test_loader_functions_pass():
+    "fastai's loaders take functions by name; those are known"
+    x,y = torch.arange(6.).view(6,1),torch.arange(6)
+    dls = tensor_dls(x, y, x, y, bs=2, normalize=False, device='cpu', shuffle=False, num_workers=0, pin_memory=False, verbose=False, get_idxs=lambda: [5,4,3,2,1,0])
+    assert torch.cat([b[1] for b in dls.train]).tolist() == [5,4,3,2,1,0]
+
+@pytest.mark.parametrize('content', [b'', b'xx', bytes([0,0,8,3])+b'\0'*12+b'\1'])
+def test_damaged_mnist_names_the_file(tmp_path, content):
+    for name in ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte'): (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError, match='train-images-idx3-ubyte is damaged') as e: mnist_dls(tmp_path)
+    assert '\n' not in str(e.value)
+    (tmp_path/'train-images-idx3-ubyte').unlink(); (tmp_path/'train-images-idx3-ubyte.gz').write_bytes(content)
+    with pytest.raises(ValueError, match='ubyte.gz is damaged'): mnist_dls(tmp_path)

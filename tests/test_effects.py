@@ -62,6 +62,8 @@ def test_a_module_may_be_wrapped_under_its_optimizer():
     before = [*opt.param_lists[0]]
     swap_module(model, '0', nn.Sequential(model[0], nn.ReLU()), opt)
     assert all(a is b for a, b in zip(before, opt.param_lists[0])) and model[0][0].weight is before[0]
+    model.eval()
+    assert not swap_module(model, '1', nn.Linear(2, 2), opt).training # as the one before it
     with pytest.raises(ValueError, match='2.weight, 2.bias have no counterpart'): swap_module(model, '0', nn.Sequential(*model[0], nn.Linear(2, 2)), opt)
 
 

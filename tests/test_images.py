@@ -199,7 +199,7 @@ def test_cifar_bad_input(tmp_path, monkeypatch):
         assert '\n' not in str(e.value)
     write_sheets(tmp_path/'cifar10')
     for kw,match in ((dict(n_classes=20), 'not 20'), (dict(valid='none'), "not 'none'"), (dict(pad_mode='edge'), "not 'edge'"),
-                     (dict(path=tmp_path/'cifar10', n_classes=100), 'n_classes=10')):
+                     (dict(path=tmp_path/'cifar10', n_classes=100), 'give the folder of CIFAR-100')):
         with pytest.raises(ValueError, match=match): cifar_dls(**{'path':tmp_path, **kw})
 
 def test_cifar_batches(tmp_path):
@@ -213,6 +213,16 @@ def test_cifar_batches(tmp_path):
     assert x.shape == (200,3,32,32) and (x.abs() < 1e-5).all(1).any(-1).any(-1).float().mean() > .9  # black edges
     plain = cifar_dls(tmp_path, bs=20, augment=False, shuffle=False, device='cpu')
     torch.testing.assert_close(torch.Tensor(plain.train.one_batch()[0]), (plain.train_ds.x[:20]/255-mean)/std, atol=1e-5, rtol=1e-5)
+
+def test_cifar_transforms(tmp_path):
+    "Crops of 32 from a padding of 4, besides what is given"
+    write_cifar(tmp_path, 10, 40)
+    seen = []
+    def spy(x:TensorImage): seen.append(x.shape); return x
+    dls = cifar_dls(tmp_path, after_batch=spy, device='cpu')
+    crop, = [t for t in dls.train.after_batch.fs if isinstance(t, CropFlip)]
+    dls.one_batch()
+    assert (crop.size, crop.pad, crop.mode, crop.flip, crop.random) == (32, 4, 'reflect', True, True) and seen == [(128,3,32,32)]
 
 def batches(dls, seed):
     set_seed(seed); dls.train.rng = random.Random(seed)
@@ -303,10 +313,11 @@ def test_disk_learner_exports_without_files(tmp_path):
     learn = Learner(dls, net(2), path=tmp_path); learn.export()
     assert b'0.png' not in (tmp_path/'export.pkl').read_bytes()
 
-def test_default_memory_bound(tmp_path, monkeypatch):
-    import paramfx.images
+def test_memory_bound(tmp_path):
     tree(tmp_path, {'.':4})
     exact = 8*3*9*9
+    for bound,workers in ((exact-1, min(8, os.cpu_count())), (exact, 0)): # only what stays on disk is read by workers
+        assert folder_dls(tmp_path, 8, max_memory=bound, device='cpu').valid.fake_l.num_workers == workers
     assert isinstance(folder_dls(tmp_path, 8, max_memory=exact-1, device='cpu').train_ds.x, ImageFiles)
     assert isinstance(folder_dls(tmp_path, 8, max_memory=exact, device='cpu').train_ds.x, torch.Tensor)
 
@@ -329,6 +340,14 @@ def test_own_transforms_and_loader_arguments(tmp_path):
     mean,std = (torch.tensor(o)[:,None,None] for o in ([.485,.456,.406], [.229,.224,.225]))
     want = (dls.valid_ds.x[:,:,:8,:8]/255-mean)/std
     torch.testing.assert_close(torch.cat([torch.Tensor(b[0]) for b in dls.valid]), want, atol=1e-5, rtol=1e-5)
+
+def test_without_augmentation_training_images_are_centre_crops(tmp_path):
+    dls = folder_dls(tree(tmp_path, {'.':10}), 7, bs=16, augment=False, shuffle=False, stats=([0.]*3, [1.]*3), device='cpu')
+    assert dls.train_ds.x.shape[2:] == (8,8)
+    torch.testing.assert_close(torch.Tensor(dls.train.one_batch()[0]), dls.train_ds.x[:,:,:7,:7]/255)
+
+def test_a_missing_file_is_missing():
+    with pytest.raises(FileNotFoundError, match='nowhere.png'): ReadImage(4)('nowhere.png')
 
 def test_predict_in_a_new_process(tmp_path):
     "Export, delete the data, load elsewhere, predict on a file, a PIL image and an array"
@@ -429,3 +448,33 @@ def test_real_cifar_trains(data_dir):
         loss = nn.functional.cross_entropy(learn.model(torch.Tensor(x)), torch.Tensor(y).long()); losses.append(loss.item())
         opt.zero_grad(); loss.backward(); opt.step()
     assert np.mean(losses[-10:]) < np.mean(losses[:5])-.2
+
+def test_sixteen_bits_keep_their_greys(tmp_path):
+    "PIL alone would clip them to white"
+    grey = np.arange(256).repeat(256).reshape(256, 256).astype('uint16')*257
+    Image.fromarray(grey).save(tmp_path/'x.png')
+    for im in (Image.fromarray(grey), tmp_path/'x.png'): assert torch.equal(ReadImage(256)(im)[0], torch.from_numpy((grey >> 8).astype('uint8')))
+
+def test_damaged_sets_name_the_file(tmp_path):
+    write_sheets(tmp_path/'cifar10')
+    Image.fromarray(np.zeros((100,100,3), 'uint8')).save(tmp_path/'cifar10/train/c03.jpg')
+    with pytest.raises(ValueError, match='c03.jpg is damaged') as e: cifar_dls(tmp_path)
+    assert '\n' not in str(e.value)
+    (tmp_path/'cifar-10-batches-py').mkdir(); (tmp_path/'cifar-10-batches-py/batches.meta').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='batches.meta is damaged'): cifar_dls(tmp_path/'cifar-10-batches-py')
+
+def test_folders_in_capitals_and_lonely_images(tmp_path):
+    for part in ('Train','Valid'):
+        for c in 'ab': write(tmp_path/part/c/'1.png'); write(tmp_path/part/c/'2.png')
+    dls = folder_dls(tmp_path, size=8, bs=2, device='cpu')
+    assert list(dls.vocab) == ['a','b'] and (len(dls.train_ds), len(dls.valid_ds)) == (4,4)
+    for c in 'ab': write(tmp_path/'one'/c/'1.png')
+    with pytest.raises(ValueError, match='No class has two images'): folder_dls(tmp_path/'one', size=8)
+    for kw in (dict(seed=-1), dict(seed=None), dict(stats=None)):
+        with pytest.raises(ValueError, match='seed|stats'): folder_dls(tmp_path, size=8, **kw)
+
+def test_a_set_smaller_than_a_batch_is_trained_on(tmp_path):
+    for c in 'ab':
+        for i in range(4): write(tmp_path/c/f'{i}.png')
+    dls = folder_dls(tmp_path, size=8, device='cpu')
+    assert [len(b[0]) for b in dls.train] == [6] and len(dls.valid_ds) == 2

@@ -43,6 +43,27 @@ def test_second_route():
     torch.testing.assert_close(torch.stack(got, 1), m(x))
 
 @torch.no_grad()
+def test_start_values():
+    m = LSTMLM(500, 40, tie=False)
+    for w in (m.emb.weight, m.out.weight): assert .099 < w.max() <= .1 and -.1 <= w.min() < -.099 and abs(w.mean()) < .01
+    assert not m.out.bias.any()
+
+@torch.no_grad()
+def test_dropout_is_in_all_its_places():
+    "Behind the embedding, between layers, before the last one; with p=1 nothing passes"
+    m,x = LSTMLM(30, 8, n_layers=3, p=.25),words(4,6)
+    assert m.rnn.dropout == .25 and LSTMLM(30, 8, p=.25).rnn.dropout == 0.
+    seen = {}
+    m.rnn.register_forward_pre_hook(lambda m, a: seen.update(rnn=a[0]))
+    m.out.register_forward_pre_hook(lambda m, a: seen.update(out=a[0]))
+    for key,drop in (('rnn', m.drop_in), ('out', m.drop_out)):
+        m.eval()(x); assert (seen[key] != 0).all()
+        m.train(); drop.p = 1.
+        m(x); assert not seen[key].any()
+        drop.p = 0.
+        m(x); assert seen[key].any()
+
+@torch.no_grad()
 def test_a_sample_is_on_its_own():
     m,x = net(),words(3,5)
     first = m(x)

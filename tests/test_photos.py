@@ -48,21 +48,33 @@ def mit67(root):
         for fn in files: write(root/'Images'/fn)
         (root/f'{part}Images.txt').write_text('\n'.join(files))
 
-OFFICIAL = {'flowers102': (flowers, 'flowers-102', 102, 102, 102), 'aircraft': (aircraft, 'fgvc-aircraft-2013b', 100, 100, 100),
+def grocery(root):
+    "Folders at two depths, of which the last names the class"
+    names = [f'Item-{i:02d}' for i in range(81)][::-1]
+    (root/'val').mkdir(parents=True)
+    heads = 'Class Name (str),Class ID (int),Coarse Class Name (str),Coarse Class ID (int),Iconic Image Path (str),Product Description Path (str)'
+    (root/'classes.csv').write_text('\n'.join([heads, *(f'{c},{i},Kind,{i//2},/a.jpg,/a.txt' for i,c in enumerate(names))]))
+    for part,n in (('train',2), ('val',1), ('test',1)):
+        files = [(f"{part}/Fruit/{'Kind/' if i%2 else ''}{c}/{c}_{j}.jpg", i) for i,c in enumerate(names) for j in range(n)]
+        for fn,_ in files: write(root/fn)
+        (root/f'{part}.txt').write_text(''.join(f'{fn}, {i}, {i//2}\n' for fn,i in files))
+
+OFFICIAL = {'grocery': (grocery, 'grocery/dataset', 162, 81, 81), 'flowers102': (flowers, 'flowers-102', 102, 102, 102), 'aircraft': (aircraft, 'fgvc-aircraft-2013b', 100, 100, 100),
             'cub200': (cub, 'CUB_200_2011', 400, 200, 0), 'dogs': (dogs, 'StanfordDogs', 120, 120, 0), 'mit67': (mit67, 'mit67', 134, 134, 0)}
 
 @pytest.mark.parametrize('name', OFFICIAL)
 def test_official_layouts(tmp_path, monkeypatch, name):
     make,sub,n_train,n_test,n_valid = OFFICIAL[name]
     make(tmp_path/sub); monkeypatch.setenv('PARAMFX_DATA', str(tmp_path))
-    n = dict(flowers102=102, aircraft=100, cub200=200, dogs=120, mit67=67)[name]
+    n = dict(grocery=81, flowers102=102, aircraft=100, cub200=200, dogs=120, mit67=67)[name]
     for path in (None, tmp_path, tmp_path/sub):
         dls = photo_dls(name, path, size=4, device='cpu')
         assert (len(dls.train_ds), len(dls.valid_ds), dls.c) == (n_train, n_test, n)
         assert dls.train_ds.x.shape == (n_train,3,5,5) and dls.train_ds.y.bincount().tolist() == [n_train//n]*n
         assert not set(dls.train_ds.names) & set(dls.valid_ds.names)
-    if name in ('cub200','dogs','mit67'):
-        assert all(fn.parent.name == dls.vocab[y] for ds in (dls.train_ds, dls.valid_ds) for fn,y in zip(ds.names, ds.y)) and dls.vocab == sorted(dls.vocab)
+    if name in ('grocery','cub200','dogs','mit67'):
+        assert all(fn.parent.name == dls.vocab[y] for ds in (dls.train_ds, dls.valid_ds) for fn,y in zip(ds.names, ds.y))
+        assert dls.vocab == sorted(dls.vocab, reverse=name == 'grocery') # the order of its authors
     if n_valid: assert len(photo_dls(name, size=4, valid='valid', device='cpu').valid_ds) == n_valid
     else:
         with pytest.raises(ValueError, match="valid='split'"): photo_dls(name, size=4, valid='valid')
@@ -91,7 +103,15 @@ def test_plain_folder(tmp_path, sub, parts):
     dls = photo_dls('mit67', tmp_path, size=4, valid='test' if 'test' in parts else 'split', device='cpu')
     assert dls.c == 67 and len(dls.valid_ds) == (134 if 'test' in parts else 67)
 
-@pytest.mark.parametrize('name', [*OFFICIAL, 'grocery'])
+def test_default_sizes(tmp_path):
+    "224 from 256 pixels, and 64 from 73 for the groceries"
+    mit67(tmp_path/'mit67')
+    for i in range(81): [write(tmp_path/f'grocery/{part}/c{i:02d}/0.jpg') for part in ('train','test')]
+    kw = dict(path=tmp_path, max_memory=0, num_workers=0, bs=2, device='cpu')
+    for dls,side,size in ((photo_dls('mit67', **kw), 256, 224), (photo_dls('grocery', **kw), 73, 64), (grocery_dls(**kw), 73, 64)):
+        assert dls.train_ds.x.shape[2:] == (side,side) and dls.one_batch()[0].shape == (2,3,size,size)
+
+@pytest.mark.parametrize('name', OFFICIAL)
 def test_missing(tmp_path, monkeypatch, name):
     monkeypatch.delenv('PARAMFX_DATA', raising=False)
     for path in (None, tmp_path, tmp_path/'nowhere'):

@@ -25,6 +25,7 @@ from paramfx.forward import check_same
 from paramfx.dead import cut_dead, has_dead
 from paramfx.experiments import demo_net
 from paramfx.persist import RunState
+from fastai.torch_core import TensorBase, TensorImage
 from paramfx.plain import Recipe, defer, load_recipe, materialize, save_recipe, swap_model
 from paramfx.rewire import DynamicSparse
 from paramfx.sparse import sparsify
@@ -287,6 +288,7 @@ def test_waiting_cuts_survive_copies_and_are_applied():
 
 LOAD = """
 import sys, torch
+from fastai.torch_core import TensorBase, TensorImage
 from paramfx.plain import Recipe, load_recipe
 from paramfx.experiments import demo_net
 m = load_recipe(sys.argv[1], demo_net()).eval()
@@ -588,3 +590,16 @@ def test_swap_model_for_one_of_another_shape(opt):
         before = learn.model[1].weight.detach().clone()
         learn.fit(1, 1e-3)
     assert not torch.equal(learn.model[1].weight, before)
+
+
+@pytest.mark.parametrize('kind', [torch.Tensor, TensorBase, TensorImage])
+def test_constants_fold_whatever_the_type_of_the_sample(kind):
+    "Image loaders of fastai's give a TensorImage: a constant read from it must still fit into a bias"
+    m = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        m[0].weight[:3] = 0
+        m[1].bias.fill_(.5)
+    x = torch.randn(2, 3, 8, 8)
+    small = materialize(m, x.as_subclass(kind))
+    assert small[0].out_channels == 5 and type(small[3].bias) is nn.Parameter
+    torch.testing.assert_close(small.eval()(x), m(x))

@@ -229,6 +229,7 @@ def test_compare():
     assert json.loads(table.to_json())['b']['macs_ratio'] == 2
     md = table._repr_markdown_()
     assert '(2.00x)' in md and 'latency' not in md and len(md.splitlines()) == 4 and repr(table) == md
+    assert md.splitlines()[1].startswith('|---|--:|--:|') and 'x)' not in md.splitlines()[2] # numbers to the right, no ratios of the first row to itself
     assert [r['macs_ratio'] for r in table] == [1,2] and len(copy.deepcopy(table)) == 2
     with pytest.raises(ValueError, match="'a' is a model"): compare(dict(a=small()))
     with pytest.raises(ValueError, match='at least one'): compare({})

@@ -220,18 +220,77 @@ def test_cifar_stem():
     with torch.no_grad(): assert torch.equal(net.eval()(x), ours.eval()(x))
 
 
-def test_wide_block_by_hand():
+def norm_relu(b, t): return ((t-b.running_mean.view(-1, 1, 1))/(b.running_var+b.eps).sqrt().view(-1, 1, 1)).clamp(min=0)
+
+
+def randomised(m):
+    "`m` in evaluation mode, with running statistics and scales that tell one norm from another"
     torch.manual_seed(0)
-    block = nets.init_convs(nets.WideBlock(4, 8, 2)).eval()
-    for b in (block.bn1, block.bn2): b.running_mean.normal_(); b.running_var.uniform_(.5, 2)
+    for b in m.modules():
+        if isinstance(b, nn.modules.batchnorm._BatchNorm): b.running_mean.normal_(); b.running_var.uniform_(.5, 2)
+    return m.eval()
+
+
+def test_wide_block_by_hand():
+    block = randomised(nets.WideBlock(4, 8, 2))
     x = torch.randn(2, 4, 6, 6)
-    norm = lambda b, t: ((t-b.running_mean.view(-1, 1, 1))/(b.running_var+b.eps).sqrt().view(-1, 1, 1)).clamp(min=0)
-    h = norm(block.bn1, x)
-    y = nn.functional.conv2d(norm(block.bn2, nn.functional.conv2d(h, block.conv1.weight, stride=2, padding=1)), block.conv2.weight, padding=1)
+    h = norm_relu(block.bn1, x)
+    y = nn.functional.conv2d(norm_relu(block.bn2, nn.functional.conv2d(h, block.conv1.weight, stride=2, padding=1)), block.conv2.weight, padding=1)
     with torch.no_grad(): torch.testing.assert_close(block(x), y + nn.functional.conv2d(h, block.shortcut.weight, stride=2))
     same = nets.WideBlock(4, 4).eval() # without a change of shape the input itself is added
     same.conv2.weight.data.zero_()
     assert torch.equal(same(x), x)
+
+
+@torch.no_grad()
+def test_padded_shortcut():
+    x = torch.rand(2, 3, 5, 5)
+    for stride, extra in ((1, 2), (2, 3)):
+        y = nets.PadShortcut(stride, extra)(x)
+        want = torch.zeros(2, 3+extra, *[-(-5//stride)]*2)
+        want[:, 1:4] = x[:, :, ::stride, ::stride]
+        assert torch.equal(y, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('n_in,stride', [(8, 1), (4, 1), (8, 2)])
+def test_preact_bottleneck_by_hand(n_in, stride):
+    "The shortcut reads the raw input; where the shape changes, a projection with a norm"
+    b, x = randomised(nets.PreActBottleneck(n_in, 2, stride)), torch.randn(2, n_in, 6, 6)
+    h = nn.functional.conv2d(norm_relu(b.bn1, x), b.conv1.weight)
+    h = nn.functional.conv2d(norm_relu(b.bn2, h), b.conv2.weight, stride=stride, padding=1)
+    h = nn.functional.conv2d(norm_relu(b.bn3, h), b.conv3.weight)
+    assert (b.downsample is None) == (n_in == 8 and stride == 1)
+    torch.testing.assert_close(b(x), h + (x if b.downsample is None else b.downsample(x)))
+
+
+def kinds(net): return ' '.join(type(m).__name__ for m in net.modules() if not [*m.children()])
+
+
+def test_activations_stand_where_they_belong():
+    "Counts do not see them"
+    assert kinds(nets.lenet_300_100()) == 'Flatten Linear BatchNorm1d ReLU Linear BatchNorm1d ReLU Linear BatchNorm1d'
+    assert kinds(nets.lenet_300_100(norm=False)) == 'Flatten Linear ReLU Linear ReLU Linear'
+    assert kinds(nets.convnet()) == 'Conv2d BatchNorm2d ReLU '*3 + 'AdaptiveAvgPool2d Flatten Linear'
+    vgg = kinds(nets.vgg_cifar(11)).replace('Conv2d BatchNorm2d ReLU', 'C').replace('MaxPool2d', 'P')
+    assert vgg == 'C C P C C P C C C C AdaptiveAvgPool2d Flatten Linear'
+    for net in (nets.wide_resnet(10, 1), nets.preact_resnet(11)): assert kinds(net).endswith('BatchNorm2d ReLU AdaptiveAvgPool2d Flatten Linear')
+    mobile = kinds(nets.mobilenet_v2(small=True)).split()
+    assert 'ReLU6' not in mobile and mobile.count('ReLU') == 2*17+2
+    dense = nets.densenet_cifar((2, 2)).features
+    assert kinds(dense.transition1) == 'BatchNorm2d Identity Conv2d AvgPool2d' and not hasattr(dense, 'pool0')
+    assert all(b.drop.p == .3 for b in nets.wide_resnet(10, 1, p=.3).modules() if isinstance(b, nets.WideBlock))
+
+
+@pytest.mark.parametrize('build', [lambda: nets.resnet((1, 1)), lambda: nets.wide_resnet(10, 2), lambda: nets.preact_resnet(11), lambda: nets.vgg_cifar(11, width=.25),
+                                   lambda: nets.mobilenet_v2(width=.25), lambda: nets.densenet_cifar((2, 2), width=.5)])
+def test_convolutions_start_by_fan_out(build):
+    torch.manual_seed(0)
+    for m in build().modules():
+        if not isinstance(m, nn.Conv2d): continue
+        want = (2/(m.weight[0, 0].numel()*m.out_channels))**.5
+        assert m.bias is None or not m.bias.any()
+        assert abs(m.weight.std()/want - 1) < 5/m.weight.numel()**.5 # far beyond chance
 
 
 def test_inverted_block():
@@ -350,6 +409,14 @@ def test_names_that_are_not_listed():
     assert n_params(zoo.build('imagenet/mobilenet_v2', width=.5))[0] < 2_000_000
 
 
+def test_samples():
+    "Fixed by their seed, and word numbers from the whole vocabulary"
+    for name in ('mnist', 'ptb'):
+        a, b, c = (zoo.sample(name, 64, seed=s) for s in (1, 1, 2))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.min() >= 0 and 9000 < a.max() < 10_000
+
+
 @pytest.mark.parametrize('call,text', [
     (lambda: zoo.build('cifar10/wrn_28'), 'wrn_28_2'), (lambda: zoo.build('cifar11/resnet20'), 'does not begin with a data set'),
     (lambda: zoo.build('cifar10'), 'No network'), (lambda: zoo.build(''), 'does not begin'), (lambda: zoo.build('cifar10/resnet21'), '8, 14, 20'),
@@ -378,7 +445,7 @@ def records(*args, **kw): return zoo.published(*args, **kw).to_dict('records')
 def test_printed_figures():
     "Each row names a network that can be built, and its printed figures are numbers"
     df = zoo.published(count=False)
-    assert len(df) > 100 and 'net_params' not in df
+    assert len(df) > 100 and 'net_params' not in df and all(df[c].dtype.kind == 'f' for c in ('top1', 'top5', 'spread'))
     rows = df.to_dict('records')
     for r in rows:
         dataset, f, _ = zoo._find(r['network'])
@@ -409,6 +476,19 @@ def test_printed_equals_golden():
                 assert r['top1'] == v[cols.index(f'{what}_test_top1')] and r['top5'] == v[cols.index(f'{what}_test_top5')]
 
 
+def test_printed_sparse_rows_are_plausible():
+    "No golden file has them: a slip of the pen would break the order, since accuracy falls with every step of sparsity"
+    rows = [r for d in ('cifar10', 'imagenet') for r in records('dynamic_sparse', d, count=False)]
+    by = {}
+    for r in rows: by.setdefault(r['row'].rpartition(' ')[0], {})[r['row'].rpartition(' ')[2]] = r
+    dense = by['wrn_28_2'].pop('dense')['top1']
+    for name, at in by.items():
+        for k in ('top1', 'top5'):
+            vals = [at[s][k] for s in sorted(at)]
+            assert all(math.isnan(v) for v in vals) or vals == sorted(vals, reverse=True) and vals[0]-vals[-1] < 5, name
+        if name.startswith('wrn'): assert all(dense-4 < r['top1'] < dense+.1 and 0 < r['spread'] < .4 for r in at.values())
+
+
 def test_counted_figures():
     "What is counted comes from the networks that the rows start from"
     rows = records('dynamic_sparse', 'cifar10')
@@ -416,6 +496,16 @@ def test_counted_figures():
     cifar = records('shared_bases', 'cifar10')
     assert {r['net_params'] for r in cifar} == {464_154, n_params(zoo.build('cifar10/resnet56'))[0]}
     assert all(r['row_params'] is None for r in cifar) # until the family counts them
+
+
+def test_a_count_may_change_the_network(monkeypatch):
+    "Each row is counted on a copy of its own"
+    def shrink(net, row):
+        n = n_params(net)[0]
+        net.fc1 = nn.Identity()
+        return dict(params=n)
+    monkeypatch.setitem(zoo._COUNTS, 'dynamic_sparse', shrink)
+    assert {r['row_params'] for r in records('dynamic_sparse', 'mnist')} == {267_020}
 
 
 def test_sparse_rows_are_counted_by_their_family():
@@ -430,3 +520,43 @@ def test_sparse_rows_are_counted_by_their_family():
     for row, mb in (('erk 0.8', 23.683), ('uniform 0.8', 23.685), ('erk 0.9', 13.499), ('uniform 0.9', 13.532)): # as RigL's README has them: 4 bytes per
         assert rows[f'resnet50 rigl {row}'] == pytest.approx((mb*1e6 - weights/8)/4, rel=.015) # live weight, a bit per weight; norms are folded there
     assert rows['wrn_28_2 dense'] == 1_467_610 and rows['resnet50 thin 0.8'] == 8_167_095 and rows['resnet50 thin 0.9'] == 5_771_217
+
+
+@pytest.mark.parametrize('name', ['imagenet/mobilenet_v2', 'cifar10/resnet20', 'imagenet/resnet18', 'ptb/lstm'])
+@pytest.mark.parametrize('width', [0, -1, float('inf'), 'x', None])
+def test_width_is_a_positive_number(name, width):
+    with pytest.raises(ValueError, match='width must be a positive number'): zoo.build(name, width=width)
+
+
+def test_no_network_without_channels():
+    with pytest.raises(ValueError, match='width=0.2 leaves no channel'): zoo.build('cifar10/resnext50_32x4d', width=.2)
+    assert zoo.build('cifar10/resnext50_32x4d', width=.25).eval()(zoo.sample('cifar10')).shape == (1, 10)
+    with pytest.raises(ValueError, match='whole and at least 1'): zoo.build('ptb/lstm', n_emb=0)
+
+
+@pytest.mark.parametrize('call,text', [
+    (lambda: zoo.build('cifar100'), 'No network is named'), (lambda: zoo.build('cifar100/'), 'No network is named'), (lambda: zoo.build(None), 'does not begin'),
+    (lambda: zoo.build('cifar10/wrn_28_.'), 'wrn_28_2'), (lambda: zoo.build('cifar10/resnet20', n_out=2.5), 'n_out=2.5'), (lambda: zoo.build('cifar10/resnet20', n_out=True), 'n_out=True'),
+    (lambda: zoo.dls('cifar10/nosuchnet'), 'No network is called'), (lambda: zoo.dls(3), 'does not begin')])
+def test_more_bad_input(call, text):
+    with pytest.raises(ValueError, match=re.escape(text)) as e: call()
+    assert '\n' not in str(e.value)
+
+
+def test_imagenet_has_a_thousand_classes(tmp_path):
+    (tmp_path/'train/a').mkdir(parents=True)
+    with pytest.raises(ValueError, match='holds 1 classes, and ImageNet 1000'): zoo.dls('imagenet', path=tmp_path)
+
+
+def test_types_of_the_published_columns():
+    import paramfx.all # families register their counts
+    df = zoo.published('shared_bases', 'cifar100')
+    assert str(df.row_params.dtype) == str(df.row_macs.dtype) == 'Int64' and df.width.dtype == float
+    plain = df[df.row == 'resnet34'].iloc[0] # a row about the network as it is
+    assert plain.row_params == plain.net_params and plain.row_macs == plain.net_macs
+    assert df[df.row == 'resnet34-S8U1'].row_params.isna().all()
+
+
+def test_the_language_model_is_in_all():
+    import paramfx.all
+    assert 'LSTMLM' in paramfx.all.__all__ and 'Table' not in paramfx.all.__all__ # fastai has a Table of its own
