@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/masks.html.md"""
 # %% auto #0
 __all__ = ['density_uniform', 'density_erk', 'initial_counts', 'Masked', 'MaskStore', 'make_mask']
 
-# %% ../nbs/02_masks.ipynb #ac898f9e
+# %% ../nbs/02_masks.ipynb #0dcb9908
 import zlib
 from math import prod
 
@@ -15,7 +15,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import store_attr
 from .core import opt_state
-from .units import check_sparsity, draw_positions, live_units, unit_scores, unit_shape, units_below
+from .units import check_sparsity, draw_positions, live_units, unit_scores, unit_shape
 
 # %% ../nbs/02_masks.ipynb #723782a8
 def density_uniform(
@@ -52,7 +52,7 @@ def initial_counts(
     "Exact number of units each layer keeps"
     return [live_units(prod(unit_shape(s, granularity)), sparsity) for s in shapes]
 
-# %% ../nbs/02_masks.ipynb #6d643b02
+# %% ../nbs/02_masks.ipynb #38db2924
 class Masked:
     "A parameter and its mask, kept exactly in step"
     def __init__(self,
@@ -94,10 +94,6 @@ class Masked:
         self.module._buffers.pop(self.buf, None)
 
     def scores(self): return unit_scores(self.weight, self.mask.shape)
-    def below(self, threshold):
-        "Flat indices of the live units with a score below `threshold`"
-        return units_below(self.weight if self.size == 1 else self.scores(), self.mask, threshold)
-
     def fill_(self, t, idx, value=0.):
         "Set the units `idx` of `t` (of the weight's or the mask's shape) to `value`, in place"
         if t.shape == self.mask.shape and t.is_contiguous(): return t.view(-1).index_fill_(0, idx, value)

@@ -15,12 +15,15 @@ from .rows import demo_picture, demo_row
 from .sparse import plan_masks
 from .zoo import row_counts
 
-# %% ../nbs/45_sparse_rows.ipynb #81b80753
+# %% ../nbs/45_sparse_rows.ipynb #d9345e34
 @demo_row('dsr 0.9')
 def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
 
 @demo_row('dsr 0.95')
 def _dsr95(new, fit): return fit(new(), cbs=DynamicSparse(.95))
+
+@demo_row('set 0.9')
+def _set90(new, fit): return fit(new(), cbs=DynamicSparse(.9, method='set', drop_frac=.2))
 
 @demo_row('dsr filters 0.5')
 def _filters(new, fit):
@@ -36,7 +39,7 @@ def sparse_pictures(name, learn):
     if not sp or not sp.history: return
     tr,(last,mask) = sp.traces,max(sp.masks.items(), key=lambda o: o[1].numel())
     yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')
-    yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log_y=True)
+    if 'threshold' in tr: yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log_y=True)
     yield 'mask', lambda ax: plot_mask(mask, ax=ax, title=f'{name}: live weights of {last}')
 
 # %% ../nbs/45_sparse_rows.ipynb #4e247680

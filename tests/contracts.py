@@ -70,14 +70,15 @@ def sparse_check(learn, grads=True):
 def sparse(method, **defaults):
     "Line of one method of `DynamicSparse`"
     make = lambda **kw: DynamicSparse(**{**dict(method=method, sparsity=.8), **defaults, **kw})
+    shown = {'static': (), 'dsr': ('rewired', 'threshold')}.get(method, ('rewired',))
     return Method(method, make, sparse_facts, sparse_check, noop=partial(make, sparsity=0.), other=partial(make, sparsity=.5),
-                  moves=method != 'static', penalty=dict(l1=1e-2),
-                  columns=('density',) if method == 'static' else ('density', 'rewired', 'threshold'))
+                  moves=method != 'static', penalty=dict(l1=1e-2), columns=('density', *shown))
 
 
 METHODS = {m.name: m for m in [
     sparse('dsr', period=2, threshold=.02),
     sparse('static'),
+    sparse('set', period=2, drop_frac=.2),
 ]}
 
 

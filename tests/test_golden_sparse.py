@@ -14,7 +14,7 @@ from torch import nn
 import paramfx.rewire as rewire
 from paramfx.clock import SchedSteps, read_steps
 from paramfx.masks import Masked, density_erk, initial_counts
-from paramfx.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_below
+from paramfx.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
 from paramfx.units import unit_shape
 
 GRANULARITY = {1: 'filter', 2: 'kernel', 3: 'row', 4: 'weight'}
@@ -39,7 +39,7 @@ def masked(w, mask):
 
 def drop(e, threshold):
     "Mask after the callback's own drop, in the recorded shape"
-    gone = drop_below(e, threshold)
+    gone = drop_threshold(unit_values(e), e.mask, threshold, e.live)
     return e.mask & ~e.picked(gone), len(gone)
 
 
@@ -137,8 +137,7 @@ def test_subkernel(folder, g):
     assert np.array_equal(kept.view(mask0.shape).numpy(), z[f'mask_thr_{g}'])
     assert np.array_equal((torch.from_numpy(w)*kept).numpy(), z[f'eff_thr_{g}'])
     # fraction prune of the original: the int(f*n)+1 smallest scores go
-    scores, n = e.scores().masked_fill(~e.mask, float('inf')).flatten(), int(facts['fraction']*e.live)+1
-    gone = scores.sort(stable=True).indices[:n]
+    gone = drop_fraction(unit_values(e).abs(), e.mask, (int(facts['fraction']*e.live)+1+1e-9)/e.live)
     assert np.array_equal((e.mask & ~e.picked(gone)).view(mask0.shape).numpy(), z[f'mask_frac_{g}'])
 
 
@@ -192,10 +191,18 @@ def replay(folder, name, monkeypatch, **kw):
     granularity = GRANULARITY[z['mask0_0'].ndim] if spec['conv'] else 'weight'
     cb = DynamicSparse(spec['sparsity'], init_mask=masks, include='*', granularity=granularity, period=spec['period'], n_realloc=8,
                        threshold=spec['threshold0'], stop_pct=1., l1=spec['l1'], **{'state': 'keep', **kw}, group_lasso=spec['group_lasso'],
-                       method='dsr' if '--rewire' in spec['extra'] else 'static')
+                       **method_of(spec, monkeypatch))
     losses = Losses()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, spec['lr'], cbs=[cb, losses])
     return spec, z, learn, tensors, losses.rows
+
+
+def method_of(spec, monkeypatch):
+    "The method of a recorded run; SET with the original's rule, which drops one unit more than the fraction says"
+    if '--rewire-fraction' not in spec['extra']: return dict(method='dsr' if '--rewire' in spec['extra'] else 'static')
+    one_more = lambda score, mask, fraction: drop_fraction(score, mask, (int(fraction*int(mask.sum()))+1+1e-9)/int(mask.sum()))
+    monkeypatch.setattr(rewire, 'drop_fraction', one_more)
+    return dict(method='set', drop_frac=float(spec['extra'].split('--rewire-fraction ')[1].split()[0]))
 
 
 def recorded_growth(monkeypatch, z, tensors):
@@ -206,18 +213,17 @@ def recorded_growth(monkeypatch, z, tensors):
         t = steps[calls['n']//len(tensors)]
         if remaining is free: return allocate_growth(pruned, remaining, free)  # units readmitted, not grown
         return [len(z[f'grown_{t}_{i}']) for i in range(len(tensors))]
-    def draw(taken, n, gen, n_taken=None):
+    def draw(mask, n, generator, exclude=None):
         t, i = steps[calls['n']//len(tensors)], calls['n'] % len(tensors)
         calls['n'] += 1
         idx = torch.from_numpy(z[f'grown_{t}_{i}'].astype(np.int64))
-        assert not taken[idx].any(), 'grown where a unit was live'
-        taken[idx] = True
+        assert not mask.flatten()[idx].any() and len(idx) == n, 'grown where a unit was live, or another number'
         return idx
     monkeypatch.setattr(rewire, 'allocate_growth', allocate)
-    monkeypatch.setattr(rewire, 'draw_positions', draw)
+    monkeypatch.setattr(rewire, 'grow_random', draw)
 
 
-@pytest.mark.parametrize('name', ['dsr_mlp', 'dsr_mlp_nesterov', 'static_l1_wd', 'static_group_lasso'])
+@pytest.mark.parametrize('name', ['dsr_mlp', 'dsr_mlp_nesterov', 'set_conv', 'static_l1_wd', 'static_group_lasso'])
 def test_replay(folder, monkeypatch, name):
     spec, z, learn, tensors, losses = replay(folder, f'replay_{name}', monkeypatch)
     sp, params = learn.dynamic_sparse, dict(learn.model.named_parameters())
@@ -235,7 +241,7 @@ def test_replay(folder, monkeypatch, name):
     for h in sp.history:
         t = h['step']
         assert [h['dropped'][n] for n in tensors] == [len(z[f'pruned_{t}_{i}']) for i in range(len(tensors))]
-        assert h['threshold'] == z['thresholds'][t]
+        if 'threshold' in h: assert h['threshold'] == z['thresholds'][t]
     assert sorted(h['step'] for h in sp.history) == sorted({int(k.split('_')[1]) for k in z if k.startswith('grown_')})
 
 
