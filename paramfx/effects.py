@@ -7,14 +7,14 @@ Docs: https://paramfx.github.io/paramfx/effects.html.md"""
 # %% auto #0
 __all__ = ['LeanCallback', 'in_fit', 'finding_lr', 'EffectKeeper', 'EffectSlot', 'EffectCallback']
 
-# %% ../nbs/00c_effects.ipynb #29fc864e
+# %% ../nbs/00c_effects.ipynb #8c132c71
 import inspect, reprlib
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from functools import partial
 
 import numpy as np, torch
 from fastcore.basics import class2attr, patch, snake2camel
-from fastai.basics import Callback, L, Learner, ValueMetric
+from fastai.basics import Callback, CancelStepException, L, Learner, ValueMetric
 from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import SchedCos
 from .state import EffectState, effects, root_module
@@ -39,7 +39,7 @@ def finding_lr(learn) -> bool:
     "True inside `lr_find`"
     return 'lr_finder' in learn.__dict__
 
-# %% ../nbs/00c_effects.ipynb #455bb008
+# %% ../nbs/00c_effects.ipynb #a5e449e1
 def _column(cb, key): return cb.columns()[key]
 
 class EffectKeeper(LeanCallback):
@@ -80,9 +80,12 @@ class EffectKeeper(LeanCallback):
         begun = self.flags.get('begun', {})
         for n,cb in self.held.items():
             if begun.get(n) is not cb: self._begin(cb, True)
-            cb.on_grads(self.learn)
+        if any([cb.on_grads(self.learn) for cb in self.held.values()]): # one of them makes a step of its own instead of the optimizer's
+            self.flags['instead'] = True
+            raise CancelStepException()
 
-    def after_cancel_step(self): self.flags['skipped'] = True
+    def after_cancel_step(self):
+        if not self.flags.pop('instead', False): self.flags['skipped'] = True
 
     def after_step(self):
         if self.flags.pop('skipped', False): return # the scaler found an overflow: no weight has moved
@@ -116,7 +119,7 @@ class EffectKeeper(LeanCallback):
         shown = self.flags.pop('shown', [])
         if shown: self.learn.metrics = [m for m in self.learn.metrics if not any(m is s for s in shown)]
 
-# %% ../nbs/00c_effects.ipynb #ffb59dd1
+# %% ../nbs/00c_effects.ipynb #d742311c
 def _same(a, b):
     "Equality of settings: tensors by value, functions by code and what they close over, schedules by what they hold"
     if a is b: return True
@@ -218,7 +221,7 @@ class EffectCallback(LeanCallback):
     def penalty(self): return None
     def columns(self) -> dict: return {}
     def on_start(self, learn): pass
-    def on_grads(self, learn): pass
+    def on_grads(self, learn) -> bool: return False # True: no optimizer step this time
     def on_update(self, learn): pass
     def on_fit_start(self): pass
     def on_epoch(self): pass

@@ -15,7 +15,7 @@ from .rows import demo_picture, demo_row
 from .sparse import plan_masks
 from .zoo import row_counts
 
-# %% ../nbs/45_sparse_rows.ipynb #d9345e34
+# %% ../nbs/45_sparse_rows.ipynb #2b3f1633
 @demo_row('dsr 0.9')
 def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
 
@@ -24,6 +24,9 @@ def _dsr95(new, fit): return fit(new(), cbs=DynamicSparse(.95))
 
 @demo_row('set 0.9')
 def _set90(new, fit): return fit(new(), cbs=DynamicSparse(.9, method='set', drop_frac=.2))
+
+@demo_row('rigl 0.9')
+def _rigl90(new, fit): return fit(new(), cbs=DynamicSparse(.9, method='rigl'))
 
 @demo_row('dsr filters 0.5')
 def _filters(new, fit):

@@ -12,6 +12,7 @@ from fastai.basics import (Adam, Callback as FastaiCallback, CrossEntropyLossFla
                            accuracy, params, ranger)
 from torch import nn
 
+from paramfx.clock import SchedConst
 from paramfx.data import digits_dls, tensor_dls
 from paramfx.state import effects
 from paramfx.masks import initial_counts
@@ -79,6 +80,7 @@ METHODS = {m.name: m for m in [
     sparse('dsr', period=2, threshold=.02),
     sparse('static'),
     sparse('set', period=2, drop_frac=.2),
+    sparse('rigl', period=2, drop_frac=SchedConst(.3)), # a schedule goes by batches, of which there are more where gradients accumulate
 ]}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import paramfx.rewire as rewire
 from paramfx.clock import SchedSteps, read_steps
 from paramfx.masks import Masked, density_erk, initial_counts
+from paramfx.clock import SchedConst
 from paramfx.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
 from paramfx.units import unit_shape
 
@@ -250,3 +251,21 @@ def test_replay_can_fail(folder, monkeypatch):
     _, z, learn, tensors, _ = replay(folder, 'replay_dsr_mlp', monkeypatch, state='zero')
     params = dict(learn.model.named_parameters())
     assert not all(torch.equal(params[n].data, torch.from_numpy(z[f'w_end_{i}'])*as_mask(z[f'mask_end_{i}'], 2)) for i, n in enumerate(tensors))
+
+
+def test_rigl(folder):
+    "Every recorded update, through the callback's own rewire: masks and weights"
+    z, updates = arrays(folder, 'rigl'), load(folder, 'rigl')['updates']
+    assert len(updates) == int(z['n_updates'])
+    for t, o in enumerate(updates):
+        w, before, dense, after, w_after = ([torch.from_numpy(z[f'{k}_{t}_{l}']) for l in (1, 2)] for k in ('w', 'mask_before', 'dense_grad', 'mask_after', 'w_after'))
+        net = nn.Sequential(*(nn.Linear(x.shape[1], x.shape[0], bias=False) for x in w))
+        for m, x in zip(net, w): m.weight.data.copy_(x)
+        data = [(torch.zeros(2, w[0].shape[1]), torch.zeros(2, dtype=torch.long))]
+        learn = Learner(DataLoaders(data, data, device='cpu'), net, loss_func=nn.CrossEntropyLoss(), lr=.1)
+        cb = DynamicSparse(.7, method='rigl', include='*', init_mask={f'{i}.weight': m for i, m in enumerate(before)}, drop_frac=SchedConst(o['drop_fraction']))
+        learn.add_cb(cb)
+        for e, x in zip(cb.store.items, w): assert torch.equal(e.weight, x*e.mask)
+        cb.__dict__['dense'] = {e: g.abs() for e, g in zip(cb.store.items, dense)}
+        cb.rewire()
+        for e, mask, x in zip(cb.store.items, after, w_after): assert torch.equal(e.mask, mask) and torch.equal(e.weight, x), t

@@ -1,14 +1,17 @@
 "When and what `DynamicSparse` rewires: periods, stops, units moved, frozen layers"
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fastai.basics import L, Learner, SGD, accuracy, params, set_seed
+from fastai.basics import Callback, L, Learner, SGD, accuracy, params, set_seed
 from fastai.callback.schedule import SchedLin
 from torch import nn
 
+from paramfx.clock import SchedConst, SchedSteps
 from paramfx.data import digits_dls
-from paramfx.rewire import DynamicSparse, drop_threshold, threshold_for, unit_values
+from paramfx.rewire import DynamicSparse, REWIRERS, Rewirer, drop_threshold, threshold_for, unit_values
 from paramfx.sparse import sparsify
 from paramfx.state import effects
 
@@ -163,3 +166,106 @@ def test_slow_weights_of_lookahead_follow_the_masks(dls):
 @pytest.mark.parametrize('period', [0, {0: 5, 2: 0}, SchedLin(3, 0)])
 def test_a_period_below_one_step_is_refused(period):
     with pytest.raises(ValueError, match='period='): DynamicSparse(period=period)
+
+
+# -- other methods than DSR
+
+def trained(method, epochs=2, sparsity=.8, cbs=(), **kw):
+    "A small run, with all masks and weights after each optimizer step"
+    set_seed(0)
+    dls = digits_dls(bs=256, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10)), lr=1e-2, opt_func=partial(SGD, mom=.9), cbs=list(cbs))
+    learn.add_cb(DynamicSparse(sparsity, method=method, **kw))
+    class Seen(Callback):
+        order = 90
+        rows = []
+        def after_step(self): self.rows.append([(e.mask.clone(), e.weight.detach().clone(), e.weight.grad.clone()) for e in learn.dynamic_sparse.store.items])
+    Seen.rows = []
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=Seen())
+    return learn, Seen.rows
+
+
+@pytest.mark.parametrize('two_ended', [False, True])
+def test_set_exchanges_the_smallest_of_each_layer(two_ended):
+    learn, rows = trained('set', period=3, drop_frac=.25, two_ended=two_ended)
+    steps = [h['step'] for h in learn.dynamic_sparse.history]
+    assert len(steps) >= 2
+    for s in steps:
+        for (before, _, _), (after, w, _) in zip(rows[s-1], rows[s]):
+            gone, new = before & ~after, after & ~before
+            assert gone.sum() == new.sum() and not w[gone | new].any()
+            if not two_ended: assert gone.sum() == int(.25*int(before.sum()))
+            left = w[before & after].abs()
+            assert left.numel() and (two_ended or left.min() > 0)
+
+
+def test_rigl_grows_where_the_dense_gradient_is_and_makes_no_step_then():
+    learn, rows = trained('rigl', period=3)
+    cb = learn.dynamic_sparse
+    steps = [h['step'] for h in cb.history]
+    assert len(steps) >= 2 and cb.effect.clock.steps == len(rows)
+    for s in steps:
+        for (before, old, _), (after, w, _) in zip(rows[s-1], rows[s]):
+            both = before & after
+            assert torch.equal(old[both], w[both]), 'the optimizer has stepped'
+            assert not w[after & ~before].any() and int(after.sum()) == int(before.sum())
+    plain = next(s for s in range(1, len(rows)) if s not in steps)
+    assert any(not torch.equal(a[1], b[1]) for a, b in zip(rows[plain-1], rows[plain]))
+
+
+def test_rigl_takes_the_dense_gradients():
+    "By a second route: the gradients of the same batch on a twin without masks"
+    set_seed(0)
+    seen = {}
+    class Twin(Callback):
+        order = 6.5 # before the gradients are masked
+        def before_step(self):
+            net, cb = learn.model, learn.dynamic_sparse
+            if cb.due(): seen.setdefault('dense', {n: p.grad.clone() for n, p in net.named_parameters()})
+        def after_step(self):
+            if 'dense' in seen and 'score' not in seen: seen['score'] = {e.name: s for e, s in learn.dynamic_sparse.dense.items()}
+    learn = Learner(digits_dls(bs=256, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10)), lr=1e-2)
+    learn.add_cbs([DynamicSparse(.8, method='rigl', period=2), Twin()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    for n, s in seen['score'].items():
+        assert torch.equal(s, seen['dense'][n].abs())
+        dead = ~learn.dynamic_sparse.masks[n]
+        assert s[dead].any(), 'the gradient was masked already'
+
+
+def test_rigl_without_free_places_is_plain_training():
+    "Nothing can be exchanged, so no step is given away either"
+    a, b = (trained(m, sparsity=0., **kw)[0] for m, kw in (('rigl', dict(period=1)), ('static', {})))
+    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
+
+
+def test_fractions():
+    f = lambda pos, **kw: [REWIRERS[m].fraction(SimpleNamespace(drop_frac=kw.get('frac'), stop_pct=kw.get('stop', 1.), effect=SimpleNamespace(clock=SimpleNamespace(pos=pos)))) for m in ('set', 'rigl')]
+    assert f(.5) == [.1, pytest.approx(.15)] and f(0.) == [.1, .3] and f(1.)[1] == pytest.approx(0) and f(.45, stop=.9)[1] == pytest.approx(.15)
+    assert f(.5, frac=.2) == [.2, pytest.approx(.1)] and f(.25, frac=SchedSteps({0: .4})) == [.4, .4]
+
+
+@pytest.mark.parametrize('kw,text', [
+    (dict(method='set', drop_frac=0), 'drop_frac=0'), (dict(method='set', drop_frac=1.), 'drop_frac=1.0'), (dict(method='rigl', drop_frac=-.1), 'drop_frac=-0.1'),
+    (dict(method='set', drop_frac=SchedConst(1.5)), 'drop_frac='), (dict(two_ended=True), "method='set'"), (dict(method='set', two_ended=True, granularity='filter'), "granularity='weight'"),
+    (dict(method='rigl', granularity='2:4'), "method='static'"), (dict(method='lottery'), 'choose one of')])
+def test_bad_settings_of_the_methods(kw, text):
+    with pytest.raises(ValueError, match=text): DynamicSparse(.8, **kw)
+
+
+def test_a_rewirer_has_to_drop():
+    class Nothing(Rewirer): pass
+    with pytest.raises(NotImplementedError, match='Nothing defines no `drop`'): Nothing().drop(None, [])
+
+
+@pytest.mark.parametrize('method', ['set', 'rigl'])
+@pytest.mark.parametrize('granularity', ['kernel', 'filter', 'row'])
+def test_units_of_other_sizes(method, granularity):
+    set_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+    learn = Learner(digits_dls(bs=256, device='cpu'), net, lr=1e-2)
+    learn.add_cb(DynamicSparse(.5, method=method, granularity=granularity, period=2, drop_frac=.4))
+    live = [e.live for e in learn.dynamic_sparse.store.items]
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert [e.live for e in learn.dynamic_sparse.store.items] == live and sum(sum(h['grown'].values()) for h in learn.dynamic_sparse.history) > 0
+
