@@ -35,7 +35,7 @@ def _resolve(what, kwargs):
 def _applied(what, model, learn, kwargs):
     "A copy of `model` with the method applied"
     twin = copy_model(model)
-    with rng_guard(): new = what.convert(twin, learn).attach(twin) if isinstance(what, EffectCallback) else what(twin, **kwargs)
+    with rng_guard(): new = what.final(twin, learn).attach(twin) if isinstance(what, EffectCallback) else what(twin, **kwargs)
     return new if isinstance(new, nn.Module) else twin # what shrinks a model returns another one
 
 @patch

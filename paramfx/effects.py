@@ -101,6 +101,10 @@ class EffectKeeper(LeanCallback):
             cb.effect.clock.batch()
             cb.on_batch()
 
+    def after_train(self):
+        if self.flags.get('finding', True): return
+        for cb in self.active(): cb.on_epoch_end()
+
     def after_cancel_fit(self): self.flags['cancelled'] = True
 
     def after_fit(self):
@@ -218,6 +222,7 @@ class EffectCallback(LeanCallback):
 
     def convert(self, model, learn=None) -> EffectState: raise TypeError(f'{type(self).__name__} defines no `convert`.')
     def plan(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `plan`.')
+    def final(self, model, learn=None) -> EffectState: return self.convert(model, learn) # what the cost after, in `learn.plan`, is that of
     def penalty(self): return None
     def columns(self) -> dict: return {}
     def on_start(self, learn): pass
@@ -227,6 +232,7 @@ class EffectCallback(LeanCallback):
     def on_epoch(self): pass
     def on_step(self): pass
     def on_batch(self): pass
+    def on_epoch_end(self): pass
     def on_fit_end(self): pass
 
 # %% ../nbs/00c_effects.ipynb #67decccf

@@ -187,7 +187,11 @@ class MaskStore:
             m = found[e.name]
             if m is not None and m.shape != e.mask.shape: raise ValueError(
                 f"{e.name}: the file's mask has shape {tuple(m.shape)}, this one {tuple(e.mask.shape)}. Use the granularity of the saved run.")
-        if all(m is not None for m in found.values()) and (n := sum(int(m.sum()) for m in found.values())) != self.live: raise ValueError(
+        if all(m is not None for m in found.values()): self.check_budget(found)
+
+    def check_budget(self, found):
+        "Refuse masks (parameter name -> tensor) that keep another number of units"
+        if (n := sum(int(m.sum()) for m in found.values())) != self.live: raise ValueError(
             f"The file's masks keep {n} units, these {self.live} of {self.units}. Build the callback with the sparsity of the saved run, "
             "or call `learn.release()` first.")
 

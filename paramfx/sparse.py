@@ -152,6 +152,9 @@ def mask_state(
     model:nn.Module, # Network, masked in place
     settings:dict, # What to record as the settings
     clock=None, # `Clock` of the run
+    name:str='dynamic_sparse', # Name of the effect
+    store:type=MaskStore, # Class of its holder
+    values:dict=VALUES, # Further numbers to save
     **kwargs # As in `plan_masks`
 ) -> EffectState: # Not yet attached; its holder is the `MaskStore`
     "Plan, make and register the masks of a network"
@@ -170,7 +173,7 @@ def mask_state(
         mask = given_mask(how[r['layer']], w, shape, r['layer']).clone() if isinstance(how, dict) else make_mask(
             w, r['live'], shape, generator(seed, 'init', i), how, nm_pattern(granularity), isinstance(m, TRANSPOSED))
         items.append((n, m, p, mask))
-    return EffectState('dynamic_sparse', settings, clock, MaskStore([Masked(*o) for o in items]), report, **VALUES)
+    return EffectState(name, settings, clock, store([Masked(*o) for o in items]), report, **values)
 
 def sparsify(
     model:nn.Module, # Network, masked in place

@@ -7,15 +7,16 @@ Docs: https://paramfx.github.io/paramfx/sparse_rows.html.md"""
 # %% auto #0
 __all__ = ['PUBLISHED_DENSE', 'sparse_pictures', 'sparse_counts']
 
-# %% ../nbs/45_sparse_rows.ipynb #563e891c
+# %% ../nbs/45_sparse_rows.ipynb #602258e1
 from .core import CONVS
 from .plots import plot_mask, plot_traces
+from .prune import IterativePrune
 from .rewire import DynamicSparse
 from .rows import demo_picture, demo_row
 from .sparse import plan_masks
 from .zoo import row_counts
 
-# %% ../nbs/45_sparse_rows.ipynb #2b3f1633
+# %% ../nbs/45_sparse_rows.ipynb #0bd731cb
 @demo_row('dsr 0.9')
 def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
 
@@ -28,6 +29,9 @@ def _set90(new, fit): return fit(new(), cbs=DynamicSparse(.9, method='set', drop
 @demo_row('rigl 0.9')
 def _rigl90(new, fit): return fit(new(), cbs=DynamicSparse(.9, method='rigl'))
 
+@demo_row('prune 0.9')
+def _prune90(new, fit): return fit(new(), cbs=IterativePrune(.9, n_prunes=4, criterion='global'))
+
 @demo_row('dsr filters 0.5')
 def _filters(new, fit):
     "Half of the filters of each convolution, chosen while training; then cut out"
@@ -37,8 +41,9 @@ def _filters(new, fit):
 
 @demo_picture
 def sparse_pictures(name, learn):
-    "Sparsity per layer, threshold and the largest mask of a row"
-    sp = learn.__dict__.get('effect_keeper') and learn.effect_keeper.held.get('dynamic_sparse')
+    "Sparsity per layer, threshold if there is one, and the largest mask of a row"
+    held = getattr(learn.__dict__.get('effect_keeper'), 'held', {})
+    sp = held.get('dynamic_sparse') or held.get('iterative_prune')
     if not sp or not sp.history: return
     tr,(last,mask) = sp.traces,max(sp.masks.items(), key=lambda o: o[1].numel())
     yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')

@@ -98,11 +98,11 @@ class EffectState:
         "A dense file keeps what is here; a file of another shape is refused before anything is copied"
         key = prefix+self.key
         mine = self._numbers()
+        if self.holder is not None: self.holder.check(state_dict, prefix)
         if key not in state_dict: state_dict[key] = mine
         elif state_dict[key].shape != mine.shape: raise ValueError(
             f"{key}: the file holds {len(state_dict[key])} numbers, this version keeps {len(mine)}. "
             "Load it with the version that wrote it and use `learn.save_plain`.")
-        if self.holder is not None: self.holder.check(state_dict, prefix)
 
     def after_load(self, module, incompatible_keys):
         self._read(getattr(module, self.key))

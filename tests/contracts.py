@@ -16,6 +16,7 @@ from paramfx.clock import SchedConst
 from paramfx.data import digits_dls, tensor_dls
 from paramfx.state import effects
 from paramfx.masks import initial_counts
+from paramfx.prune import IterativePrune
 from paramfx.rewire import DynamicSparse
 
 
@@ -31,8 +32,13 @@ class Method:
     moves: bool           # do masks change in training?
     penalty: dict = field(default_factory=dict)  # settings that add a penalty to the loss
     columns: tuple = ()   # what it logs
+    effect: str = 'dynamic_sparse'  # name of its effect
+    rate: str = 'sparsity'  # its setting for the share of zeros, .8 in `make` and .5 in `other`
+    shrinks: bool = False  # may units be lost?
 
     def __repr__(self): return self.name
+    def on(self, learn): return getattr(learn, self.effect)  # its callback, attached or held
+    def held_to(self, live, before): return sum(live) <= sum(before) if self.shrinks else sum(live) == sum(before)  # the budget
 
 
 # -- sparse training
@@ -43,17 +49,14 @@ def opt_state_of(opt, p):
     return dict(opt.state[p]) if p in opt.state else {}
 
 
-def sparse_state(learn): return effects(learn.model)['dynamic_sparse']
-
-
-def sparse_facts(learn):
-    st = sparse_state(learn)
+def sparse_facts(learn, effect='dynamic_sparse'):
+    st = effects(learn.model)[effect]
     return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values), history=[dict(o) for o in st.history],
                 masks={k: v.clone() for k, v in st.holder.masks.items()}, live=[e.live for e in st.holder.items])
 
 
-def sparse_check(learn, grads=True):
-    st, opt = sparse_state(learn), learn.opt
+def masks_check(learn, effect, grads=True):
+    st, opt = effects(learn.model)[effect], learn.opt
     for e in st.holder.items:
         dead = ~e.mask.expand_as(e.weight)
         assert int(e.mask.sum()) == e.live > 0, f'{e.name}: {e.live} said to be live, {int(e.mask.sum())} are'
@@ -62,6 +65,11 @@ def sparse_check(learn, grads=True):
         if grads and e.weight.grad is not None: assert not e.weight.grad[dead].any(), f'{e.name}: a dead weight has a gradient'
         for k, t in (opt_state_of(opt, e.weight) if opt is not None else {}).items():
             if torch.is_tensor(t) and t.shape == e.weight.shape: assert not t[dead].any(), f'{e.name}: a dead weight has {k}'
+    return st
+
+
+def sparse_check(learn, grads=True):
+    st = masks_check(learn, 'dynamic_sparse', grads)
     rate, gran = st.settings['sparsity'], st.settings['granularity']
     if isinstance(rate, float):
         planned = initial_counts([tuple(e.weight.shape) for e in st.holder.items], rate, gran)
@@ -76,11 +84,32 @@ def sparse(method, **defaults):
                   moves=method != 'static', penalty=dict(l1=1e-2), columns=('density', *shown))
 
 
+def prune_check(learn, grads=True):
+    "Each layer has exactly the units of its schedule, by a formula of the test's own"
+    st = masks_check(learn, 'iterative_prune', grads)
+    rate, n = st.settings['target'], st.settings['n_prunes']
+    for i, e in enumerate(st.holder.items):
+        k = int(st.values[f'done_{i}'])
+        planned = min(e.units, max(1, int((1-rate)**(k/n)*e.units + .1))) if isinstance(rate, float) else e.live
+        assert e.live == planned, f'{e.name}: {e.live} units after {k} prunes, planned were {planned}'
+
+
+def pruning(**defaults):
+    "Line of `IterativePrune`; settings that only a rewire has are left out"
+    def make(sparsity=.8, **kw):
+        kw = {k: v for k, v in kw.items() if k not in ('period', 'threshold', 'stop_pct', 'init_mask')}
+        return IterativePrune(sparsity, **{**defaults, **kw})
+    return Method('prune', make, partial(sparse_facts, effect='iterative_prune'), prune_check, noop=partial(make, sparsity=0.),
+                  other=partial(make, sparsity=.5), moves=True, penalty=dict(l1=1e-2), columns=('density', 'pruned'),
+                  effect='iterative_prune', rate='target', shrinks=True)
+
+
 METHODS = {m.name: m for m in [
     sparse('dsr', period=2, threshold=.02),
     sparse('static'),
     sparse('set', period=2, drop_frac=.2),
     sparse('rigl', period=2, drop_frac=SchedConst(.3)), # a schedule goes by batches, of which there are more where gradients accumulate
+    pruning(n_prunes=6),
 ]}
 
 

@@ -149,7 +149,7 @@ def test_fine_tune_and_frozen_layers(m, mk):
     learn.fine_tune(1, freeze_epochs=1)
     facts = m.facts(learn)
     assert facts['clock']['steps'] == 4*N_STEPS
-    assert sum(facts['live']) == sum(start['live'])
+    assert m.held_to(facts['live'], start['live'])
     if m.moves: assert same(facts['masks']['0.3.weight'], start['masks']['0.3.weight'])
 
 
@@ -196,7 +196,7 @@ def test_other_settings_raise_and_release_makes_room(m, mk):
     learn = mk(m.make())
     learn.fit(1)
     facts, state, cbs = m.facts(learn), snapshot(learn.model), list(learn.cbs)
-    with pytest.raises(ValueError, match=r'sparsity=0.8 -> 0.5.*learn\.release\(\)'): learn.fit(1, cbs=m.other())
+    with pytest.raises(ValueError, match=rf'{m.rate}=0.8 -> 0.5.*learn\.release\(\)'): learn.fit(1, cbs=m.other())
     with pytest.raises(ValueError, match=r'learn\.release\(\)'): learn.add_cb(m.other())
     assert_same(m.facts(learn), facts)
     assert_same(snapshot(learn.model), state)
@@ -226,10 +226,10 @@ def test_effect_outlives_its_callback(m, mk, opt):
     cb = m.make()
     learn.fit(1, cbs=cb)
     facts = m.facts(learn)
-    assert learn.dynamic_sparse is cb and cb.learn is None and cb not in learn.cbs
+    assert m.on(learn) is cb and cb.learn is None and cb not in learn.cbs
     learn.fit(2)
     assert_same(m.facts(learn), facts)  # no rewire, no count: the callback is not there
-    assert_same(learn.dynamic_sparse.masks, facts['masks'])
+    assert_same(m.on(learn).masks, facts['masks'])
     learn.fit(1, cbs=cb)
     assert m.facts(learn)['clock']['steps'] == 2*N_STEPS
 
@@ -240,12 +240,12 @@ def test_the_end_leaves_nothing_behind(m, mk, end, attached):
     fresh = footprint(small_net())
     learn = mk(m.make() if attached else None)
     learn.fit(1, cbs=None if attached else m.make())
-    masks, weights = learn.dynamic_sparse.masks, {k: v.clone() for k, v in learn.model.named_parameters()}
+    masks, weights = m.on(learn).masks, {k: v.clone() for k, v in learn.model.named_parameters()}
     x = sample_batch(learn.dls, 4)
     out = learn.model.eval()(*x)
     assert getattr(learn, end)() is learn
     assert footprint(learn.model) == fresh
-    assert effects(learn.model) == {} and 'effect_keeper' not in vars(learn) and not hasattr(learn, 'dynamic_sparse')
+    assert effects(learn.model) == {} and 'effect_keeper' not in vars(learn) and not hasattr(learn, m.effect)
     assert not [c for c in learn.cbs if 'paramfx' in type(c).__module__]
     assert_same(dict(learn.model.named_parameters()), weights)
     assert torch.equal(learn.model.eval()(*x), out)
@@ -287,10 +287,10 @@ def test_dense_file_into_sparse_learner_is_masked(m, mk):
     dense.fit(1)
     dense.save('dense')
     learn = mk([m.make(), Probe(m)])
-    masks = learn.dynamic_sparse.masks
+    masks = m.on(learn).masks
     learn.load('dense')
     for n, p in learn.model.named_parameters(): assert torch.equal(p, dense.model.get_parameter(n)*(masks[n] if n in masks else 1))
-    assert_same(learn.dynamic_sparse.masks, masks)
+    assert_same(m.on(learn).masks, masks)
     learn.fit(1)  # with the dense run's optimizer state: `Probe` sees that none of it leaks
 
 
@@ -374,13 +374,13 @@ def test_load_in_mid_fit_keeps_the_contract(m, mk):
     learn = mk([m.make(), Probe(m)])
     learn.fit(1)
     learn.save('old')
-    masks = m.facts(learn)['masks']
+    live = m.facts(learn)['live']
     class Back(Callback):
         order, run_valid = -20, False
         def before_batch(self):
             if self.iter == 5: self.learn.load('old', with_opt=False)
     learn.fit(1, cbs=Back())
-    assert sum(map(int, m.facts(learn)['live'])) == sum(int(v.sum()) for v in masks.values())
+    assert m.held_to(m.facts(learn)['live'], live)
 
 
 CHILD = '''
@@ -641,8 +641,9 @@ class Norm(Callback):
 def test_gradient_clip_clips_what_is_alive(m, mk):
     norm, raw, dead = Norm(), Norm(), Norm()
     raw.order, dead.order = 10.9, 10.1  # after the masks and before them
-    learn = mk([m.make(), Probe(m), norm, raw, dead])
-    learn.fit(1, cbs=GradientClip(.2))
+    learn = mk([m.make(), Probe(m)])
+    if m.shrinks: learn.fit(1)  # nothing is dead before
+    learn.fit(1, cbs=[norm, raw, dead, GradientClip(.2)])
     assert all(a > b for a, b in zip(dead.seen, raw.seen))  # dead weights did have gradients
     assert np.allclose(norm.seen, np.minimum(raw.seen, .2), atol=1e-5) and max(raw.seen) > .2
 
@@ -679,8 +680,8 @@ def test_autocast_keeps_penalties_in_full_precision(m, mk):
     learn = mk([cb, Probe(m)])
     learn.fit(1, cbs=CPUPrecision('bf16'))
     assert len(seen) == N_STEPS and all(r.dtype == torch.float32 and not on for r, on in seen)
-    exact = sum(e.weight.detach().double().abs().sum() for e in learn.dynamic_sparse.store.items)*m.penalty['l1']
-    with torch.autocast('cpu', dtype=torch.bfloat16): got = learn.dynamic_sparse.penalty()
+    exact = sum(e.weight.detach().double().abs().sum() for e in m.on(learn).store.items)*m.penalty['l1']
+    with torch.autocast('cpu', dtype=torch.bfloat16): got = m.on(learn).penalty()
     assert not torch.is_autocast_enabled('cpu')
     assert all(p.dtype == torch.float32 for p in learn.model.parameters())
     assert abs(float(got)-float(exact)) < 1e-2*float(exact)
@@ -747,7 +748,7 @@ def test_interrupt_in_mid_fit_leaves_a_sound_learner(m, mk, where):
     assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', *m.columns, 'time']
     assert len(learn.metrics) == 1
     assert m.facts(learn)['clock']['steps'] == 4+2*N_STEPS
-    assert learn.dynamic_sparse.effect.clock.pos == 1
+    assert m.on(learn).effect.clock.pos == 1
     learn.release()
     assert footprint(learn.model) == footprint(small_net())
 
@@ -775,7 +776,7 @@ def test_copy_of_a_learner_lives_its_own_life(m, mk):
     learn.fit(1)
     other = deepcopy(learn)
     assert_same(m.facts(other), m.facts(learn))
-    assert other.dynamic_sparse.store.items[0].weight is other.model[0][3].weight
+    assert m.on(other).store.items[0].weight is other.model[0][3].weight
     facts, state = m.facts(learn), snapshot(learn.model)
     other.fit(1)
     assert_same(m.facts(learn), facts)
@@ -790,8 +791,8 @@ def test_copy_of_a_model_lives_its_own_life(m, mk):
     learn.fit(1)
     net = deepcopy(learn.model)
     facts = m.facts(learn)
-    st = effects(net)['dynamic_sparse']
-    assert st is not effects(learn.model)['dynamic_sparse'] and st.holder.items[0].module is net[0][3]
+    st = effects(net)[m.effect]
+    assert st is not effects(learn.model)[m.effect] and st.holder.items[0].module is net[0][3]
     st.release(net)
     assert footprint(net) == footprint(small_net())
     assert_same(m.facts(learn), facts)
@@ -851,11 +852,13 @@ def test_moving_averages_follow(m, mk, kind):
     ref = mk([m.make()])
     ref.fit(2)
     assert_same(snapshot(learn.model), snapshot(ref.model))  # following does not disturb
-    mask = learn.dynamic_sparse.masks
+    mask = m.on(learn).masks
     if not m.moves:
         for n, k in mask.items(): assert not ema.ema.module.get_parameter(n)[~k].any()
     # averaged masks are the union of those seen; copied ones are the newest
-    if kind != 'torch buffers': assert_same(ema.ema.module.get_buffer('0.3.weight_mask'), learn.model.get_buffer('0.3.weight_mask'))
+    old, new = ema.ema.module.get_buffer('0.3.weight_mask'), learn.model.get_buffer('0.3.weight_mask')
+    if m.shrinks: assert old.sum() > new.sum() and not (new & ~old).any()  # the last prune came after the last step
+    elif kind != 'torch buffers': assert_same(old, new)
 
 
 # data and networks of other kinds --------------------------------------------------------------------------------------------
@@ -880,7 +883,7 @@ def test_vision_learner_with_frozen_body(m, tmp_path):
     learn.fit(1)
     m.check(learn)
     assert_moved(m, start, m.facts(learn))
-    assert sum(m.facts(learn)['live']) == sum(start['live'])
+    assert m.held_to(m.facts(learn)['live'], start['live'])
 
 
 def test_timm_body_on_one_channel(m, tmp_path):
@@ -892,7 +895,7 @@ def test_timm_body_on_one_channel(m, tmp_path):
     learn.fit(1)
     assert m.facts(learn)['clock']['steps'] == 1
     r = learn.cost(latency=False)
-    assert r.nonzero < .2*r.params
+    assert r.nonzero < (.75 if m.shrinks else .2)*r.params
 
 
 def test_tabular(m, tmp_path):
@@ -1001,10 +1004,10 @@ def test_other_layers(m, mk, net):
 def test_coarse_units(m, mk, granularity, net):
     make = small_net if net == 'plain' else NETS[net][0]
     learn = mk([m.make(granularity=granularity, sparsity={'conv': .5, 'fc': .8}, threshold=.1)], model=make, dls=lambda: tiny_dls(n=64, bs=16))
-    live = sum(m.facts(learn)['live'])
+    live = m.facts(learn)['live']
     learn.fit(2, cbs=Probe(m))
-    assert sum(m.facts(learn)['live']) == live
-    for n, k in learn.dynamic_sparse.masks.items():
+    assert m.held_to(m.facts(learn)['live'], live)
+    for n, k in m.on(learn).masks.items():
         if k.ndim == 4 and granularity != 'row':
             units = k.flatten(2) if granularity == 'kernel' else (k.transpose(0, 1) if net == 'transposed' and n == '2.weight' else k).flatten(1)
             assert torch.equal(units.all(-1), units.any(-1)), f'{n}: half a unit'

@@ -16,6 +16,7 @@ from paramfx.clock import SchedSteps, read_steps
 from paramfx.masks import Masked, density_erk, initial_counts
 from paramfx.clock import SchedConst
 from paramfx.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
+from paramfx.prune import IterativePrune, prune_counts, prune_fractions
 from paramfx.units import unit_shape
 
 GRANULARITY = {1: 'filter', 2: 'kernel', 3: 'row', 4: 'weight'}
@@ -87,6 +88,38 @@ def test_schedule_lookup(folder):
     table = {int(k): v for o in odd['schedule'] for k, v in o.items()}
     for e, v in odd['values']:  # before the first key ours holds the first value, the original its last one
         assert SchedSteps(table).at(e) == (v if e >= min(table) else table[min(table)])
+
+
+# -- pruning: how much, when, how many
+def test_prune_schedules(folder):
+    cases, prunes = load(folder, 'prune_schedules'), 0
+    for c in cases:
+        n, targets = c['iterations'], dict(fc=c['resolved_target_fc'], conv=c['target_conv'], special=c['resolved_target_special'])
+        for kind, s in targets.items():
+            got = {how: prune_fractions(s, n, how) for how in ('exponential', 'cubic')}
+            assert np.abs(np.array(got['exponential'])-c['exponential'][kind]).max() < 1e-12
+            assert np.abs(np.array(got['cubic'])-c['cubic'][kind]).max() < 1e-12
+            for how, f in got.items():
+                zeros = 1-np.cumprod(1-np.array(f))
+                assert np.abs(zeros-c[f'{how}_sparsity'][kind]).max() < 1e-12
+                for shape, of in zip(c['count_layers'], ('fc', 'conv', 'special')):
+                    if of == kind: check_counts(c, how, kind, prod(shape), s, n, f)
+        cb = IterativePrune(n_prunes=n, start=c['start_epoch'], every=c['frequency'], post=c['post_prune_epochs'])
+        assert [e for e in range(c['n_epochs']) if cb.falls_on(e)][:n] == c['prune_at_end_of_epochs']
+        assert cb.run_length == c['n_epochs']
+        prunes += n
+    assert prunes > 50
+
+
+def check_counts(c, how, kind, units, s, n, fractions):
+    "The original drops int(f*n)+1 of what is left, and lands below its target; ours is the density after k prunes, in whole units"
+    left, ours, golden = units, prune_counts(units, s, n, how), [o[('fc', 'conv', 'special').index(kind)] for o in c[f'{how}_counts_original']]
+    for f, expect in zip(fractions, golden):
+        left -= int(f*left)+1
+        assert left == expect, (c['args'], how, kind)
+    assert ours[-1] == initial_counts([(units, 1)], s)[0]
+    assert golden[-1] < ours[-1] or n == 1 and golden == ours[1:]
+    assert all(a == max(1, int((1-z)*units+.1)) for a, z in zip(ours[1:], c[f'{how}_sparsity'][kind]))
 
 
 # -- one rewire, piece by piece
