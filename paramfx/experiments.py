@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/experiments.html.md"""
 # %% auto #0
 __all__ = ['NOTE', 'demo_net', 'pick_rows', 'run_row', 'plain_net', 'latencies', 'demo_table', 'run_demo']
 
-# %% ../nbs/71_experiments.ipynb #763dda42
+# %% ../nbs/71_experiments.ipynb #1843f67b
 import json, tempfile, time, warnings
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import fastai.callback.schedule # gives Learner fit_one_cycle
 from fastai.callback.progress import ProgressCallback
 from fastprogress.fastprogress import progress_bar
 from .core import Table, sample_batch
+from .forward import copy_model
 from .persist import atomic_path
 from .plain import materialize, save_recipe
 from .plots import plot_tradeoff
-from .report import cost, human, measure_latency
+from .report import cost, human, measure_latency, n_params
 from .rows import PICTURES, ROWS, demo_row
 
 # %% ../nbs/71_experiments.ipynb #bde4d3f0
@@ -42,7 +43,7 @@ def pick_rows(only=None) -> list:
     if missing: raise ValueError(f"no row is called {missing[0]!r}; there are: {', '.join(names)}")
     return chosen
 
-# %% ../nbs/71_experiments.ipynb #b965aca6
+# %% ../nbs/71_experiments.ipynb #5de40a35
 class _Tick(Callback):
     "One tick of a progress bar per epoch"
     order = 70
@@ -72,17 +73,18 @@ def run_row(
     return dict(row=name, accuracy=float(learn.validate()[1]), seconds=round(seconds, 2)), learn
 
 def plain_net(learn):
-    "The ordinary network that `learn` leaves"
+    "The ordinary network that `learn` leaves; its own one, where that is smaller"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # what stays of dead channels is no news in a table
-        return materialize(learn.model, sample_batch(learn.dls))
+        net = materialize(learn.model, sample_batch(learn.dls))
+    return net if n_params(net)[0] <= n_params(learn.model)[0] else copy_model(learn.model) # tied weights are worth their bank
 
 def latencies(nets:list, sample, rounds:int=5) -> list: # Median and 90th percentile of each, in milliseconds
     "Times of several networks, in turns: a slow spell of the machine hits them all"
     times = np.array([[measure_latency(m, sample, max_seconds=.02) for m in nets] for _ in range(rounds)])
     return np.median(times, 0).tolist()
 
-# %% ../nbs/71_experiments.ipynb #7753dfed
+# %% ../nbs/71_experiments.ipynb #0f76e03f
 def _save_pictures(name, learn, out):
     from matplotlib.figure import Figure
     files = []
@@ -104,7 +106,7 @@ def _tradeoff(rows, out):
 def _write(file, text):
     with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf8')
 
-NOTE = ("Costs are per image, of the plain network each row leaves. Masked networks run dense kernels and plain files store zeros: "
+NOTE = ("Costs are per image, of the plain network each row leaves (tied weights stay tied). Masked networks run dense kernels and plain files store zeros: "
         "MACs, latency and file size shrink only where something was really removed.")
 
 def demo_table(rows:list) -> Table:

@@ -7,16 +7,17 @@ Docs: https://paramfx.github.io/paramfx/sparse_rows.html.md"""
 # %% auto #0
 __all__ = ['PUBLISHED_DENSE', 'sparse_pictures', 'sparse_counts']
 
-# %% ../nbs/45_sparse_rows.ipynb #602258e1
+# %% ../nbs/45_sparse_rows.ipynb #58620374
 from .core import CONVS
 from .plots import plot_mask, plot_traces
 from .prune import IterativePrune
 from .rewire import DynamicSparse
 from .rows import demo_picture, demo_row
 from .sparse import plan_masks
+from .tied import tie_weights
 from .zoo import row_counts
 
-# %% ../nbs/45_sparse_rows.ipynb #0bd731cb
+# %% ../nbs/45_sparse_rows.ipynb #139ce9c7
 @demo_row('dsr 0.9')
 def _dsr90(new, fit): return fit(new(), cbs=DynamicSparse(.9))
 
@@ -31,6 +32,13 @@ def _rigl90(new, fit): return fit(new(), cbs=DynamicSparse(.9, method='rigl'))
 
 @demo_row('prune 0.9')
 def _prune90(new, fit): return fit(new(), cbs=IterativePrune(.9, n_prunes=4, criterion='global'))
+
+@demo_row('tied 0.9')
+def _tied90(new, fit):
+    "Every weight is there, but ten places share each value"
+    learn = new()
+    tie_weights(learn.model, .9)
+    return fit(learn)
 
 @demo_row('dsr filters 0.5')
 def _filters(new, fit):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dead_filters, imports, lenet, masked_step, reallocation
+from benchmarks import dead_filters, imports, lenet, masked_step, reallocation, tied_step
 from benchmarks.networks import small_cnn
 from benchmarks.timing import table, write_table
 from paramfx.data import tensor_dls
@@ -26,6 +26,12 @@ def test_masked_step(opt, tmp_path):
     goal = masked_step.WRAPPED if 'Wrapper' in opt else 1.03
     assert [r['target'] for r in rows] == ['', masked_step.IDLE, goal, goal, goal]
     assert write_table('t', rows, masked_step.NOTE, folder=tmp_path).exists()
+
+
+def test_tied_step(tmp_path):
+    rows = tied_step.measure('SGD', rounds=2, repeats=1, net='toy', sparsity=.8)
+    assert [r['step'] for r in rows] == ['plain again', *tied_step.TIED] and all(r['ratio'] > 0 for r in rows)
+    assert write_table('t', rows, tied_step.NOTE, folder=tmp_path).exists()
 
 
 def test_a_turn_is_that_many_batches_of_a_real_fit():

@@ -17,7 +17,8 @@ from paramfx.masks import Masked, density_erk, initial_counts
 from paramfx.clock import SchedConst
 from paramfx.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
 from paramfx.prune import IterativePrune, prune_counts, prune_fractions
-from paramfx.units import unit_shape
+from paramfx.tied import TIED, tied_index
+from paramfx.units import generator, unit_shape
 
 GRANULARITY = {1: 'filter', 2: 'kernel', 3: 'row', 4: 'weight'}
 
@@ -182,6 +183,29 @@ def test_keep_one(folder):
     kept, _ = drop(e, 1e9)
     assert kept.sum() == z['keepone_mask1'].sum() == 1
     assert kept.flatten()[(torch.from_numpy(w).abs()*e.mask).flatten().argmax()]
+
+
+@pytest.mark.parametrize('case', range(4))
+def test_tied(folder, case):
+    facts, z = load(folder, 'tied')[case], arrays(folder, 'tied')
+    alloc, bank, expanded, upstream, grad = (torch.from_numpy(z[f'{k}_{case}']) for k in ('alloc', 'bank', 'expanded', 'upstream', 'bank_grad'))
+    n, b, shape = len(alloc), facts['num_weights'], tuple(facts['shape'])
+    assert round((1-facts['sparsity'])*n) == b == len(bank)
+    for idx in (alloc, tied_index(n, b, generator(0))):  # theirs, and ours
+        counts = idx.bincount(minlength=b)
+        assert (int(counts.min()), int(counts.max())) == (facts['multiplicity_min'], facts['multiplicity_max']) == (n//b, -(-n//b))
+        assert int((counts == counts.max()).sum()) == facts['n_max']
+    layer = (nn.Linear if len(shape) == 2 else nn.Conv2d)(shape[1], shape[0], **({} if len(shape) == 2 else {'kernel_size': shape[2:]}))
+    for rescale in (False, True):
+        t = TIED[type(layer)].of(layer, b, n, 'l', rescale_grad=rescale)
+        assert t.bank.shape == bank.shape
+        t.bank.data.copy_(bank)
+        t.idx.copy_(alloc)
+        assert torch.equal(t.weight, expanded)
+        t.weight.backward(upstream)
+        expect = grad/facts['grad_scale_rescale_flag'] if rescale else grad
+        assert torch.allclose(t.bank.grad, expect, rtol=1e-6, atol=1e-6)
+    if len(shape) == 2: assert facts['bank_first_is_zero'] and TIED[nn.Linear].of(layer, b, n, 'l').bank[0] == 0
 
 
 # -- whole trainings, replayed
