@@ -185,7 +185,7 @@ def test_splitnet_network():
     net, name = zoo.build('cifar100/wrn_16_8'), 'cifar100/wrn_16_8'
     kernels = sum(p.numel() for p in net.parameters() if p.ndim > 1)
     assert kernels + net.fc.bias.numel() - net.conv1.weight.numel() == 10_999_908
-    assert f'{2*(counts(net, name)[1]-432*1024)/1e9:.4f}' == '3.0955' or f'{2*counts(net, name)[1]/1e9:.4f}' == '3.0955'
+    assert f'{2*(counts(net, name)[1]-432*1024)/1e9:.4f}' == '3.0955' # multiply-adds of the first convolution left out, too
 
 
 @pytest.mark.parametrize('k,want', [(.75, 209_130), (.98, 356_376), (1.15, 491_845), (1.33, 652_093), (1.47, 795_477)])
