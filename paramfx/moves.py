@@ -6,14 +6,15 @@ Docs: https://paramfx.github.io/paramfx/moves.html.md"""
 
 # %% auto #0
 __all__ = ['drop_threshold', 'drop_fraction', 'drop_sign_change', 'allocate_growth', 'adapt_threshold', 'grow_random', 'grow_top',
-           'unit_values', 'threshold_for', 'grow_values', 'readmit', 'unmoved']
+           'drop_in_groups', 'grow_in_groups', 'unit_values', 'threshold_for', 'grow_values', 'readmit', 'unmoved',
+           'keep_local', 'keep_global']
 
-# %% ../nbs/40a_moves.ipynb #fa66d67d
+# %% ../nbs/40a_moves.ipynb #3e9ba753
 from math import prod
 
 import numpy as np, torch
 from .core import CONVS
-from .units import draw_positions, units_below
+from .units import draw_positions, from_groups, nm_groups, units_below
 
 # %% ../nbs/40a_moves.ipynb #0350f3b6
 def drop_threshold(
@@ -115,6 +116,49 @@ def grow_top(
     if n > len(free): raise ValueError(f'Cannot place {n} units: {len(free)} of {mask.numel()} positions are free.')
     return free[score.detach().flatten()[free].sort(descending=True, stable=True).indices[:n]]
 
+# %% ../nbs/40a_moves.ipynb #3ee35f3f
+def _flags(idx, like):
+    "Bool tensor like `like`, True at the flat indices"
+    return torch.zeros(like.numel(), dtype=torch.bool, device=like.device).index_fill_(0, idx, True).view(like.shape)
+
+def _best_in_rows(score, where, n):
+    "Bool: in row i the `n[i]` largest of those `where`; of equal scores, the first"
+    order = score.masked_fill(~where, -float('inf')).sort(dim=1, descending=True, stable=True).indices
+    return torch.zeros_like(where).scatter_(1, order, torch.arange(score.shape[1], device=score.device) < n[:,None])
+
+def _shuffled(rows, m, generator, device): return torch.rand(rows, m, generator=generator, dtype=torch.float64).argsort(1).float().to(device) # drawn on the CPU
+
+def drop_in_groups(
+    score:torch.Tensor, # Score of each weight; its magnitude counts
+    mask:torch.Tensor, # Bool of the same shape, True = live
+    idx:torch.Tensor, # Flat indices of what a method drops
+    m:int, # Units of a group
+    transposed:bool=False # Weight of a transposed convolution
+) -> torch.Tensor: # Those that go, in the order of `idx`
+    "As many of `idx` as have a free position in their group, the smallest first"
+    chosen,room = nm_groups(_flags(idx, mask), m, transposed),nm_groups(~mask, m, transposed).sum(1)
+    if (chosen.sum(1) <= room).all(): return idx
+    go = _best_in_rows(-nm_groups(score.detach().abs(), m, transposed), chosen, torch.minimum(room, chosen.sum(1)))
+    return idx[from_groups(go, mask.shape, transposed).flatten()[idx]]
+
+# %% ../nbs/40a_moves.ipynb #d8ddaabe
+def grow_in_groups(
+    mask:torch.Tensor, # Bool, True = not free
+    dropped:torch.Tensor, # Flat indices of the units that go
+    m:int, # Units of a group
+    transposed:bool=False, # Weight of a transposed convolution
+    score:torch.Tensor|None=None, # Score of each position, such as |gradient|; None: at random
+    generator:torch.Generator|None=None # On the CPU
+) -> torch.Tensor: # Flat indices, ascending
+    "Free positions, in each group as many as are dropped there: those with the largest scores, or random ones"
+    n,free = nm_groups(_flags(dropped, mask), m, transposed).sum(1),nm_groups(~mask, m, transposed)
+    if (n > free.sum(1)).any(): raise ValueError(f'Cannot place {int(n.max())} units in a group of {m}: too few of its positions are free.')
+    rows = n.nonzero().flatten()
+    s = _shuffled(len(rows), m, generator, mask.device) if score is None else nm_groups(score.detach(), m, transposed)[rows]
+    grown = torch.zeros_like(free)
+    grown[rows] = _best_in_rows(s, free[rows], n[rows])
+    return from_groups(grown, mask.shape, transposed).flatten().nonzero().flatten()
+
 # %% ../nbs/40a_moves.ipynb #bdeb2132
 def unit_values(
     e # `Masked` parameter
@@ -161,3 +205,25 @@ def unmoved(dropped, grown):
     if not len(back): return dropped,grown
     back = torch.from_numpy(back).to(dropped.device)
     return tuple(i[~torch.isin(i, back)] for i in (dropped, grown))
+
+# %% ../nbs/40a_moves.ipynb #f5ffee3d
+def _live_scores(e): return e.scores().masked_fill(~e.mask, -1.).flatten() # what is dead stays dead
+
+def keep_local(
+    items:list, # `Masked` parameters
+    goals:list # Units that each keeps
+) -> list: # Bool masks, within those of `items`
+    "The largest units of each parameter"
+    return [e.picked(_live_scores(e).topk(min(g, e.live)).indices) for e,g in zip(items, goals)]
+
+def keep_global(
+    items:list, # `Masked` parameters
+    goals:list # Units that they keep together, as a list to sum up
+) -> list: # Bool masks, within those of `items`; each keeps one unit at least
+    "The largest units of all parameters together"
+    scores = [_live_scores(e) for e in items]
+    for s in scores: s[s.argmax()] = float('inf')
+    best = torch.cat(scores).topk(min(sum(goals), sum(e.live for e in items))).indices
+    keep = torch.zeros(sum(map(len, scores)), dtype=torch.bool, device=best.device)
+    keep[best] = True
+    return [k.view(e.mask.shape) for k,e in zip(keep.split([e.units for e in items]), items)]
