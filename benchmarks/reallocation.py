@@ -15,7 +15,7 @@ from benchmarks.timing import quartiles, write_table
 from paramfx.data import InMemory, MemoryDL
 from paramfx import zoo
 from paramfx.rewire import DynamicSparse
-from paramfx.sparse_rows import PUBLISHED_DENSE
+from paramfx.sparse_recipes import PUBLISHED_DENSE
 
 CASES = {  # name -> (builder, settings, target in seconds)
     'ResNet-50': (partial(zoo.build, 'imagenet/resnet50'), dict(sparsity=.9), .10),
@@ -47,7 +47,7 @@ class Snapshot:
     "Everything that a rewire changes"
     def __init__(self, learn, cb):
         self.cb, self.live, self.values = cb, [e.live for e in cb.store.items], dict(cb.effect.values)
-        tensors = [t for e in cb.store.items for t in (e.weight.data, e.mask, e.float, *cb.store._states(learn.opt, e))]
+        tensors = [t for e in cb.store.items for t in (e.weight.data, e.mask, e.float, *e.states(learn.opt))]
         self.pairs = [(t, t.clone()) for t in tensors]
 
     def restore(self):

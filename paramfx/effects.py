@@ -123,7 +123,7 @@ class EffectKeeper(LeanCallback):
         shown = self.flags.pop('shown', [])
         if shown: self.learn.metrics = [m for m in self.learn.metrics if not any(m is s for s in shown)]
 
-# %% ../nbs/00c_effects.ipynb #d742311c
+# %% ../nbs/00c_effects.ipynb #c9e2a31d
 def _same(a, b):
     "Equality of settings: tensors by value, functions by code and what they close over, schedules by what they hold"
     if a is b: return True
@@ -191,10 +191,10 @@ class EffectCallback(LeanCallback):
         learner.effect_keeper.hold(self)
 
     def _converted(self, model, learner):
-        "The new effect; an optimizer of parameters that are no longer there has to go"
+        "The new effect; an optimizer of parameters that are no longer there has to go, unless it was re-pointed"
         before = {*model.parameters()}
-        effect = self.convert(model, learner).attach(model)
-        if before != {*model.parameters()}: learner.opt = None
+        effect,now = self.convert(model, learner).attach(model),{*model.parameters()}
+        if before != now and not now <= {p for g in getattr(learner.opt, 'param_lists', ()) for p in g}: learner.opt = None
         return effect
 
     def _unbind(self, learner):

@@ -7,14 +7,14 @@ Docs: https://paramfx.github.io/paramfx/persist.html.md"""
 # %% auto #0
 __all__ = ['atomic_path', 'effect_keys', 'burn_in', 'missing_effects', 'RunState', 'restore_run']
 
-# %% ../nbs/00d_persist.ipynb #63d8501d
+# %% ../nbs/00d_persist.ipynb #07ad5f53
 import os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from fastcore.basics import patch, snake2camel, store_attr
+from fastcore.basics import noop, patch, snake2camel, store_attr
 from fastcore.foundation import L
 from fastai.basics import Callback, CancelEpochException, Learner, get_model, join_path_file, num_distrib, rank_distrib
 from fastai.callback.progress import ProgressCallback
@@ -23,7 +23,7 @@ from .core import rng_state, set_rng_state
 from .effects import EffectCallback, finding_lr, in_fit
 from .state import EffectState, effects, root_module
 
-# %% ../nbs/00d_persist.ipynb #48fdf310
+# %% ../nbs/00d_persist.ipynb #492b4ead
 @contextmanager
 def atomic_path(file):
     "A temporary path beside `file`, renamed to it when the block ends well: a crash leaves the old file whole"
@@ -47,7 +47,9 @@ def effect_keys(model:nn.Module) -> set:
 def release(self:Learner) -> Learner:
     "End every effect on this Learner: callbacks, masks and counters go, the weights stay as they are"
     for cb in [c for c in self.cbs if isinstance(c, EffectCallback)]: self.remove_cb(cb)
-    for st in list(effects(self.model).values()): st.release(root_module(self.model))
+    for st in list(effects(self.model).values()):
+        getattr(st.holder, 'unpack', noop)(self.opt)
+        st.release(root_module(self.model))
     if 'effect_keeper' in self.__dict__: self.remove_cb(self.effect_keeper)
     return self
 
@@ -73,8 +75,9 @@ def save_plain(self:Learner,
     "Save the weights under the keys of the plain network, masks applied and left out; returns the path"
     path = _model_path(self, file)
     if rank_distrib(): return path
-    drop = effect_keys(self.model)
-    state = {k:v for k,v in root_module(self.model).state_dict().items() if k not in drop}
+    drop,state = effect_keys(self.model),root_module(self.model).state_dict()
+    for st in effects(self.model).values(): state = getattr(st.holder, 'plain_state', noop)(state)
+    state = {k:v for k,v in state.items() if k not in drop}
     with atomic_path(path) as tmp:
         if path.suffix == '.safetensors':
             from safetensors.torch import save_file

@@ -209,7 +209,7 @@ def test_other_settings_raise_and_release_makes_room(m, mk):
 
 def test_attached_twice_acts_once(m, mk):
     "A cell run again beside the instance that is attached: one penalty, one step each"
-    a, b = (mk(m.make(**m.penalty), opt_func=SGD) for _ in range(2))
+    a, b = (mk(m.make(**m.penalty), opt_func=partial(SGD, mom=.9)) for _ in range(2))
     a.fit(1)
     b.fit(1, cbs=m.make(**m.penalty))
     assert_same(run_record(a), run_record(b))
@@ -237,6 +237,7 @@ def test_effect_outlives_its_callback(m, mk, opt):
 @pytest.mark.parametrize('end', ['release', 'materialize'])
 @pytest.mark.parametrize('attached', [True, False])
 def test_the_end_leaves_nothing_behind(m, mk, end, attached):
+    if m.compressed: pytest.skip('names')
     fresh = footprint(small_net())
     learn = mk(m.make() if attached else None)
     learn.fit(1, cbs=None if attached else m.make())
@@ -283,6 +284,7 @@ def test_checkpoint_is_made_of_plain_types(m, mk):
 
 
 def test_dense_file_into_sparse_learner_is_masked(m, mk):
+    if m.compressed: pytest.skip('names')
     dense = mk(seed=5)
     dense.fit(1)
     dense.save('dense')
@@ -319,6 +321,7 @@ def test_file_of_another_budget_is_refused(m, mk):
 
 
 def test_file_of_another_granularity_is_refused(m, mk):
+    if not m.coarse: pytest.skip('single weights only, see test_coarse_units')
     a, b = mk(m.make(granularity='kernel')), mk(m.make())
     a.save('kernels')
     state = snapshot(b.model)
@@ -328,6 +331,7 @@ def test_file_of_another_granularity_is_refused(m, mk):
 
 @pytest.mark.parametrize('ext', ['', '.pth', '.safetensors'])
 def test_save_plain_fits_a_plain_network(m, mk, ext):
+    if m.compressed: pytest.skip('kernels round differently')
     learn = mk(m.make())
     learn.fit(1)
     f = learn.save_plain(f'plain{ext}')
@@ -580,6 +584,7 @@ def test_a_crash_while_writing_leaves_the_old_file(m, mk, tmp_path, monkeypatch)
 # 7. doing nothing ------------------------------------------------------------------------------------------------------------
 
 def test_settings_that_do_nothing_are_the_plain_run(m, mk):
+    if m.compressed: pytest.skip('kernels round differently')
     net = partial(small_net, dropout=.3)
     plain, idle = mk(model=net, splitter=two_groups), mk(m.noop(), model=net, splitter=two_groups)
     for learn in (plain, idle):
@@ -621,8 +626,8 @@ def test_gradient_accumulation_is_a_bigger_batch(m, mk, dtype, tol):
     "No batch norm, which sees the micro-batch; no shuffling, which would order them otherwise"
     net = lambda: small_net(norm=False).to(dtype)
     dls = lambda bs: tiny_dls(n=128, bs=bs, dtype=dtype, shuffle=(False, False), drop_last=(False, False))
-    big = mk([m.make(**m.penalty, stop_pct=1.), Probe(m)], dls=dls(32), model=net, opt_func=SGD, lr=.1)
-    acc = mk([m.make(**m.penalty, stop_pct=1.), Probe(m)], dls=dls(8), model=net, opt_func=SGD, lr=.1)
+    big = mk([m.make(**m.penalty, stop_pct=1.), Probe(m)], dls=dls(32), model=net, opt_func=partial(SGD, mom=.5), lr=.1)
+    acc = mk([m.make(**m.penalty, stop_pct=1.), Probe(m)], dls=dls(8), model=net, opt_func=partial(SGD, mom=.5), lr=.1)
     big.fit(2)
     acc.fit(2, cbs=GradientAccumulation(32))
     assert m.facts(acc)['clock']['steps'] == m.facts(big)['clock']['steps'] == 8
@@ -639,6 +644,7 @@ class Norm(Callback):
 
 
 def test_gradient_clip_clips_what_is_alive(m, mk):
+    if m.dense_state: pytest.skip('its gradients stay dense, and are clipped as such')
     norm, raw, dead = Norm(), Norm(), Norm()
     raw.order, dead.order = 10.9, 10.1  # after the masks and before them
     learn = mk([m.make(), Probe(m)])
@@ -704,7 +710,7 @@ def test_overflow_counts_no_step(m, mk):
     assert facts['clock']['batches'] == facts['clock']['planned'] == N_STEPS
     m.check(learn)
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
-    steps = [h['step'] for h in facts['history']]
+    steps = [h['step'] for h in facts['history'] if any(h.get('grown', h['dropped']).values())]  # an entry without growth is a last prune
     assert steps == sorted(set(steps)), 'a skipped step rewired again'
 
 
@@ -813,6 +819,7 @@ def test_callback_can_be_pickled(m, mk):
 
 
 def test_compiled_model_is_traced_once(m, mk):
+    if m.compressed: pytest.skip('sparse products are not traced')
     from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
@@ -832,6 +839,7 @@ def test_compiled_model_is_traced_once(m, mk):
 
 @pytest.mark.parametrize('kind', ['torch', 'torch buffers', 'timm'])
 def test_moving_averages_follow(m, mk, kind):
+    if m.compressed: pytest.skip('the number of values changes')
     def average(net):
         from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
         if kind == 'timm':
@@ -857,7 +865,7 @@ def test_moving_averages_follow(m, mk, kind):
         for n, k in mask.items(): assert not ema.ema.module.get_parameter(n)[~k].any()
     # averaged masks are the union of those seen; copied ones are the newest
     old, new = ema.ema.module.get_buffer('0.3.weight_mask'), learn.model.get_buffer('0.3.weight_mask')
-    if m.shrinks: assert old.sum() > new.sum() and not (new & ~old).any()  # the last prune came after the last step
+    if m.at_end: assert old.sum() > new.sum() and not (new & ~old).any()  # the last prune came after the last step
     elif kind != 'torch buffers': assert_same(old, new)
 
 
@@ -984,6 +992,9 @@ def test_other_layers(m, mk, net):
     dtype = {'half': torch.bfloat16, 'double': torch.float64}.get(net, torch.float32)
     kw = dict(model=make, dls=lambda: tiny_dls(n=64, bs=16, dtype=dtype))
     if net == 'half': kw['loss_func'] = float_loss
+    if m.compressed and net in ('half', 'bilinear'):
+        with pytest.raises(ValueError, match='none of the masked layers can be sparse'): mk(m.make(), **kw)
+        return
     learn = mk([m.make(), Probe(m)], **kw)
     masks = m.facts(learn)['masks']
     assert expected <= set(masks)
@@ -1002,6 +1013,9 @@ def test_other_layers(m, mk, net):
 @pytest.mark.parametrize('granularity', ['row', 'kernel', 'filter'])
 @pytest.mark.parametrize('net', ['plain', 'transposed', 'channels last'])
 def test_coarse_units(m, mk, granularity, net):
+    if not m.coarse:
+        with pytest.raises(ValueError, match="granularity='weight'"): m.make(granularity=granularity)
+        return
     make = small_net if net == 'plain' else NETS[net][0]
     learn = mk([m.make(granularity=granularity, sparsity={'conv': .5, 'fc': .8}, threshold=.1)], model=make, dls=lambda: tiny_dls(n=64, bs=16))
     live = m.facts(learn)['live']

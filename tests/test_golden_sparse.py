@@ -326,3 +326,86 @@ def test_rigl(folder):
         cb.__dict__['dense'] = {e: g.abs() for e, g in zip(cb.store.items, dense)}
         cb.rewire()
         for e, mask, x in zip(cb.store.items, after, w_after): assert torch.equal(e.mask, mask) and torch.equal(e.weight, x), t
+
+
+class Snapshots(Callback):
+    "Weights after every optimizer step, and after the rewire that follows it"
+    order = 60
+    name = 'snapshots'
+    def __init__(self): self.end, self.after_opt = [], []
+    def after_step(self): self.end.append([e.weight.data.clone() for e in self.learn.dynamic_sparse.store.items])
+
+
+def test_deepr_replay(folder, monkeypatch, sign='first_step'):
+    "Every step of the original, bit for bit, where its random choices are drawn again"
+    z = arrays(folder, 'deepr_replay')
+    n_layers = sum(k.startswith('w0_') for k in z)
+    net = nn.Sequential(*(m for i in range(n_layers) for m in (nn.Linear(z[f'w0_{i}'].shape[1], z[f'w0_{i}'].shape[0], bias=False), nn.Tanh())))[:-1]
+    layers = [m for m in net if isinstance(m, nn.Linear)]
+    for i, m in enumerate(layers): m.weight.data.copy_(torch.from_numpy(z[f'w0_{i}']))
+    batch = (torch.from_numpy(z['x']), torch.from_numpy(z['y']))
+    dls = DataLoaders([batch]*int(z['steps']), [batch], device='cpu')
+    learn = Learner(dls, net, nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=float(z['momentum']))), wd=0.)
+    cb = DynamicSparse(.5, 'deepr', include='*', init_mask={f'{2*i}.weight': torch.from_numpy(z[f'mask0_{i}']) for i in range(n_layers)},
+                       temperature=0., l1=float(z['l1']), state='keep', stop_pct=2., sign=sign)
+    seen, dropped = Snapshots(), []
+    def draw(mask, n, generator, exclude=None):
+        t, i = len(seen.end), next(i for i, e in enumerate(cb.store.items) if e.mask is mask)
+        idx = torch.from_numpy(z[f'grown_{t}_{i}'].astype(np.int64))
+        assert len(idx) == n and not mask.flatten()[idx].any()
+        return idx
+    def changed(weight, sign, mask):
+        seen.after_opt.append(weight.clone())
+        dropped.append(rewire_drop(weight, sign, mask))
+        return dropped[-1]
+    rewire_drop = rewire.drop_sign_change
+    monkeypatch.setattr(rewire, 'grow_random', draw)
+    monkeypatch.setattr(rewire, 'drop_sign_change', changed)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, float(z['lr']), cbs=[cb, seen])
+    steps = range(int(z['steps']))
+    differs = [(t, i) for t in steps for i in range(n_layers) if not torch.equal(seen.end[t][i], torch.from_numpy(z[f'w_end_{t}_{i}']))]
+    assert not differs
+    assert [len(d) for d in dropped] == [len(z[f'pruned_{t}_{i}']) for t in steps for i in range(n_layers)] and sum(map(len, dropped)) > 3
+    assert [[int(m.sum()) for m in cb.masks.values()]] == [[int(z[f'nnz_{len(steps)-1}_{i}']) for i in range(n_layers)]]
+
+
+def test_deepr_replay_can_fail(folder, monkeypatch):
+    "With signs drawn beforehand, a connection that wakes on the wrong side goes at once: another run"
+    with pytest.raises(AssertionError): test_deepr_replay(folder, monkeypatch, 'random')
+
+
+def test_deepr_replay_fails_with_a_stub(folder, monkeypatch):
+    "The function of the vectors is the one that trains: without it the run is another one"
+    monkeypatch.setattr(rewire, 'drop_sign_change', lambda weight, sign, mask: torch.empty(0, dtype=torch.long))
+    with pytest.raises(AssertionError): test_deepr_replay(folder, monkeypatch)
+
+
+def test_snfs(folder):
+    "Shares of the layers, what goes and what is grown, through the callback's own methods; the budget, unlike the original's, to the unit"
+    z = arrays(folder, 'snfs')
+    ws, before, moms, pruned, after = ([torch.from_numpy(z[f'{k}_{i}']) for i in range(3)] for k in ('w', 'mask_before', 'momentum', 'mask_pruned', 'mask_after'))
+    net = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in ws))
+    for m, w in zip(net, ws): m.weight.data.copy_(w)
+    data = [(torch.zeros(2, ws[0].shape[1]), torch.zeros(2, dtype=torch.long))]
+    learn = Learner(DataLoaders(data, data, device='cpu'), net, nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)))
+    ceil = lambda pos: float(z['prune_rate_now'])
+    cb = DynamicSparse(.7, 'snfs', include='*', init_mask={f'{i}.weight': m for i, m in enumerate(before)}, drop_frac=ceil)
+    learn.add_cb(cb)
+    learn.create_opt()
+    for m, v in zip(net, moms): learn.opt.opt.state[m.weight]['momentum_buffer'] = v.clone()
+    how, items = cb.how, cb.store.items
+    how.start(cb, items, cb.store.live)
+    np.testing.assert_allclose(how.shares(cb, items), z['layer_share'], atol=1e-5)
+    for e, keep, p, m, n in zip(items, before, pruned, moms, z['removed']):
+        gone = drop_fraction(unit_values(e).abs(), e.mask, float(n)/int(keep.sum()) + 1e-9)  # the original rounds up
+        assert torch.equal(e.mask & ~e.picked(gone), p)
+    for p, a, m in zip(pruned, after, moms):  # the original lets what was just pruned return
+        grown = rewire.grow_top(m.abs(), p, int(a.sum()-p.sum()))
+        assert torch.equal(p.flatten().scatter(0, grown, True).view_as(a), a)
+    live = cb.store.live
+    dropped = how.drop(cb, items)
+    counts = how.allocate(cb, items, dropped)
+    assert [len(d) for d in dropped] == [int(float(z['prune_rate_now'])*int(b.sum())) for b in before] and sum(counts) == sum(map(len, dropped))
+    assert all(abs(c-s*sum(counts)) < 1 for c, s in zip(counts, z['layer_share']))
+    cb.rewire(learn.opt)
+    assert cb.store.live == live and [e.live-int(b.sum()) for e, b in zip(items, before)] == [c-len(d) for c, d in zip(counts, dropped)]

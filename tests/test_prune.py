@@ -100,7 +100,7 @@ def test_what_is_dead_stays_dead(how):
 
 # -- the run
 
-@pytest.mark.parametrize('granularity', ['weight', 'row', 'kernel', 'filter'])
+@pytest.mark.parametrize('granularity', ['weight', 'row', 'kernel', 'filter', '2x1'])
 def test_one_prune_is_the_magnitude_mask(mk, granularity):
     learn = mk()
     learn.fit(1)
