@@ -102,6 +102,7 @@ def write_table(
     rows: list[dict[str, object]],  # one dict per line of the table
     note: str = '',  # what was measured and how to read it
     folder: Path = RESULTS,  # where the files go
+    **more: object,  # further keys of the JSON, such as the runs that the rows sum up
 ) -> Path:  # the markdown file
     "Write `rows` with `machine()` to NAME.md and NAME.json"
     if not rows: raise ValueError(f'{name}: no rows to write')
@@ -109,6 +110,6 @@ def write_table(
     folder.mkdir(parents=True, exist_ok=True)
     made_on = ', '.join(f'{k} {v}' for k, v in about.items())
     text = '\n\n'.join(filter(None, [f'# {name}', note.strip(), table(rows).strip(), f'Measured on: {made_on}.']))
-    _write(folder/f'{name}.json', json.dumps(dict(name=name, note=note, machine=about, rows=rows), indent=1) + '\n')
+    _write(folder/f'{name}.json', json.dumps(dict(name=name, note=note, machine=about, rows=rows, **more), indent=1) + '\n')
     _write(folder/f'{name}.md', text + '\n')
     return folder/f'{name}.md'

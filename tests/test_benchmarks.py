@@ -69,3 +69,8 @@ def test_machine_names_no_host():
     assert set(about) == {'cpu', 'cores', 'system', 'python', 'torch', 'fastai'}
     node = platform.node()
     assert len(node) < 4 or node not in ' '.join(map(str, about.values()))
+
+
+def test_a_table_may_carry_its_runs(tmp_path):
+    file = write_table('t', [dict(mean=1.5)], folder=tmp_path, runs=[dict(x=1), dict(x=2)])
+    assert json.loads(file.with_suffix('.json').read_text())['runs'] == [dict(x=1), dict(x=2)] and 'runs' not in file.read_text()

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dead_filters, imports, lenet, masked_step, reallocation, tied_step
+from benchmarks import dead_filters, deepr_step, imports, lenet, masked_step, mnist_table, reallocation, sparse_files, tied_step
 from benchmarks.networks import small_cnn
 from benchmarks.timing import table, write_table
 from paramfx.data import tensor_dls
+from paramfx.sparse_recipes import PUBLISHED_RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,24 @@ def test_tied_step(tmp_path):
     rows = tied_step.measure('SGD', rounds=2, repeats=1, net='toy', sparsity=.8)
     assert [r['step'] for r in rows] == ['plain again', *tied_step.TIED] and all(r['ratio'] > 0 for r in rows)
     assert write_table('t', rows, tied_step.NOTE, folder=tmp_path).exists()
+
+
+def test_deepr_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(deepr_step, 'NET', 'toy')
+    rows = [deepr_step.measure(.9, opt, rounds=2, repeats=1) for opt in deepr_step.OPTS]
+    assert all(r['ratio'] > 0 and r['target'] == 1.5 and r['met'] in ('yes', 'no') for r in rows)
+    assert write_table('t', rows, deepr_step.NOTE, folder=tmp_path).exists()
+    published = json.loads((Path(deepr_step.__file__).parent/'results'/'deepr_step.json').read_text())['rows']
+    assert {(r['sparsity'], r['optimizer']) for r in published} == {(s, o) for s in deepr_step.TARGETS for o in deepr_step.OPTS} and all(r['moved'] > 1 for r in published)
+
+
+def test_sparse_files(tmp_path):
+    rows = sparse_files.run(['LeNet-300-100'], rounds=1, rates=(.9,))
+    assert [r['values'] for r in rows] == ['float32', 'float16'] and rows[0]['gzip'] > rows[0]['over_bound'] and not [m for m in sparse_files.missed(rows) if ' s (' not in m]
+    assert sparse_files.missed([dict(rows[0], over_bound=1.06, save_s=3., load_layers=2.)])[1].endswith('(save_s), target 2.0')
+    assert write_table('t', rows, sparse_files.NOTE, folder=tmp_path).exists()
+    published = json.loads((Path(sparse_files.__file__).parent/'results'/'sparse_files.json').read_text())['rows']
+    assert len(published) == 24 and not sparse_files.missed(published)
 
 
 def test_a_turn_is_that_many_batches_of_a_real_fit():
@@ -104,3 +123,57 @@ def test_recorded_trainings_reach_their_goals(name):
     rows = json.loads((Path(lenet.__file__).parent/'results'/f'{name}.json').read_text())['rows']
     if name == 'lenet': assert len(rows) >= 3 and all(r['accuracy'] >= lenet.GOAL and r['epochs'] <= 10 for r in rows)
     else: assert max(rows[-1][k] for k in ('valid', 'final', 'test')) < 274 and rows[-1]['final'] < min(r['final'] for r in rows[:-1])
+
+
+def toy_mnist():
+    x, y = torch.rand(60, 1, 28, 28), torch.arange(60) % 10
+    return tensor_dls(x, y, x, y, bs=20, device='cpu')
+
+
+@pytest.fixture
+def short(monkeypatch):
+    "Two prunes, and few sparsities"
+    monkeypatch.setitem(PUBLISHED_RECIPES[mnist_table.NETWORK], 'prune', dict(n_prunes=2, schedule='exponential', start=1, every=1, post=1))
+    monkeypatch.setattr(mnist_table, 'MAIN', (.98,))
+    monkeypatch.setattr(mnist_table, 'EXTRA', (.9,))
+
+
+def test_mnist_table_cell_by_cell(tmp_path, short):
+    said, dls = [], toy_mnist()
+    def go(**kw): return mnist_table.run(folder=tmp_path, networks=tmp_path/'nets', dls=dls, tell=said.append, epochs=2, **kw)
+    go(seeds=1, only=['pruned'])  # trains the dense network that it needs
+    assert len(said) == 2 and [r['method'] for r in mnist_table.read(tmp_path)] == ['pruned', 'pruned']
+    first = mnist_table.read(tmp_path)
+    file = go(seeds=2, only=['dense', 'static', 'pruned', 'dsr', 'set'])
+    runs = mnist_table.read(tmp_path)
+    assert [r for r in runs if r['method'] == 'pruned' and r['seed'] == 0] == first  # not run again
+    assert len(runs) == 2 + 4*3 and {r['live'] for r in runs} == {266_200, 5324, 26_620} and all(r['epochs'] == (3 if r['method'] == 'pruned' else 2) for r in runs)
+    assert len(list((tmp_path/'nets').iterdir())) == 2
+    table = json.loads((tmp_path/'mnist_table.json').read_text())
+    assert [(r['method'], r['seeds']) for r in table['rows'] if r['sparsity'] in (0, .98)] == [('dense', 2), ('static', 2), ('set', 2), ('dsr', 2), ('pruned', 2)]
+    assert table['machine']['torch'] and 'verdict' in file.read_text()
+    n = len(said)
+    go(seeds=2, only=['dense', 'static', 'pruned', 'dsr', 'set'])
+    assert len(said) == n  # all there
+    mnist_table.run(seeds=1, only=['dense'], folder=tmp_path, networks=tmp_path/'nets', dls=dls, epochs=1)
+    runs = {r['seed']: r['epochs'] for r in mnist_table.read(tmp_path) if r['method'] == 'dense'}
+    assert runs == {0: 1, 1: 2}  # another recipe takes the place of the cell
+
+
+def test_mnist_table_repeats_exactly():
+    dls = toy_mnist()
+    a, b, c = (mnist_table.train(dls, 'dsr', .9, seed, epochs=2)[1].state_dict() for seed in (1, 1, 2))
+    assert all(map(torch.equal, a.values(), b.values()))
+    assert not torch.equal(a['fc1.weight_mask'], c['fc1.weight_mask'])
+
+
+def test_mnist_table_order_and_verdicts():
+    todo = mnist_table.cells(3)
+    assert todo[0] == ('dense', 0., 0) and {c[2] for c in todo[:11]} == {0} and len(todo) == len({*todo}) == 3*11+4*5
+    assert {c[1] for c in todo[:33]} == {0., .98, .95} and all(c[2] == 0 for c in todo[33:])
+    assert mnist_table.cells(1, ['set'])[:2] == [('set', .98, 0), ('set', .95, 0)]
+    with pytest.raises(ValueError, match="'snip'"): mnist_table.cells(1, ['snip'])
+    v = mnist_table.verdict
+    assert [v(98.4, 98.1, None), v(98.41, 98.1, None), v(97.8, 98.1, None), v(97.7, 98.1, .1), v(97.7, 98.1, .2)] == ['within', 'better', 'within', 'below', 'within']
+    p = mnist_table.printed()
+    assert p['dsr', .98] == (98.14, None) and p['dense', 0.] == (98.69, None) and len(p) == 31
