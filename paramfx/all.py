@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #87cae2f0
+# %% ../nbs/99_all.ipynb #4516be94
 from .core import *
 from .clock import *
 from .state import *
@@ -33,16 +33,27 @@ from . import zoo
 from .rows import *
 from .dead import *
 from .plain import *
+from .csr import *
+from .csr_masks import *
 from .sparse import *
 from .moves import *
+from .exchange import *
+from .rewirer import *
 from .rewire import *
 from .prune import *
+from .copied import *
 from .tied import *
+from .csr_infer import *
+from .sparse_recipes import *
+from .sparse_plots import *
+from .mask_codes import *
+from .sealed import *
+from .sparse_files import *
 from .sparse_rows import *
 
 # nbdev lists what a module defines, and this one defines nothing; constants and helpers of the modules stay in them
 _HIDE = '''Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state adam_step spare_sqrt still model_inputs
  show_shapes run_model fails_at burn_in squash varying tidy get_ids is_traced Binding Record Flow Units describe pinned_modules pin_names
  check_traceable short_list Probe Read constant_reads has_dead EffectKeeper EffectSlot LeanCallback in_fit finding_lr missing_effects restore_run
- add_step add_report nm_pattern units_below draw_positions make_mask readmit unit_values unmoved DSR SET threshold_for tied_index read_bank PruneStore keep_local keep_global sparse_pictures sparse_counts as_bytes list_tfms reading check_loader Row NormalizeBytes image_parts parts_dls crop_flip read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL'''.split()
+ add_step add_report nm_pattern block_size unit_view expand_units nm_groups from_groups layer_units units_below draw_positions make_mask readmit unit_values unmoved DSR SET DeepR RigL SNFS GraNet Exchange LiveList steps_per_epoch grow_values drop_in_groups grow_in_groups has_momentum momentum_of param_name check_sched threshold_for tied_index read_bank keep_local keep_global sparse_pictures sparse_counts live_counts CSR CSRConv CSRIndex csr_index csr_flat csr_product resize_ why_not_csr CSRMasked plan_csr use_csr Compute time_infer plan_infer mask_entropy plan_code encode_mask decode_mask write_sealed packed refusal are_sizes SealedFile as_bytes list_tfms reading check_loader Row NormalizeBytes image_parts parts_dls crop_flip read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL'''.split()
 __all__ = [n for n in dir() if not n.startswith('_') and (not n.isupper() or n == 'LSTMLM') and n not in _HIDE]

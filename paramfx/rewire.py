@@ -21,7 +21,7 @@ from .clock import as_sched
 from .effects import EffectCallback
 from .exchange import Exchange, LiveList, has_momentum, momentum_of
 from .moves import (adapt_threshold, allocate_growth, drop_fraction, drop_sign_change, drop_threshold, grow_in_groups, grow_random,
-    grow_top, keep_global, threshold_for, unit_values)
+    grow_top, keep_global, readmit, threshold_for, unit_values)
 from .rewirer import REWIRERS, Rewirer, rewirer
 from .sparse import plan_masks
 from .units import generator, unit_scores

@@ -12,14 +12,14 @@ LIB = Path(__file__).resolve().parent.parent/'paramfx'
 LAYERS = {
     0: ['core', 'clock', 'state', 'effects', 'persist', 'forward'],
     1: ['flow', 'rules', 'spaces', 'cuts', 'channels', 'dead', 'units', 'masks', 'plain', 'report', 'dryrun', 'plots', 'loading', 'data', 'images', 'photos', 'text', 'nets', 'zoo', 'losses', 'rows'],
-    2: ['splitnet', 'bases', 'slicing', 'evolution', 'sparse', 'moves', 'rewire', 'prune', 'tied', 'csr', 'sparse_rows'],
+    2: ['splitnet', 'bases', 'slicing', 'evolution', 'sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr', 'csr_masks', 'csr_infer', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'sparse_files'],
     3: ['deploy'],
     4: ['all'],
     5: ['experiments', 'cli'],
 }
 LAYER = {mod: layer for layer, mods in LAYERS.items() for mod in mods}
 # modules of layer 2 that make one family; every other module there is a family of its own
-FAMILY = dict.fromkeys(['sparse', 'moves', 'rewire', 'prune', 'tied', 'csr', 'sparse_rows'], 'sparse')
+FAMILY = dict.fromkeys(['sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr', 'csr_masks', 'csr_infer', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'sparse_files'], 'sparse')
 # imports allowed inside a layer, besides those inside a family; layer 0 is a chain, each module on those before it
 WITHIN = {mod: set(LAYERS[0][:i]) for i, mod in enumerate(LAYERS[0])}
 WITHIN |= {'rules': {'flow'}, 'data': {'loading'}, 'images': {'data', 'loading'}, 'photos': {'images', 'loading'}, 'text': {'loading', 'nets'}, 'spaces': {'flow'}, 'channels': {'flow', 'rules', 'spaces', 'cuts', 'plots'}, 'masks': {'units'}, 'dryrun': {'report'}, 'cuts': {'spaces'}, 'dead': {'channels', 'spaces'}, 'plain': {'channels', 'spaces', 'dead', 'masks', 'units', 'dryrun'}, 'zoo': {'nets', 'data', 'images', 'photos', 'text', 'report'}, 'cli': {'experiments'}}
