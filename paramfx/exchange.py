@@ -277,14 +277,6 @@ class Exchange(Compute, MaskedEffect):
         return cols | ({'explored': self.store.explored} if self.explored else {})
 
     @property
-    def history(self) -> list:
-        "One dict per rewire: step, epoch, threshold, fraction or temperature, units dropped and grown and sparsity by parameter"
-        return self.effect.history
-
-    @property
     def traces(self) -> dict:
         "For plots: lists over the rewires of step, threshold, fraction or temperature, moved units and the sparsity of each parameter"
-        h = self.history
-        more = {k: [o[k] for o in h] for k in ('threshold','fraction','temperature') if h and k in h[0]}
-        return dict(step=[o['step'] for o in h], **more, moved=[sum(o['grown'].values()) for o in h],
-                    sparsity={n: [o['sparsity'][n] for o in h] for n in (h[0]['sparsity'] if h else {})})
+        return self.over_time(('step','threshold','fraction','temperature'), moved='grown')

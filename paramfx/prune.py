@@ -205,16 +205,9 @@ class IterativePrune(MaskedEffect, EffectCallback):
     def columns(self): return {'density': self.store.density, 'pruned': int(self.effect.values['pruned'])}
 
     @property
-    def history(self) -> list:
-        "One dict per prune: its number, step, epoch, units dropped and sparsity by parameter"
-        return self.effect.history
-
-    @property
     def traces(self) -> dict:
         "For plots: lists over the prunes of step, epoch, units dropped and the sparsity of each parameter"
-        h = self.history
-        return dict(step=[o['step'] for o in h], epoch=[o['epoch'] for o in h], pruned=[sum(o['dropped'].values()) for o in h],
-                    sparsity={n: [o['sparsity'][n] for o in h] for n in (h[0]['sparsity'] if h else {})})
+        return self.over_time(('step','epoch'), pruned='dropped')
 
 @patch
 def prune(self:Learner,

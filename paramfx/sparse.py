@@ -282,6 +282,17 @@ class MaskedEffect:
     def on_update(self, learn):
         if self.pass_weights: self.store.weights_()
 
+    @property
+    def history(self) -> list:
+        "One dict per rewire or prune: step, epoch, what the method notes, units dropped (and grown) and sparsity by parameter"
+        return self.effect.history
+
+    def over_time(self, keys, **counts) -> dict:
+        "Lists over the history: `keys` where they are noted (step and epoch always), units counted by name, sparsity of each parameter"
+        h = self.history
+        return {k: [o[k] for o in h] for k in keys if k in ('step','epoch') or h and k in h[0]} | {k: [sum(o[v].values()) for o in h] for k,v in counts.items()} | dict(
+            sparsity={n: [o['sparsity'][n] for o in h] for n in (h[0]['sparsity'] if h else {})})
+
     def sparse_penalty(self, l1, lasso):
         "The penalty on live weights, None where there is none"
         if not l1: return None
