@@ -140,12 +140,12 @@ def is_done(cell, folder, **changes):
     return any((r['method'], r['sparsity'], r['seed'], r['recipe']) == (*cell, mark(*cell[:2], **changes)) for r in read(folder))
 
 
-def run(seeds=3, only=None, folder=RESULTS, networks=None, dls=None, tell=lambda line: None, **changes):
-    "Run all cells that are not done; `changes` go to the recipes"
+def run(seeds=3, only=None, folder=RESULTS, networks=None, dls=None, tell=lambda line: None, todo=None, **changes):
+    "Run all cells that are not done, or those of `todo`; `changes` go to the recipes"
     torch.set_num_threads(1)
     networks = networks or Path(tempfile.gettempdir())/'paramfx_mnist_table'
     dls = dls or zoo.dls('mnist', device='cpu')
-    for cell in cells(seeds, only):
+    for cell in todo or cells(seeds, only):
         if is_done(cell, folder, **changes): continue
         if cell[0] not in ('dense', 'pruned', *REWIRERS):
             tell(f'method={cell[0]} sparsity={cell[1]:g} is not in this version')
@@ -162,8 +162,10 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, default=3, help='for sparsities .98 and .95')
     p.add_argument('--out', type=Path, default=RESULTS, help='folder of the results')
     p.add_argument('--networks', type=Path, help='folder of the trained dense networks; default: a temporary one')
+    p.add_argument('--cell', nargs=3, action='append', metavar=('METHOD', 'SPARSITY', 'SEED'), help='this training only, also with a seed that the table does not ask for; may be repeated')
     p.add_argument('--list', action='store_true', help='only tell which cells there are, and which are done')
     a = p.parse_args()
+    todo = [(m, float(s), int(seed)) for m, s, seed in a.cell or ()]
     if a.list:
         for c in cells(a.seeds, a.only): print(*c, 'done' if is_done(c, a.out) else '')
-    else: print(run(a.seeds, a.only, a.out, a.networks, tell=lambda line: print(line, flush=True)).read_text())
+    else: print(run(a.seeds, a.only, a.out, a.networks, tell=lambda line: print(line, flush=True), todo=todo).read_text())

@@ -25,7 +25,7 @@ from .prune import IterativePrune
 from .rewire import DynamicSparse
 from .units import check_sparsity, live_units
 
-# %% ../nbs/44a_sparse_recipes.ipynb #a3fbad01
+# %% ../nbs/44a_sparse_recipes.ipynb #1ee3660e
 PUBLISHED_DENSE = {'wrn_28_2': ('*.shortcut','fc'), 'resnet50': '*.downsample.0'} # network -> layers left dense
 
 def _steps(keys, *values): return dict(zip(keys, values))
@@ -47,6 +47,7 @@ PUBLISHED_RECIPES = {
         stop_epoch=90, period=_steps(_quarters, 100, 200, 400, 800), n_realloc=dict(weight=600), drop_frac={}, dsr=dict(wd=0., l1=1e-4),
         deepr=dict(wd=0., l1=1e-4, eta=1e-3), # not printed for MNIST: the code's own eta, DSR's penalty, and the last layer as when pruning
         temperature=_steps(_quarters, 1e-3, 1e-4, 1e-5, 1e-6), targets=_mlp_targets,
+        set_targets=lambda s: _mlp_targets(s) if s > .98 else s, # uniform, ten weights would be left for ten classes, and SET moves none into their layer
         prune=dict(n_prunes=10, schedule='exponential', start=1, every=2, post=20), prune_lr=_steps(_pruning, 0., .02, .02, .004, .0008)),
     'cifar10/wrn_28_2': dict(weights=1_451_520, loader=dict(bs=100, augment=True, pad_mode='reflect'),
         train=dict(epochs=200, wd=5e-4, lr=_steps(_wrn, .1, .02, .004, .0008)), long=dict(epochs=400, lr=_steps((0,120,220,350), .1, .02, .004, .0008)),
@@ -62,7 +63,7 @@ PUBLISHED_RECIPES = {
         prune=dict(n_prunes=20, schedule='exponential', start=0, every=2, post=10), prune_lr=_steps(_pruning, 0., .01, .01, .001, .0001)),
 }
 
-# %% ../nbs/44a_sparse_recipes.ipynb #501629a0
+# %% ../nbs/44a_sparse_recipes.ipynb #93525c4f
 def _moves(net, s, method, **kw): return dict(net['train'], sparsity=s, method=method, stop_epoch=net['stop_epoch'], stop_pct=1., **kw)
 
 def _set_frac(net, s):
@@ -73,7 +74,7 @@ RECIPE_METHODS = { # name -> f(numbers of the network, sparsity, granularity)
     'dense': lambda net,s,g: dict(net['train']),
     'thin': lambda net,s,g: net['train'] | net['long'],
     'static': lambda net,s,g: net['train'] | net['long'] | dict(sparsity=s, method='static'),
-    'set': lambda net,s,g: _moves(net, s, 'set', period=net['period'], drop_frac=_set_frac(net, s)),
+    'set': lambda net,s,g: _moves(net, net.get('set_targets', float)(s), 'set', period=net['period'], drop_frac=_set_frac(net, s)),
     'deepr': lambda net,s,g: _moves(net, net.get('targets', float)(s), 'deepr', temperature=net['temperature'], noise='grad', sign='first_step') | net['deepr'],
     'dsr': lambda net,s,g: _moves(net, s, 'dsr', period=net['period'], n_realloc=net['n_realloc'].get(g, net['n_realloc']['weight'])) | net['dsr'],
     'prune': lambda net,s,g: net['train'] | net['prune'] | dict(lr=net['prune_lr'], target=net.get('targets', float)(s)),
