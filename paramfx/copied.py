@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/copied.html.md"""
 # %% auto #0
 __all__ = ['load_masks']
 
-# %% ../nbs/42a_copied.ipynb #3073658f
+# %% ../nbs/42a_copied.ipynb #7debdee0
 import errno
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.basics import Learner
+from .csr import CSR, csr_flat
 from .persist import effect_keys, missing_effects
 from .rewire import DynamicSparse
 from .masks import param_name
@@ -23,7 +24,7 @@ from .sparse import candidates
 from .state import effects, root_module
 from .units import expand_units
 
-# %% ../nbs/42a_copied.ipynb #19bc5869
+# %% ../nbs/42a_copied.ipynb #51833f29
 _NUMPY = [L, np.dtype, np.float64(0).__reduce__()[0], *(getattr(np.dtypes, n) for n in np.dtypes.__all__)] # what fastai's optimizers save besides tensors
 
 def _read(file):
@@ -40,13 +41,37 @@ def _read(file):
         if isinstance(e, OSError) and e.errno != errno.EINVAL: raise # a file that ends early is an invalid argument to torch
         raise ValueError(f"{file}: damaged, or not plain data, such as an exported Learner. Save with `learn.save`, or give the state dict of what you have loaded yourself.") from e
 
-def _state(source):
-    "The state dict in a file, however wrapped, of a model, or as it is"
+def _state(source, model=None):
+    "The state dict in a file, however wrapped, of a model, or as it is; with CSR layers as masked ones of their shapes in `model`"
     res = root_module(source).state_dict() if isinstance(source, nn.Module) else source if isinstance(source, dict) else _read(Path(source))
     for k in ('model', 'state', 'state_dict'):
         if isinstance(res, dict) and isinstance(res.get(k), dict): res = res[k]
     res = {k.removeprefix('_orig_mod.'): v for k,v in res.items() if torch.is_tensor(v)} if isinstance(res, dict) else {}
     if not res: raise ValueError(f"{_called(source)}: no weights in it. Give a file of `learn.save`, or a state dict.")
+    return _unpacked(res, {n: s for m in (model, source) if isinstance(m, nn.Module) for n,s in _shapes(root_module(m)).items()})
+
+def _shapes(model):
+    "Name -> shape of all parameters; a CSR layer has its dense weight"
+    csr = {param_name(n, 'values'): (param_name(n, 'weight'), m.shape) for n,m in model.named_modules(remove_duplicate=False) if isinstance(m, CSR)}
+    return dict(csr.get(n, (n, tuple(p.shape))) for n,p in model.named_parameters(remove_duplicate=False))
+
+def _fits(crow, col, values, shape):
+    "Are these the parts of a sparse matrix of that shape?"
+    if {crow.ndim, col.ndim, values.ndim} != {1} or len(crow) != shape[0]+1 or not len(col) == len(values) == crow[-1] or crow[0] != 0: return False
+    return bool((crow.diff() >= 0).all()) and (not len(col) or 0 <= int(col.min()) <= int(col.max()) < shape[1])
+
+def _unpacked(state, shapes):
+    "A state dict with the weights and masks of CSR layers; they tell all but how many columns they have"
+    res = dict(state)
+    for pre in (k[:-4] for k in state if k.rpartition('.')[2] == 'crow'):
+        parts = [state.get(pre+k) for k in ('crow', 'col', 'values')]
+        if any(t is None for t in parts): continue
+        name,(crow,col,values) = pre+'weight',parts
+        if name not in shapes: raise ValueError(f"{name}: this layer is sparse in the file, which does not tell how many columns it has. Give the network of the saved run, as in `load_masks(file, model)`.")
+        if not _fits(*parts, shapes[name]): raise ValueError(f"{name}: the sparse layer of the file is none of shape {shapes[name]}. The file is damaged, or of another network: build the one of the saved run.")
+        flat,n = csr_flat(crow, col, shapes[name][1]),torch.Size(shapes[name]).numel()
+        for k,v in dict(weight=values.new_zeros(n).index_copy_(0, flat, values), weight_mask=torch.zeros(n, dtype=torch.bool, device=flat.device).index_fill_(0, flat, True)).items(): res[pre+k] = v.view(shapes[name])
+        for k in ('crow', 'col', 'values'): del res[pre+k]
     return res
 
 def _called(source): return f'this {type(source).__name__}' if isinstance(source, (dict, nn.Module)) else source
@@ -66,18 +91,18 @@ def _recorded(state):
 
 def _from_zeros(state, model):
     "Masks of the weights with exact zeros; without a model every matrix called weight is one"
-    names = [param_name(n, p) for n,_,p in candidates(model, '*')[0]] if model is not None else [
+    names = [param_name(n, p) for n,_,p in candidates(model, '*')[0]] + [n for n in _shapes(model) if n not in dict(model.named_parameters(remove_duplicate=False))] if model is not None else [
         k for k,v in state.items() if v.ndim > 1 and 'weight' in k.rpartition('.')[2] and not k.endswith('_mask')]
     return {n: state[n] != 0 for n in names if n in state and not state[n].all()}
 
-# %% ../nbs/42a_copied.ipynb #dfb0183e
+# %% ../nbs/42a_copied.ipynb #60f1ff22
 def load_masks(
     file, # Path of a file of weights; or a state dict, or a model
     model:nn.Module=None, # Network that the masks have to fit; None: do not check
     zeros:bool=False # Read exact zeros as masks, where none is recorded?
 ) -> dict: # Parameter name -> bool tensor of its shape, True = kept
     "The masks that a sparse run has left in a file"
-    state,model = _state(file),None if model is None else root_module(model)
+    state,model = _state(file, model),None if model is None else root_module(model)
     masks = (_from_zeros(state, model) if zeros else {}) | _recorded(state)
     if not masks: raise ValueError(f"{_called(file)}: no masks among its {len(state)} tensors ({', '.join(list(state)[:3])}, ...). " + _why_none(state, zeros))
     return masks if model is None else _fitting(masks, model)
@@ -89,13 +114,13 @@ def _why_none(state, zeros):
 
 def _fitting(masks, model):
     "The masks in the order of `model`; refuse what it has no place for"
-    params = dict(model.named_parameters(remove_duplicate=False))
+    shapes = _shapes(model)
     for n,m in masks.items():
-        if n not in params: raise ValueError(f"{n}: the file has a mask for it, and this {type(model).__name__} has no such parameter. Build the network of the saved run.")
-        if m.shape != params[n].shape: raise ValueError(f"{n}: the file's mask has shape {tuple(m.shape)}, this parameter {tuple(params[n].shape)}. Build the network of the saved run.")
-    return {n: masks[n] for n in params if n in masks}
+        if n not in shapes: raise ValueError(f"{n}: the file has a mask for it, and this {type(model).__name__} has no such parameter. Build the network of the saved run.")
+        if m.shape != shapes[n]: raise ValueError(f"{n}: the file's mask has shape {tuple(m.shape)}, this parameter {shapes[n]}. Build the network of the saved run.")
+    return {n: masks[n] for n in shapes if n in masks}
 
-# %% ../nbs/42a_copied.ipynb #c99a80de
+# %% ../nbs/42a_copied.ipynb #31b91a57
 def _path(learn, file):
     "A file of this Learner, by the name it was saved under, or any path"
     if isinstance(file, (dict, nn.Module)): return file
@@ -104,7 +129,7 @@ def _path(learn, file):
 
 def _dense(source, model):
     "The dense weights of a file, as a state dict for `model`; refuse others"
-    state,mine,name = _state(source),model.state_dict(),_called(source)
+    state,mine,name = _state(source, model),model.state_dict(),_called(source)
     for n,m in (held := _recorded(state)).items():
         if not m.all(): raise ValueError(f"initial={name}: {n} is masked there ({int(m.sum())} of {m.numel()} weights live). Give a file that was saved before anything was dropped.")
     extra = {f'{n}_{k}' for n in held for k in ('mask', 'ever')} | {*missing_effects(model, state)} | (ours := effect_keys(model))

@@ -234,3 +234,74 @@ def test_masks_of_blocks_and_of_a_followed_run(tmp_path):
     ticket = new().load_masks('blocks', initial='full')
     w = dict(full.model.named_parameters())
     assert all(torch.equal(dict(ticket.model.named_parameters())[n], w[n]*m) for n, m in masks.items())
+
+
+# -- CSR layers: values, crow and col in place of weight and mask
+
+CSR_CBS = {'dsr': partial(DynamicSparse, .8, period=2, threshold=.02, compute='csr'), 'granet': partial(DynamicSparse, .8, method='granet', period=2, drop_frac=.1, compute='csr')}
+
+def pixel_net():
+    "A masked 3x3 convolution, and a 1x1 one and a matrix that are sparse"
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 20, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10))
+
+def csr_truth(learn):
+    "Masks row by row, by hand"
+    want = {n: m.clone() for n, m in truth(learn).items()}
+    for n, m in learn.model.named_modules():
+        if not hasattr(m, 'crow'): continue
+        mask = torch.zeros(m.shape[:2], dtype=torch.bool)
+        for i in range(m.shape[0]): mask[i, m.col[m.crow[i]:m.crow[i+1]].long()] = True
+        want[f'{n}.weight'] = mask.view(m.shape)
+    return want
+
+
+@pytest.mark.parametrize('kind', CSR_CBS)
+def test_every_file_of_a_run_with_csr_layers(tmp_path, kind):
+    mk = partial(build, tmp_path, model=pixel_net)
+    learn = fit(mk(), 2, cbs=[CSR_CBS[kind](), RunState('run')])
+    want, folder = csr_truth(learn), learn.path/learn.model_dir
+    assert {n: m.shape for n, m in want.items()} == {'2.weight': (12, 8, 3, 3), '4.weight': (20, 12, 1, 1), '8.weight': (10, 20)} and not same(learn.dynamic_sparse.masks, want)
+    learn.save('opt'); learn.save('bare', with_opt=False)
+    save_recipe(learn.model, folder/'recipe.pth')
+    torch.save({'state_dict': learn.model.state_dict(), 'epoch': 3}, folder/'other.ckpt')
+    for f in ('opt.pth', 'bare.pth', 'recipe.pth', 'run.pth', 'other.ckpt'):
+        for net in (pixel_net(), learn.model):
+            got = load_masks(folder/f, net)
+            assert list(got) == ['2.weight', '4.weight', '8.weight'] and not same(got, want), f
+            assert all(m.dtype == torch.bool for m in got.values())
+    assert not same(load_masks(learn.model), want)  # a network tells its shapes itself
+    with pytest.raises(ValueError, match=r'4.weight: this layer is sparse .* `load_masks\(file, model\)`'): load_masks(folder/'opt.pth')
+    for how, masked in (('dense', [True, True, True]), ('csr', [True, False, False]), (['8'], [True, True, False])):
+        copy = fit(mk(seed=1).load_masks('opt', compute=how))
+        assert not same(copy.dynamic_sparse.masks, want) and [e.masks for e in copy.dynamic_sparse.store.items] == masked
+
+
+def test_a_ticket_of_csr_layers(tmp_path):
+    mk = partial(build, tmp_path, model=pixel_net)
+    learn = mk()
+    learn.save('init', with_opt=False)
+    init = weights(learn)
+    fit(learn, 2, cbs=CSR_CBS['dsr']()).save('done')
+    want, ticket = csr_truth(learn), mk(seed=3)
+    before = weights(ticket)
+    with pytest.raises(ValueError, match='[248].weight is masked there'): ticket.load_masks('done', initial='done')
+    assert not same(weights(ticket), before) and not effects(ticket.model)
+    ticket.load_masks('done', initial='init', compute='csr')
+    for e in ticket.dynamic_sparse.store.items: assert torch.equal(e.mask, want[e.name]) and torch.equal(e.weight, init[e.name]*want[e.name]), e.name
+    plain = learn.save_plain('plain')
+    with_zeros = load_masks(plain, learn.model, zeros=True)
+    assert all(torch.equal(with_zeros[e.name], e.weight != 0) for e in learn.dynamic_sparse.store.items)
+
+
+@pytest.mark.parametrize('change', [
+    dict(crow=lambda t: t[:-1]), dict(crow=lambda t: t+1), dict(crow=lambda t: t.flip(0)), dict(crow=lambda t: t[None]), dict(crow=lambda t: t.index_fill(0, torch.tensor([3]), 2**30)),
+    dict(col=lambda t: t[:-1]), dict(col=lambda t: t+2**20), dict(col=lambda t: -t-1), dict(values=lambda t: t[:-1]), dict(values=lambda t: t.view(-1, 1)), dict(crow=lambda t: t[:0])])
+def test_damaged_csr_layers(tmp_path, change):
+    learn = build(tmp_path, CSR_CBS['dsr']())
+    state = learn.model.state_dict()
+    state |= {f'1.2.{k}': f(state[f'1.2.{k}']) for k, f in change.items()}
+    with pytest.raises(ValueError, match=r'1.2.weight: the sparse layer of the file is none of shape \(10, 192\)'): load_masks(state, small_net())
+    other = build(tmp_path)
+    before = weights(other)
+    with pytest.raises(ValueError, match='1.2.weight'): other.load_masks(state)
+    assert not same(weights(other), before) and not effects(other.model)

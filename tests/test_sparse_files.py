@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from copy import deepcopy
 from functools import partial
 from hashlib import blake2b
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from contracts import build, opt_state_of, small_net
+from paramfx.csr import CSR, to_csr, to_dense, why_not_csr
 from paramfx.mask_codes import decode_mask, encode_mask, mask_entropy, plan_code
 from paramfx.prune import IterativePrune
 from paramfx.rewire import DynamicSparse
@@ -201,11 +203,16 @@ def test_what_cannot_be_saved(tmp_path):
 
 # -- damage
 
-@pytest.fixture
-def small(tmp_path):
-    "A small file, and a network to load it into that must not change"
+@pytest.fixture(params=['plain', 'csr'])
+def small(tmp_path, request):
+    "A small file, and a network to load it into that must not change; with CSR layers in both, or in none"
     make = lambda: nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
-    file, other = save_sparse(thin(fresh(make, 0), .2), tmp_path/'small.safetensors'), fresh(make)
+    model, other = thin(fresh(make, 0), .2), fresh(make)
+    file = save_sparse(model, tmp_path/'small.safetensors')
+    if request.param == 'csr':
+        before = file.read_bytes()
+        to_csr(model[0]); to_csr(other[0], torch.rand(16, 12) < .3)
+        assert save_sparse(model, file).read_bytes() == before
     return file, other, state(other)
 
 
@@ -359,6 +366,99 @@ def test_hostile_codes(small, tmp_path, seed):
     assert 'refused' in outcomes
 
 
+# -- CSR layers made by hand
+
+def some_csr(model, density=None, seed=0):
+    "Linear layers and 1x1 convolutions of `model` as CSR layers; live is what is not zero, or a random share"
+    gen = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if not why_not_csr(m): to_csr(m, None if density is None else torch.rand(m.weight.shape, generator=gen) < density)
+    return model
+
+
+def pixels(dtype=torch.float32):
+    "All kinds of layers that can be sparse, one of more than a block, one that is shared, and one that cannot"
+    shared = nn.Linear(40, 40, dtype=dtype)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, dtype=dtype), nn.Conv2d(8, 300, 1, dtype=dtype), nn.BatchNorm2d(300), nn.Conv1d(6, 7, 1, bias=False, dtype=dtype), nn.Conv3d(4, 5, 1, dtype=dtype),
+                         nn.Linear(400, 3*BLOCK//400+9, dtype=dtype), shared, nn.ReLU(), shared, nn.Linear(5, 1, bias=False, dtype=dtype))
+
+
+def dense_state(model):
+    "As the plain network would have it"
+    model = deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, CSR): to_dense(m)
+    return state(model)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('density', [.02, .1, .9, 1.])
+@pytest.mark.parametrize('half', [None, 'bfloat16'])
+def test_csr_layers_make_the_same_file(tmp_path, dtype, density, half):
+    make, kind = partial(fresh, partial(pixels, dtype)), getattr(torch, str(half), dtype)
+    plain = thin(make(0), density)
+    masks = {f'{i}.weight': plain[i].weight != 0 for i in (1, 3, 4, 5, 6, 9)}
+    file, sparse = save_sparse(plain, tmp_path/'a', dtype=half, masks=masks), some_csr(deepcopy(plain))
+    assert [isinstance(m, CSR) for m in sparse] == [i in (1, 3, 4, 5, 6, 8, 9) for i in range(10)]
+    assert save_sparse(sparse, tmp_path/'b', dtype=half).read_bytes() == file.read_bytes()
+    want = state(load_sparse(file, make()))
+    for n in masks: assert torch.equal(want[n], plain.state_dict()[n].to(kind).to(dtype))
+    for share in (.3, 1., 0.):
+        other = some_csr(make(), share)
+        load_sparse(file, other)
+        assert_same(dense_state(other), want)
+        for n, m in masks.items(): assert torch.equal(other[int(n[0])].flat, m.flatten().nonzero().flatten())
+        assert other[6] is other[8] and save_sparse(other, tmp_path/'c', dtype=half).read_bytes() == file.read_bytes()
+        other[5](torch.randn(2, 400, dtype=dtype)).sum().backward()
+        assert other[5].values.grad.shape == other[5].values.shape
+
+
+def test_a_live_zero_of_a_csr_layer_stays(tmp_path):
+    model = to_csr(nn.Linear(50, 40), mask := torch.rand(40, 50) < .1)
+    model.values.data[3:6] = torch.tensor([0., -0., float('nan')])
+    other = to_csr(nn.Linear(50, 40), torch.rand(40, 50) < .4)
+    p = other.values
+    load_sparse(save_sparse(model, tmp_path/'a'), other)
+    assert other.values is p and p.view(-1).view(torch.int32).equal(model.values.view(torch.int32)) and torch.equal(other.flat, model.flat) and other.values.requires_grad
+    masks = {'weight': mask | (torch.rand(40, 50) < .1)}
+    load_sparse(save_sparse(model, tmp_path/'b', masks=masks), other)
+    assert torch.equal(other.flat, masks['weight'].flatten().nonzero().flatten())
+    with pytest.raises(ValueError, match='not 0 where the mask is False'): save_sparse(model, tmp_path/'b', masks={'weight': ~mask})
+    with pytest.raises(ValueError, match="'values' is no parameter"): save_sparse(model, tmp_path/'b', masks={'values': model.values != 0})
+
+
+def test_a_dense_file_keeps_the_places(tmp_path):
+    dense, other = fresh(lambda: nn.Sequential(nn.Linear(700, 200), nn.Linear(200, 3)), 0), some_csr(fresh(lambda: nn.Sequential(nn.Linear(700, 200), nn.Linear(200, 3))), .2)
+    flat = [m.flat.clone() for m in other]
+    load_sparse(save_sparse(dense, tmp_path/'a'), other)
+    for m, f, d in zip(other, flat, dense): assert torch.equal(m.flat, f) and torch.equal(m.values, d.weight.flatten()[f]) and torch.equal(m.bias, d.bias)
+
+
+def test_memory_with_csr_layers(tmp_path):
+    "The peak of a process that saves and loads a layer of 64 million weights: below the 256 MB of the dense one, half of that being the mask and its pieces"
+    code = f"""
+import resource, sys, torch
+from torch import nn
+from paramfx.csr import CSRLinear, to_csr
+from paramfx.sparse_files import load_sparse, save_sparse
+def layer(live, n=8000):
+    m = to_csr(nn.Linear(8, 8, bias=False))
+    m.in_features = m.out_features = n
+    m.place_(torch.arange(live)*(n*n//live), torch.randn(live))
+    return nn.Sequential(m)
+a, b = layer(400_000), layer(1000)
+load_sparse(save_sparse(layer(10, 80), 'x'), layer(20, 80))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+base = peak()
+load_sparse(save_sparse(a, 'x'), b)
+assert torch.equal(b[0].values, a[0].values) and torch.equal(b[0].flat, a[0].flat)
+print(peak()-base)
+"""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), capture_output=True, text=True).stdout
+    assert float(out) < 110, out
+
+
 # -- masks in force
 
 CBS = {'dsr': partial(DynamicSparse, .8, period=2, threshold=.02), 'kernel': partial(DynamicSparse, .5, method='set', granularity='kernel', period=2), 'block': partial(DynamicSparse, .5, method='set', granularity='2x4', period=2),
@@ -392,6 +492,58 @@ def test_learner_with_masks(mk, kind):
     plain = mk(seed=2).load_sparse(path)
     want = {k: v for k, v in masked_state(learn).items() if not k.endswith('_mask')}
     assert_same(state(plain.model), want)
+
+
+def spread(learn):
+    "Masks and dense weights of a run, whether its layers are masked or CSR"
+    return {e.name: (e.mask.clone(), e.weight.detach().clone()) for e in learn.dynamic_sparse.store.items}
+
+RUNS = {'static': dict(method='static'), 'dsr': dict(period=2, threshold=.02), 'granet': dict(method='granet', period=2, drop_frac=.1)}
+OPTS = {'adam': Adam, 'adamw': partial(OptimWrapper, opt=torch.optim.AdamW), 'sgd': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9))}
+
+
+@pytest.mark.parametrize('method,opt', [('static', 'sgd'), ('dsr', 'adam'), ('dsr', 'adamw'), ('dsr', 'sgd'), ('granet', 'adam')])
+@pytest.mark.parametrize('there', ['dense', 'csr'])
+@pytest.mark.parametrize('here', ['dense', 'csr'])
+def test_runs_with_csr_layers(mk, here, there, method, opt):
+    "The file of one run goes into another, whichever of them computes how, and makes the same file again"
+    learn, other = (fit(mk(seed=i, opt_func=OPTS[opt]), 2, cbs=DynamicSparse(.8, compute=c, seed=i, **RUNS[method])) for i, c in enumerate((there, here)))
+    want, old = spread(learn), spread(other)
+    assert any(not torch.equal(want[n][0], old[n][0]) for n in want) and {e.masks for e in other.dynamic_sparse.store.items} == {True, here == 'dense'}
+    path = learn.save_sparse('run')
+    params = [*map(id, other.model.parameters())]
+    other.load_sparse('run')
+    assert [*map(id, other.model.parameters())] == params
+    got = spread(other)
+    for n in want: assert torch.equal(got[n][0], want[n][0]) and torch.equal(got[n][1], want[n][1]), n
+    for e in other.dynamic_sparse.store.items: assert not any(torch.is_tensor(t) and t.ndim for t in opt_state_of(other.opt, e.param).values())
+    assert other.save_sparse('again').read_bytes() == path.read_bytes()
+    plain, by_hand = mk(seed=2).load_sparse('run').model, some_csr(mk(seed=3).model, .3)
+    assert_same(state(plain), dense_state(load_sparse(path, by_hand)))
+    for n, (m, w) in want.items(): assert torch.equal(plain.get_parameter(n), w)
+    fit(other)
+    for e in other.dynamic_sparse.store.items: assert e.live == int(e.mask.sum())
+
+
+def test_a_model_filled_beside_its_optimizer(mk):
+    "`load_sparse` of a model does not know the optimizer, whose state is of the old values"
+    learn, other = (fit(mk(seed=i), 2, cbs=DynamicSparse(.8, compute='csr', **RUNS['dsr'])) for i in range(2))
+    load_sparse(learn.save_sparse('run'), other.model)
+    fit(other)
+    for e in other.dynamic_sparse.store.sparse: assert {t.shape for t in opt_state_of(other.opt, e.param).values() if torch.is_tensor(t) and t.ndim} == {e.param.shape}
+
+
+def test_masks_that_do_not_fit_csr_layers(mk):
+    path = fit(mk(), cbs=DynamicSparse(.8, method='static')).save_sparse('run')
+    dense = fit(mk()).save_sparse('dense')
+    other = fit(mk(), cbs=DynamicSparse(.5, method='static', compute='csr'))
+    before, want = state(other.model), spread(other)
+    with pytest.raises(ValueError, match='masks keep .* units, these') as e: other.load_sparse(path)
+    assert str(e.value).startswith(str(path))
+    assert_same(state(other.model), before)
+    other.load_sparse(dense)
+    net = mk().load_sparse(dense).model
+    for n, (m, w) in spread(other).items(): assert torch.equal(m, want[n][0]) and torch.equal(w, net.get_parameter(n)*m)
 
 
 def test_masks_that_do_not_fit(mk):
