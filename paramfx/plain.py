@@ -7,8 +7,9 @@ Docs: https://paramfx.github.io/paramfx/plain.html.md"""
 # %% auto #0
 __all__ = ['VERBS', 'defer', 'recipe_verb', 'Recipe', 'save_recipe', 'load_recipe', 'materialize', 'swap_model']
 
-# %% ../nbs/03_plain.ipynb #ef1de120
+# %% ../nbs/03_plain.ipynb #cd83cc8f
 import errno, importlib, inspect, warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,13 +19,15 @@ from fastcore.meta import delegates
 from fastai.basics import Learner
 from .channels import Cut, trace_channels
 from .core import Table, sample_batch, swap_params
-from .forward import check_same, copy_model
+from .csr_infer import check_fmt, infer_rows
+from .forward import check_same, copy_model, unpack_sample
+from .frozen import for_inference, freeze_layers, frozen_layers
 from .dead import cut_dead, has_dead
 from .persist import atomic_path, burn_in
 from .spaces import pin_names, pinned_modules
 from .state import add_report, add_step, effects, root_module
 
-# %% ../nbs/03_plain.ipynb #0f7c249a
+# %% ../nbs/03_plain.ipynb #0bfb3bd6
 def defer(
     model:nn.Module, # Network; it goes on as it is
     cut:Cut # Applied by `materialize`
@@ -35,23 +38,42 @@ def defer(
 
 def _takes(f, key): return any(p.name == key or p.kind == p.VAR_KEYWORD for p in inspect.signature(f).parameters.values())
 
+def _shared(mods):
+    "Places (module, name) of each parameter that several of `mods` hold"
+    places = {}
+    for m in mods:
+        for k,p in m._parameters.items(): places.setdefault(p, {})[id(m), k] = None
+    return [[*o] for p,o in places.items() if p is not None and len(o) > 1]
+
+def _share(places, done):
+    "Let their plain ones hold one parameter, too"
+    for (i,k),*others in places:
+        p = done[i]._parameters.get(k)
+        for j,l in others:
+            q = done[j]._parameters.get(l)
+            if p is not None and q is not None and torch.equal(p, q): done[j]._parameters[l] = p
+
 def _swap_plain(model, kw):
     "Replace each module that has `plain`, deepest first; returns the model and the names"
     mods = {n:m for n,m in model.named_modules(remove_duplicate=False) if callable(getattr(m, 'plain', None))}
     lost = [k for k in kw if not any(_takes(m.plain, k) for m in mods.values())]
     if lost: raise ValueError(f"materialize got {', '.join(f'{k}={kw[k]!r}' for k in lost)}, but no module of this model takes {'it' if len(lost) == 1 else 'them'}. " +
                               (f"Those to replace: {', '.join(mods)}." if mods else 'None has to be replaced; leave it out.'))
-    done = {}
+    own = {id(m): {**(m.plain_args() if hasattr(m, 'plain_args') else {}), **kw} for m in mods.values()} # what each goes by where nothing is said
+    done,shared = {},_shared(mods.values())
     for n,m in reversed(mods.items()):
-        if id(m) not in done: done[id(m)] = m.plain(**{k:v for k,v in kw.items() if _takes(m.plain, k)}).train(m.training)
+        if id(m) not in done: done[id(m)] = m.plain(**{k:v for k,v in own[id(m)].items() if _takes(m.plain, k)}).train(m.training)
         if n: model.set_submodule(n, done[id(m)])
+    _share(shared, done)
     new = done.get(id(model), model)
+    for m in new.modules() if mods else ():
+        for k in [k for k,v in vars(m).items() if getattr(v, 'until_plain', False)]: del vars(m)[k]
     for k in ('_recipe', '_pending'):
         if new is not model and k in model.__dict__: new.__dict__[k] = model.__dict__[k]
-    if mods: add_step(new, 'plain', 'paramfx.plain', dict(kw), ', '.join(mods))
+    if mods: add_step(new, 'plain', 'paramfx.plain', {k:v for o in own.values() for k,v in o.items()}, ', '.join(mods))
     return new,list(mods)
 
-# %% ../nbs/03_plain.ipynb #89c88521
+# %% ../nbs/03_plain.ipynb #8ce677b2
 VERBS = {}
 
 def recipe_verb(
@@ -112,11 +134,12 @@ class Recipe(list):
 @recipe_verb('plain')
 def _plain_again(model, **kw): return _swap_plain(model, kw)[0]
 
+@recipe_verb('freeze')
+def _freeze_again(model, kinds): return freeze_layers(model, kinds)
+
 @recipe_verb('cut')
-def _cut_again(model, keep, sizes, sample, pin=None):
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    xs = tuple(torch.zeros(shape, dtype=kind if getattr(torch, dtype).is_floating_point else getattr(torch, dtype)) for shape,dtype in sample)
-    cmap = trace_channels(model, xs, pin)
+def _cut_again(model, keep, sizes, sample, pin=None, embeddings=False):
+    cmap = trace_channels(model, unpack_sample(model, sample), pin, embeddings)
     for n,size in sizes.items():
         if cmap[n].size != size: raise ValueError(f'{n}: the recorded network had {size} units here, this one has {cmap[n].size}. Build it as it was.')
     return Cut(cmap, keep).apply(model, check=False)
@@ -152,9 +175,10 @@ def load_recipe(
     new.load_state_dict(content['state'])
     return new.to(p.device)
 
-# %% ../nbs/03_plain.ipynb #1970f4cc
-def _materialize(model, sample, tol=None, dead=True, pin=None, **kw):
+# %% ../nbs/03_plain.ipynb #5984c292
+def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     "The plain network, the cuts on the way, a row per thing that was done, and those of the rows that tell what could not be done"
+    if fmt is not None: check_fmt(fmt)
     old = root_module(model)
     new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')
@@ -165,14 +189,33 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, **kw):
     pin = pin_names(old, pin)
     pinned_modules(new, pin) # a name that fits nothing raises
     if names: rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}", how='replaced by plain ones: ' + ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')))
-    if not kw: check_same(new, old, sample, tol)
+    _check_plain(new, old, sample, tol, kw)
     for cut in new.__dict__.pop('_pending', []):
         new = cut.apply(new)
         cuts.append(cut); rows.append(dict(what='cut', how=repr(cut)))
     if dead and has_dead(new):
         new,more,found,stays = _without_dead(new, sample, tol, pin)
         cuts,rows = cuts+more,rows+found
+    if fmt is not None: new,rows,stays = _frozen(new, sample, fmt, tol, rows, stays)
     return new,cuts,rows,stays
+
+def _check_plain(new, old, sample, tol, kw):
+    "Compare with the model, in which modules that tell how act as `plain` was asked to"
+    acting = [m for m in old.modules() if hasattr(m, 'acting')]
+    with ExitStack() as stack:
+        for m in acting: stack.enter_context(m.acting(**{k:v for k,v in kw.items() if _takes(m.acting, k)}))
+        if acting or not kw: check_same(new, old, sample, tol)
+
+def _frozen(model, sample, fmt, tol, rows, stays):
+    "For inference only: network, rows, rows of what could not be done"
+    new,plan = infer_rows(model, sample, fmt, tol=tol)
+    lost = [] if frozen_layers(new) else [dict(what=f'fmt={fmt!r}', how=plan.note)]
+    return new,rows+[_fmt_row(r) for r in plan]+lost,[*stays, *lost]
+
+def _fmt_row(r):
+    "What a layer becomes, as a row of the report"
+    how = f"dense: {r['why']}" if r['becomes'] == 'dense' else r['becomes']
+    return dict(what=r['layer'], how=how) | {k: r[k] for k in ('density', 'items', 'time', 'break_even') if r[k] is not None}
 
 def _without_dead(model, sample, tol, pin):
     "Cut dead channels out where the model can be traced: network, cuts, rows, rows of what stays"
@@ -191,14 +234,15 @@ def materialize(
     tol:float=None, # Relative difference allowed, as in `check_same`
     dead:bool=True, # Remove channels that contribute nothing but constants?
     pin=None, # Modules whose channels all stay, as in `trace_channels`
+    fmt:str=None, # For inference: 'csr', 'bsr', '2:4' or 'auto', as in `sparse_infer`, timed on `sample`; None: ordinary layers
     **kw # Passed to the `plain` methods that take them, such as `rate=`
-) -> nn.Module: # An ordinary network
+) -> nn.Module: # An ordinary network; with `fmt` one that is only used
     "What `model` stands for, as an ordinary network with the same outputs"
-    new,_,rows,stays = _materialize(model, sample, tol, dead, pin, **kw)
+    new,_,rows,stays = _materialize(model, sample, tol, dead, pin, fmt, **kw)
     for r in stays: warnings.warn(f"{r['what']}: {r['how']}")
     return new
 
-# %% ../nbs/03_plain.ipynb #ff96aeb4
+# %% ../nbs/03_plain.ipynb #900b038d
 def _same_shape(a, b):
     shapes = lambda m: ([(n, type(o)) for n,o in m.named_modules()], [(n, p.shape) for n,p in m.named_parameters()])
     return shapes(a) == shapes(b)
@@ -241,4 +285,5 @@ def materialize(self:Learner,
     for m in list(old.modules()) if same else []: burn_in(m)
     self.release()
     if not same: swap_model(self, new, cuts)
+    if frozen_layers(new): for_inference(self)
     return add_report(self, 'materialize', rows)
