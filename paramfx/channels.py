@@ -7,22 +7,22 @@ Docs: https://paramfx.github.io/paramfx/channels.html.md"""
 # %% auto #0
 __all__ = ['ChannelMap', 'trace_channels']
 
-# %% ../nbs/01_channels.ipynb #594ccf19
+# %% ../nbs/01_channels.ipynb #4674ed08
 from math import ceil
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, patch, store_attr
 from .core import Table
-from .forward import model_inputs, run_model, still
+from .forward import forget_states, model_inputs, run_model, still, whole
 from .cuts import Cut
 from .flow import Flow, TraceError
-import paramfx.rules # registers how channels pass each operator
+import paramfx.rules, paramfx.rnn_rules # register how channels pass each operator
 from .plots import plot_spaces
 from .spaces import Space, Units, check_traceable, describe, pinned_modules, short_list
 from .state import root_module
 
-# %% ../nbs/01_channels.ipynb #4bff285d
+# %% ../nbs/01_channels.ipynb #95115b53
 class ChannelMap:
     "Spaces of a model, and where their units lie in its tensors"
     def __init__(self,
@@ -35,9 +35,12 @@ class ChannelMap:
         unseen:list=(), # Layers that did not run: heads for training only, or unused
         pin:list=(), # Names of the modules that were pinned
         computed:list=(), # Layers whose weights are computed from others: nothing of them can be cut
-        weights:list=() # Names of the weights of convolutions and linear layers
+        weights:list=(), # Names of the weights of convolutions and linear layers
+        counts:dict=None, # (module, attribute) -> unit number of each channel that the attribute counts
+        embeddings:bool=False # Were the columns of embeddings taken for channels?
     ):
         store_attr()
+        self.counts = counts or {}
         n = max((u.max() for u in units), default=0)+2 # the last entry is that of raw channels, -1
         self.space_of,self.unit_of = np.full(n, -1),np.full(n, -1) # of each unit number: position of its space, and which of its units it is
         for i,u in enumerate(units): self.space_of[u],self.unit_of[u] = i,np.arange(len(u))
@@ -91,19 +94,21 @@ class ChannelMap:
             if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
         return plot_spaces(runs, ax=ax, **kwargs)
 
-# %% ../nbs/01_channels.ipynb #0d4e3c96
+# %% ../nbs/01_channels.ipynb #b54e5c15
 def trace_channels(
     model:nn.Module, # Any network; it is left exactly as it was
     sample, # Input tensor, or a tuple of the positional inputs; small images will do
-    pin=None # Modules to keep whole, with all they read and produce: names, globs, classes or modules
+    pin=None, # Modules to keep whole, with all they read and produce: names, globs, classes or modules
+    embeddings:bool=False # Are the columns of embeddings channels, too, or do they stay whole?
 ) -> ChannelMap: # Spaces and where they lie
     "Find out by one forward pass which channels of `model` belong together"
     model = root_module(model)
     boxes = pinned_modules(model, pin)
     check_traceable(model, boxes)
     xs = model_inputs(model, sample)
-    with still(model):
-        flow = Flow(model, boxes)
+    with whole(model), still(model):
+        flow = Flow(model, boxes, embeddings)
+        forget_states(model) # what it has read before is no part of it
         try:
             with flow: flow.output(model(*flow.inputs(xs)))
         except TraceError: raise # an operator without a rule
@@ -111,19 +116,19 @@ def trace_channels(
             try: run_model(model, tuple(x.detach().clone() for x in model_inputs(model, sample)))
             except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e # what fails here, too, is the sample's fault
             raise TraceError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
-    return _map(flow.rec, flow.boxes, model, sample)
+        return _map(flow.rec, flow.boxes, model, sample)
 
 def _map(rec, boxes, model, sample):
     units = Units(rec)
     number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1)) for k,b in rec.bindings.items()}
-    groups = {n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1) for n,ids in rec.groups.items()}
+    groups,counts = ({n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1) for n,ids in held.items()} for held in (rec.groups, rec.counts))
     held = [(n, m._parameters.get('weight')) for n,m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     held = {f'{n}.weight'.lstrip('.'): tuple(w.shape) for n,w in held if w is not None}
     shapes = {f'{m}.{t}'.lstrip('.'): tuple(getattr(model.get_submodule(m), t).shape) for m,t,_ in number} | held
     sample = tuple(x.detach().cpu().clone() for x in model_inputs(model, sample))
     mine = {n: [id(t) for t in m._parameters.values() if t is not None] for n,m in model.named_modules()}
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
-    return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes], sorted(rec.computed), list(held))
+    return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes], sorted(rec.computed), list(held), counts, rec.embeddings)
 
 # %% ../nbs/01_channels.ipynb #46fd1f51
 @patch

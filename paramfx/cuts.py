@@ -7,13 +7,13 @@ Docs: https://paramfx.github.io/paramfx/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut']
 
-# %% ../nbs/00i_cuts.ipynb #3a8a2434
+# %% ../nbs/00i_cuts.ipynb #3fbec6cc
 import warnings
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
-from .forward import check_same, copy_model, fails_at
+from .forward import check_same, copy_model, fails_at, forget_states, pack_sample
 from .spaces import short_list
 from .state import add_step, effects, root_module
 
@@ -87,7 +87,7 @@ def _check_units(space, idx):
         f"{space.name}: these channels must stay whole: {space.why}. Leave the space out of the cut.")
     return a
 
-# %% ../nbs/00i_cuts.ipynb #74be5c02
+# %% ../nbs/00i_cuts.ipynb #0cc951cd
 def _tensors(model, cmap):
     "The tensors of `model` that the map speaks of, after a look at their shapes"
     res = {}
@@ -109,6 +109,12 @@ def _smaller(t, indices):
     new.__dict__.update(t.__dict__)
     return new
 
+def _rebuild(model):
+    "Recurrent layers list their weights anew, and begin with states of their width"
+    for m in model.modules():
+        if isinstance(m, nn.RNNBase): m._init_flat_weights()
+    forget_states(model)
+
 @patch
 def apply(self:Cut,
     model:nn.Module, # The model that was traced, or another of the same shape; it is left alone
@@ -117,11 +123,14 @@ def apply(self:Cut,
     "Cut the channels out of a copy of `model`"
     model = root_module(model)
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `materialize` first, then cut what it returns.")
+    if any(getattr(v, 'until_plain', False) for m in model.modules() for v in vars(m).values()): raise ValueError("The model is sliced, and its slices would no longer fit. Call `materialize` or `unslice` first, then cut what comes of it.")
     tensors = _tensors(model, self.cmap)
     small = {k: _smaller(tensors[k], i) for k,i in self.indices().items()}
     new = copy_model(model, {id(tensors[k]): t for k,t in small.items()})
-    self._resize(new, small)
-    for name in self.cmap.groups: self._regroup(new, name)
+    names = {m:n for n,m in model.named_modules()}
+    for m,sizes in self.sizes(model).items():
+        for a,v in sizes.items(): setattr(new.get_submodule(names[m]), a, v)
+    if self.cmap.counts: _rebuild(new)
     if check: self._check(model, new)
     add_step(new, **self._step())
     if self.cmap.unseen: warnings.warn(f"{short_list(self.cmap.unseen)} did not run when the model was traced, so nothing in them was cut: what they read may no longer fit. Remove them if they are not needed.")
@@ -130,36 +139,40 @@ def apply(self:Cut,
 @patch
 def _step(self:Cut):
     "This cut as plain data"
-    sample = [[list(x.shape), str(x.dtype).split('.')[1]] for x in self.cmap.sample]
     keep = {n: k.tolist() for n,k in self.keep.items()}
     sizes = {n: self.cmap[n].size for n in keep}
-    return dict(verb='cut', module='paramfx.plain', args=dict(keep=keep, sizes=sizes, sample=sample, pin=list(self.cmap.pin)), note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
+    return dict(verb='cut', module='paramfx.plain', args=dict(keep=keep, sizes=sizes, sample=pack_sample(self.cmap.sample), pin=list(self.cmap.pin), **(dict(embeddings=True) if self.cmap.embeddings else {})), note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
 
 @patch
-def _resize(self:Cut, model, small):
-    "Write the new numbers of channels into the attributes of the modules that hold the tensors, tied ones included"
-    holders = {}
+def sizes(self:Cut,
+    model:nn.Module # The model that was traced, or another of the same shape
+) -> dict: # Module -> {attribute: number}
+    "What becomes of the attributes in which modules hold numbers of channels, tied modules included"
+    res,holders,small = {},{},self.indices()
     for m in model.modules():
         for t in (*m._parameters.values(), *m._buffers.values()): holders.setdefault(id(t), []).append(m)
-    turned = lambda m: isinstance(m, nn.modules.conv._ConvTransposeNd)
+    turned = lambda m: isinstance(m, (nn.modules.conv._ConvTransposeNd, nn.Embedding)) # inputs come first
     for (n,t,d),(kind,lab) in self.cmap.bindings.items():
-        if (n, t) not in small or n in self.cmap.groups: continue
-        owner,new = model.get_submodule(n),small[n, t]
-        for m in holders[id(new)]:
+        idx = dict(small.get((n, t), ())).get(d)
+        if idx is None or n in self.cmap.groups: continue
+        owner = model.get_submodule(n)
+        for m in holders[id(getattr(owner, t))]:
             side = {'rows': ('out_', 'in_'), 'cols': ('in_', 'out_'), 'pass': ('num_', 'in_', 'out_', 'channels')}[kind.split('+')[0]]
             if 'pass' not in kind: side = side[turned(m) != turned(owner)]
-            for a in _SIZES:
-                if a.startswith(side) and getattr(m, a, None) == len(lab): setattr(m, a, new.shape[d])
+            res.setdefault(m, {}).update({a: len(idx) for a in _SIZES if a.startswith(side) and getattr(m, a, None) == len(lab)})
+    for (n,a),lab in self.cmap.counts.items():
+        idx = self.index(lab)
+        if idx is not None: res.setdefault(model.get_submodule(n), {})[a] = len(idx)
+    for n in self.cmap.groups: res.setdefault(model.get_submodule(n), {}).update(self._regrouped(model, n))
+    return {m:a for m,a in res.items() if a}
 
 @patch
-def _regroup(self:Cut, model, name):
+def _regrouped(self:Cut, model, name):
     "Fewer groups of the same size"
     m,lab = model.get_submodule(name),self.cmap.groups[name]
     n,left = len(lab),int(self.live[lab].sum())
-    if left == n: return
-    for a in ('groups', 'num_groups', *_SIZES):
-        v = getattr(m, a, None)
-        if isinstance(v, int) and v%n == 0: setattr(m, a, v//n*left)
+    held = {a: getattr(m, a, None) for a in ('groups', 'num_groups', *_SIZES)} if left < n else {}
+    return {a: v//n*left for a,v in held.items() if isinstance(v, int) and v%n == 0}
 
 @patch
 def masked(self:Cut,
@@ -186,6 +199,7 @@ def _check(self:Cut, model, new):
     p = next(model.parameters())
     xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.cmap.sample)
     twin = self._masked(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    if self.cmap.counts: forget_states(twin)
     try: check_same(new, twin, xs)
     except ValueError as e:
         where = fails_at(new, tuple(x.to(p.device) for x in xs))

@@ -272,10 +272,9 @@ def _over(rec, out, name, x, *args, **kwargs):
     rec.tie(get_ids(x), [d], f'{rec.where} compares them with each other ({name})')
     return get_ids(x)
 
-# %% ../nbs/00g_rules.ipynb #71b4038f
+# %% ../nbs/00g_rules.ipynb #bf99a5bc
 @channel_rule('matmul', '__matmul__', '__rmatmul__', 'bmm', 'mm', 'mv', 'dot', 'outer', 'einsum', 'tensordot', 'baddbmm', 'addmm', 'addbmm', 'bilinear', 'cdist', 'kron',
-              'scaled_dot_product_attention', 'multi_head_attention_forward', 'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'lstm_cell', 'gru_cell',
-              'rnn_tanh_cell', 'rnn_relu_cell', 'local_response_norm', 'embedding_bag', 'fold', 'col2im', 'grid_sample', 'affine_grid', 'topk',
+              'scaled_dot_product_attention', 'multi_head_attention_forward', 'local_response_norm', 'embedding_bag', 'fold', 'col2im', 'grid_sample', 'affine_grid', 'topk',
               'sort', 'argsort', 'argmax', 'argmin', 'cosine_similarity', 'pairwise_distance', 'cross', 'trace', 'fft', 'index_add', 'scatter',
               'scatter_add', '__setitem__', 'masked_select', 'nonzero', wants='all')
 def _mixes(rec, out, name, *args, **kwargs):
@@ -283,6 +282,3 @@ def _mixes(rec, out, name, *args, **kwargs):
         if is_traced(t): rec.pin(get_ids(t), f'{rec.where} mixes them ({name})')
         elif isinstance(t, torch.Tensor) and id(t) in rec.owner: rec.whole(t, f'{rec.where} mixes them ({name})')
     return None
-
-@channel_rule('embedding', wants='all')
-def _embedding(rec, out, name, x, weight, *args, **kwargs): rec.whole(weight, f'{rec.where} is an embedding')

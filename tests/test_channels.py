@@ -275,9 +275,9 @@ WHOLE = {
     'attention by hand': (nn.Sequential(lin(3, 24), Net(lambda s, h: (lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(*h.view(4, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)), {}), lin(4, 2)), numbers(4, 5, 3), ['^0 must', r'1 \(Net\)', 'matmul|takes channels apart|mixes']),
     'parameter per channel': (inner(lambda s, h: h*s.g, g=nn.Parameter(torch.ones(8, 1, 1))), X, ['^0 must', r'1 \(Net\)', 'raw parameter 1.g']),
     'computed weight': (nn.Sequential(conv(3, 8), Net(lambda s, h: F.conv2d(h, s.w/s.w.norm()), dict(w=nn.Parameter(torch.randn(8, 8, 1, 1)))), conv(8, 2)), X, ['^0 must', r'1 \(Net\)', 'computes its weight']),
-    'recurrent': (Net(lambda s, x: s.o(s.m(s.a(x))[0]), dict(a=lin(3, 8), m=nn.LSTM(8, 6), o=lin(6, 2))), numbers(4, 5, 3), ['^a must', r'm \(LSTM\)', 'lstm']),
+    'recurrent': (Net(lambda s, x: s.o(s.m(s.a(x))[0]), dict(a=lin(3, 8), m=nn.LSTM(8, 6, proj_size=4), o=lin(4, 2))), numbers(4, 5, 3), ['^a must', r'm \(LSTM\)', 'proj_size']),
     'tied to an embedding': (get_language_model(AWD_LSTM, 30, {**awd_lstm_lm_config, 'emb_sz': 16, 'n_hid': 20}), torch.randint(0, 30, (2, 5)), [r'encoder', 'is an embedding']),
-    'language model': (AWD_LSTM(30, 16, 20, 2, 1), torch.randint(0, 30, (2, 5)), ['Nothing to cut']),
+    'language model': (AWD_LSTM(30, 16, 20, 1), torch.randint(0, 30, (2, 5)), ['Nothing to cut']),
 }
 
 @pytest.mark.parametrize('name', WHOLE)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastai.text.models.awdlstm import WeightDropout
 from nets import Net, check_exact, fill, found, keep, numbers
 from paramfx.channels import trace_channels
 from paramfx.cuts import Cut
@@ -205,8 +206,35 @@ on_tokens('attention by matmul', 'a:8>!matmul', lambda s, h: (h @ h.mT).softmax(
 on_tokens('attention by function', 'a:8>!scaled_dot_product', lambda s, h: F.scaled_dot_product_attention(h, h, h))
 on_tokens('multi-head attention', r'a:8>!m \(MultiheadAttention\) mixes', lambda s, h: s.m(h, h, h)[0], m=nn.MultiheadAttention(8, 2, batch_first=True))
 on_tokens('encoder layer', 'a,m.linear2:8>m.linear1,o!mixes;m.linear1:16>m.linear2', lambda s, h: s.m(h), m=nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-on_tokens('LSTM', r'a:8>!m \(LSTM\) mixes', lambda s, h: s.m(h)[0], 6, m=nn.LSTM(8, 6, batch_first=True))
-on_tokens('GRU both ways', r'a:8>!m \(GRU\) mixes', lambda s, h: s.m(h)[0], 12, m=nn.GRU(8, 6, bidirectional=True))
+
+# -- recurrent layers: one space per module, which it reads itself
+pack,unpack = nn.utils.rnn.pack_padded_sequence, lambda p: nn.utils.rnn.pad_packed_sequence(p)[0]
+for kind,cls in dict(LSTM=nn.LSTM, GRU=nn.GRU, RNN=nn.RNN, ReLU=lambda *a, **kw: nn.RNN(*a, nonlinearity='relu', **kw)).items():
+    on_tokens(kind, 'a:8>m;m:6>m,o', lambda s, h: s.m(h)[0], 6, m=cls(8, 6))
+    on_tokens(f'{kind} of two layers', 'a:8>m;m:6>m,o', lambda s, h: s.m(h)[0], 6, m=cls(8, 6, 2, batch_first=True, bias=False))
+    on_tokens(f'{kind} both ways', 'a:8>m;m:6>m,o', lambda s, h: s.m(h)[0], 12, m=cls(8, 6, 2, bidirectional=True, batch_first=True))
+for kind,cls in dict(LSTMCell=nn.LSTMCell, GRUCell=nn.GRUCell, RNNCell=nn.RNNCell).items():
+    def steps(s, h, two=kind == 'LSTMCell'):
+        y,out = None,[]
+        for t in h.unbind(1):
+            y = s.m(t, y)
+            out.append(y[0] if two else y)
+        return torch.stack(out, 1)
+    on_tokens(kind, 'a:8>m;m:6>m,o', steps, 6, m=cls(8, 6))
+on_tokens('LSTM, last state', 'a:8>m;m:6>m,o', lambda s, h: (lambda h, c: torch.cat([h[-1], c[0]], 1))(*s.m(h)[1]), 12, m=nn.LSTM(8, 6, 2))
+on_tokens('GRU, states of both ways', 'a:8>m;m:6>m,o', lambda s, h: s.m(h)[1].transpose(0, 1).flatten(1), 12, m=nn.GRU(8, 6, bidirectional=True, batch_first=True))
+on_tokens('LSTM, packed', 'a:8>m;m:6>m,o', lambda s, h: unpack(s.m(pack(h, [4, 4, 3, 2, 1]))[0]), 6, m=nn.LSTM(8, 6))
+on_tokens('LSTM, packed and unsorted', 'a:8>m;m:6>m,o', lambda s, h: unpack(s.m(pack(h, [4, 1, 3, 2, 4], enforce_sorted=False))[0]), 6, m=nn.LSTM(8, 6))
+on_tokens('LSTM, one sequence', 'a:8>m;m:6>m,o', lambda s, h: s.m(h[0])[0], 6, m=nn.LSTM(8, 6))
+on_tokens('encoder and decoder', 'a:8>e,d;e,d:6>e,d,o', lambda s, h: s.d(h, s.e(h)[1])[0], 6, e=nn.LSTM(8, 6), d=nn.LSTM(8, 6))
+on_tokens('state from a layer', 'a:8>f,m;f,m:6>m,o', lambda s, h: s.m(h, s.f(h.mean(0))[None].tanh())[0], 6, f=lin(8, 6), m=nn.GRU(8, 6))
+on_tokens('learned first state', 'a:8>m;m:6>m,o', lambda s, h: s.m(h, s.p)[0], 6, p=par(1, 5, 6), m=nn.GRU(8, 6))
+on_tokens('first state, spread', 'a:8>m;m:6>m,o!given, and not zero', lambda s, h: s.m(h, s.p.expand(-1, 5, -1).contiguous())[0], 6, p=par(1, 1, 6), m=nn.GRU(8, 6))
+on_tokens('projected states', 'a:8>!projects its states', lambda s, h: s.m(h)[0], 3, m=nn.LSTM(8, 6, proj_size=3))
+on_tokens('computed recurrent weights', 'a:8>!computes its weights', lambda s, h: s.w(h), 6, w=Net(lambda s, h: torch._VF.gru(h, h.new_zeros(1, 5, 6), [w*2 for w in s.m._flat_weights], True, 1, 0., False, False, False)[0], dict(m=nn.GRU(8, 6))))
+on_tokens('weights dropped', 'a:8>m.module;m.module:6>m,o', lambda s, h: s.m(h)[0], 6, m=WeightDropout(nn.LSTM(8, 6), .5))
+on_tokens('one LSTM twice', 'a,m:8>m,o', lambda s, h: s.m(s.m(h)[0])[0], 8, m=nn.LSTM(8, 8))
+case('words', 'm:6>m,o', lambda s, i, x: s.o(s.m(s.e(i)+x)[0]), torch.tensor([[0, 1, 2], [3, 4, 5]]), (2, 3, 4), e=nn.Embedding(6, 4), m=nn.LSTM(4, 6), o=lin(6, 2))
 on_tokens('graph', 'a:8>!matmul', lambda s, h: torch.matmul(s.m, h), m=torch.zeros(5, 5))
 case('embedding', 'a:8>o', lambda s, i, x: s.o(F.relu(s.a(torch.cat([s.e(i), x], 1)))), torch.tensor([0, 1, 2, 3]), ROWS, e=nn.Embedding(5, 4), a=lin(7, 8), o=lin(8, 2))
 case('checkpointed', SAME, lambda s, x: s.o(checkpoint(s.a, x, use_reentrant=False).relu()), a=conv(3, 8), o=conv(8, 2))
