@@ -39,7 +39,7 @@ def finding_lr(learn) -> bool:
     "True inside `lr_find`"
     return 'lr_finder' in learn.__dict__
 
-# %% ../nbs/00c_effects.ipynb #a5e449e1
+# %% ../nbs/00c_effects.ipynb #5fe3b12a
 def _column(cb, key): return cb.columns()[key]
 
 class EffectKeeper(LeanCallback):
@@ -116,14 +116,21 @@ class EffectKeeper(LeanCallback):
             cb.on_fit_end()
 
     def _add_columns(self):
-        self.flags['shown'] = [ValueMetric(partial(_column, cb, k), k) for cb in self.active() for k in cb.columns()]
-        self.learn.metrics = list(self.learn.metrics) + self.flags['shown']
+        own = list(self.learn.metrics)
+        shown = [ValueMetric(partial(_column, cb, k), k) for cb in self.active() for k in cb.columns()]
+        self.flags['shown'] = shown + [m for cb in self.active() for m in cb.more_metrics(own)]
+        self.learn.metrics = own + self.flags['shown']
 
     def drop_columns(self):
         shown = self.flags.pop('shown', [])
         if shown: self.learn.metrics = [m for m in self.learn.metrics if not any(m is s for s in shown)]
 
-# %% ../nbs/00c_effects.ipynb #c9e2a31d
+    def leave(self):
+        "A fit is over, however it ended"
+        self.drop_columns()
+        for cb in self.held.values(): cb.on_leave()
+
+# %% ../nbs/00c_effects.ipynb #8b9212fb
 def _same(a, b):
     "Equality of settings: tensors by value, functions by code and what they close over, schedules by what they hold"
     if a is b: return True
@@ -225,6 +232,7 @@ class EffectCallback(LeanCallback):
     def final(self, model, learn=None) -> EffectState: return self.convert(model, learn) # what the cost after, in `learn.plan`, is that of
     def penalty(self): return None
     def columns(self) -> dict: return {}
+    def more_metrics(self, metrics) -> list: return [] # for this fit, besides those of the Learner
     def on_start(self, learn): pass
     def on_grads(self, learn) -> bool: return False # True: no optimizer step this time
     def on_update(self, learn): pass
@@ -234,8 +242,9 @@ class EffectCallback(LeanCallback):
     def on_batch(self): pass
     def on_epoch_end(self): pass
     def on_fit_end(self): pass
+    def on_leave(self): pass # after each fit and lr_find, interrupted ones too
 
-# %% ../nbs/00c_effects.ipynb #67decccf
+# %% ../nbs/00c_effects.ipynb #6dd67fa6
 def _check_all(learn, cbs):
     "Raise where one of `cbs` could not be added, before any of them is"
     model,seen = root_module(learn.model),{}
@@ -262,4 +271,4 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
                                f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
     try: return _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
     finally:
-        if 'effect_keeper' in self.__dict__: self.effect_keeper.drop_columns()
+        if 'effect_keeper' in self.__dict__: self.effect_keeper.leave()

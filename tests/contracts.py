@@ -18,6 +18,7 @@ from paramfx.state import effects
 from paramfx.masks import initial_counts
 from paramfx.prune import IterativePrune
 from paramfx.rewire import DynamicSparse
+from paramfx.slice_train import SliceTrain
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Method:
     coarse: bool = True  # does it know units larger than a weight?
     compressed: bool = False  # do layers hold their live values only, under another name? `test_csr.py` has what is different then
     dense_state: bool = False  # does it keep gradients and optimizer state of what is dead?
+    masked: bool = True  # does it hold masks? What only these can be asked is skipped else
+    told: str = r'0\.8 -> 0\.5'  # what is said of the settings of `other`
+    refusal: str = r'units.*sparsity'  # what is said to a file of `other`
 
     def __repr__(self): return self.name
     def on(self, learn): return getattr(learn, self.effect)  # its callback, attached or held
@@ -111,6 +115,29 @@ def pruning(**defaults):
                   effect='iterative_prune', rate='target', shrinks=True, at_end=True)
 
 
+# -- model slicing
+
+def slice_facts(learn):
+    st = effects(learn.model)['slice_train']
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values), history=[], masks={}, live=[])
+
+
+def slice_check(learn, grads=True):
+    "Between two batches the network is whole, and each slice knows its part of each layer"
+    from paramfx.slice_plan import slice_plan
+    plan = slice_plan(learn.model)
+    assert plan.key == plan.current == 1 and set(plan.rates) == set(effects(learn.model)['slice_train'].values.values())
+    assert not grads or all(p.grad is None or p.grad.isfinite().all() for p in learn.model.parameters())
+
+
+def slicing(**defaults):
+    "Line of `SliceTrain`; settings that only masks have are left out"
+    def make(**kw): return SliceTrain(**{**defaults, **{k: v for k, v in kw.items() if k in ('rates', 'schedule', 'n_random', 'seed')}})
+    return Method('slice_train', make, slice_facts, slice_check, noop=partial(make, rates=(1, .5), schedule='random_max', n_random=0), other=partial(make, rates=(1, .75)),
+                  moves=False, columns=tuple(f'{n}@{r}' for r in (.5, .25) for n in ('valid_loss', 'accuracy')), effect='slice_train', rate='rates', coarse=False, masked=False,
+                  told=r'\(1, 0\.5, 0\.25\) -> \(1, 0\.75\)', refusal='rates')
+
+
 METHODS = {m.name: m for m in [
     sparse('dsr', period=2, threshold=.02),
     sparse('static'),
@@ -121,6 +148,7 @@ METHODS = {m.name: m for m in [
     sparse('granet', period=2, drop_frac=.1, still=dict(start_sparsity=0.), others=dict(start_sparsity=.3, span='total', epochs=9)),
     sparse('dsr', name='csr', period=2, threshold=.02, compute='csr'),
     pruning(n_prunes=6),
+    slicing(rates=(1, .5, .25), schedule='random', n_random=2),
 ]}
 
 

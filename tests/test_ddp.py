@@ -30,7 +30,7 @@ def test_ranks_agree(m, ranks, tmp_path):
     a, b = (torch.load(ranks/f'{m.name}_{r}.pt', weights_only=False) for r in (0, 1))
     assert a['checksum'] == b['checksum']
     assert not (where := same(a['facts'], b['facts'])), where
-    assert all(f'{k}_mask' in a['model'] for k in ('0.3.weight',) + (() if m.compressed else ('1.2.weight',)))
+    if m.masked: assert all(f'{k}_mask' in a['model'] for k in ('0.3.weight',) + (() if m.compressed else ('1.2.weight',)))
     for k in a['model']:
         if 'running' not in k: assert torch.equal(a['model'][k], b['model'][k]), k  # the statistics of batch norm are of each rank's own batches
     steps = a['facts']['clock']['steps']
@@ -53,3 +53,44 @@ def test_file_of_rank_0_loads_without_ddp(m, ranks, tmp_path):
     learn.fit(1)
     net = small_net()
     net.load_state_dict(torch.load(a['plain'], weights_only=True), strict=True)
+
+
+RESIZING = '''
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from ddp_worker import _broadcast
+from contracts import METHODS, build, snapshot, tiny_dls
+from paramfx.state import root_module
+dist.init_process_group('gloo')
+for name in ('dsr', 'granet'):
+    make = METHODS[name].make
+    learn = build('.', make(compute='csr', period=2), dls=tiny_dls(n=128, bs=16))
+    assert learn.dynamic_sparse.store.sparse, 'nothing is sparse'
+    before = snapshot(learn.model)
+    try:
+        with learn.distrib_ctx(sync_bn=False): learn.fit(1)
+    except ValueError as e: print(f'{name}: ' + ' '.join(str(e).split()))
+    now = snapshot(root_module(learn.model))  # fastai leaves it wrapped after an error
+    for k in before: assert 'effect' in k or torch.equal(before[k], now[k]), k
+    assert learn.dynamic_sparse.effect.clock.steps == 0, name
+for kw in (dict(method='static'), dict(method='rigl', drop_frac=.3), dict(method='set', drop_frac=.2), dict(method='dsr', threshold=.02, across_layers=False)):
+    learn = build('.', METHODS['dsr'].make(**{'compute': 'csr', 'period': 2, **kw}), dls=tiny_dls(n=128, bs=16))
+    with learn.distrib_ctx(sync_bn=False): learn.fit(1)
+    assert learn.dynamic_sparse.effect.clock.steps > 0
+print('done')
+dist.destroy_process_group()
+'''
+
+
+def test_methods_that_resize_csr_layers_are_refused(tmp_path):
+    "DDP knows the size that a gradient had at first: what would change it is told before the first step, and all else trains"
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+           'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
+    (tmp_path/'worker.py').write_text(RESIZING)
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', 'worker.py', str(HERE)]
+    r = subprocess.run(cmd, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    assert r.returncode == 0, r.stderr[-6000:]
+    told = [line for line in r.stdout.splitlines() if line.startswith(('dsr: ', 'granet: '))]
+    assert [t.split(':')[0] for t in told] == ['dsr', 'granet'] and r.stdout.rstrip().endswith('done')
+    for t in told: assert "1.2.weight: in a distributed run the number of values of a layer is fixed. Use across_layers=False, or compute='dense'." in t
