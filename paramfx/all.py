@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #4516be94
+# %% ../nbs/99_all.ipynb #661028b5
 from .core import *
 from .clock import *
 from .state import *
@@ -16,6 +16,7 @@ from .persist import *
 from .forward import *
 from .flow import *
 from .rules import *
+from .rnn_rules import *
 from .spaces import *
 from .cuts import *
 from .channels import *
@@ -33,7 +34,25 @@ from . import zoo
 from .rows import *
 from .dead import *
 from .plain import *
+from .slice_states import *
+from .slice_switch import *
+from .sliced import *
+from .slice_plan import *
+from .slice_rates import *
+from .slice_parts import *
+from .slicing import *
+from .slice_passes import *
+from .slice_train import *
+from .slice_tools import *
+from .slice_files import *
+from .slice_search import *
+from .slice_plots import *
+from .slice_serve import *
+from .slice_rows import *
 from .csr import *
+from .frozen import *
+from .csr_infer import *
+from .plain import *
 from .csr_masks import *
 from .sparse import *
 from .moves import *
@@ -43,11 +62,11 @@ from .rewire import *
 from .prune import *
 from .copied import *
 from .tied import *
-from .csr_infer import *
 from .sparse_recipes import *
 from .sparse_plots import *
 from .mask_codes import *
 from .sealed import *
+from .stored import *
 from .sparse_files import *
 from .sparse_rows import *
 
@@ -55,5 +74,5 @@ from .sparse_rows import *
 _HIDE = '''Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state adam_step spare_sqrt still model_inputs
  show_shapes run_model fails_at burn_in squash varying tidy get_ids is_traced Binding Record Flow Units describe pinned_modules pin_names
  check_traceable short_list Probe Read constant_reads has_dead EffectKeeper EffectSlot LeanCallback in_fit finding_lr missing_effects restore_run
- add_step add_report nm_pattern block_size unit_view expand_units nm_groups from_groups layer_units units_below draw_positions make_mask readmit unit_values unmoved DSR SET DeepR RigL SNFS GraNet Exchange LiveList steps_per_epoch grow_values drop_in_groups grow_in_groups has_momentum momentum_of param_name check_sched threshold_for tied_index read_bank keep_local keep_global sparse_pictures sparse_counts live_counts CSR CSRConv CSRIndex csr_index csr_flat csr_product resize_ why_not_csr CSRMasked plan_csr use_csr Compute time_infer plan_infer mask_entropy plan_code encode_mask decode_mask write_sealed packed refusal are_sizes SealedFile as_bytes list_tfms reading check_loader Row NormalizeBytes image_parts parts_dls crop_flip read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL'''.split()
+ add_step add_report nm_pattern block_size unit_view expand_units nm_groups from_groups layer_units units_below draw_positions make_mask readmit unit_values unmoved DSR SET DeepR RigL SNFS GraNet Exchange LiveList steps_per_epoch grow_values drop_in_groups grow_in_groups has_momentum momentum_of param_name check_sched threshold_for tied_index read_bank keep_local keep_global sparse_pictures sparse_counts live_counts CSR CSRConv CSRIndex csr_index csr_flat csr_product resize_ why_not_csr CSRMasked plan_csr use_csr Compute time_infer plan_infer infer_rows ratios check_fmt Frozen frozen fit_block is_24 pack_24 for_inference mask_entropy plan_code encode_mask decode_mask write_sealed packed refusal are_sizes SealedFile flat_blocks as_kernels as_ints Stored StoredCSR effect_states stored_masks stored_tensors wide_mlp as_bytes list_tfms reading check_loader Row NormalizeBytes image_parts parts_dls crop_flip state_keepers forget_states count_channels SlicedRNN Stateful state_property Switch Part Sliced sliced_class make_sliced make_whole check_rate named_spaces choose_spaces SlicePlan trial_slice read_batches bar sliced_norms measure_norms score SliceParams SliceMacs RateSchedule layer_parts put_slices add_slice drop_sliceslice_row plain_curves plot_curves slice_pictures check_schedule distiller no_sync autocast_now autocast_of autocast_as picked AtRate RateMetric SliceHolder pack_sample unpack_sample read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL'''.split()
 __all__ = [n for n in dir() if not n.startswith('_') and (not n.isupper() or n == 'LSTMLM') and n not in _HIDE]

@@ -29,7 +29,7 @@ def weighted_layers(
     "Layers of `model` that hold connections"
     return {n:m for n,m in model.named_modules() if isinstance(m, types)}
 
-# %% ../nbs/00_core.ipynb #5f1199fa
+# %% ../nbs/00_core.ipynb #c1618d44
 def _inside(names, prefix): return [n for n in names if n == prefix or n.startswith(prefix+'.') or not prefix]
 
 def _trunk(model, names):
@@ -50,6 +50,7 @@ def stages(
     names = list(weighted_layers(model, types))
     if not names: return {}
     groups = [_inside(names, k) for k in _trunk(model, names)]
+    if not groups: return dict(fc=names) # a layer on its own
     order = {n:i for i,n in enumerate(names)}
     first,last = order[groups[0][0]], order[groups[-1][-1]]
     res,start = {'stem': names[:first], 'head': names[last+1:], 'fc': names[-1:]},first

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dead_filters, deepr_step, imports, lenet, masked_step, mnist_table, reallocation, sparse_files, tied_step
+from benchmarks import csr_infer, dead_filters, deepr_step, imports, lenet, masked_step, mnist_table, reallocation, sparse_files, tied_step
 from benchmarks.networks import small_cnn
 from benchmarks.timing import table, write_table
 from paramfx.data import tensor_dls
@@ -51,6 +51,29 @@ def test_sparse_files(tmp_path):
     assert write_table('t', rows, sparse_files.NOTE, folder=tmp_path).exists()
     published = json.loads((Path(sparse_files.__file__).parent/'results'/'sparse_files.json').read_text())['rows']
     assert len(published) == 24 and not sparse_files.missed(published)
+
+
+def test_csr_infer(tmp_path, monkeypatch):
+    for k, v in dict(TARGETS={.9: {1: .01, 32: 99.}}, BLOCKS=(16,), CONVS=((32, 48, 6, 2),)).items(): monkeypatch.setattr(csr_infer, k, v)
+    rows = csr_infer.run(rounds=2, n=128)
+    assert [r['format'] for r in rows] == ['csr', 'csr', *['csr', 'bsr 8x8', 'bsr 16x16']*3, 'csr', 'csr', 'csr', 'csr'] and all(r.get('ratio', 1) > 0 for r in rows)
+    assert len(csr_infer.missed(rows)) == 1 and '0.9, 1 items' in csr_infer.missed(rows)[0] and all(0 < r['break_even'] < 1 for r in rows[-3:])
+    assert write_table('t', rows, csr_infer.NOTE, folder=tmp_path).exists()
+
+
+def test_csr_infer_fails_where_a_layer_ran_dense(monkeypatch):
+    monkeypatch.setattr(csr_infer, 'materialize', lambda m, *a, **k: m)
+    with pytest.raises(SystemExit, match='was to be csr and is Linear'): csr_infer.linear(.9, {1: .2}, 1, n=64)
+    net = csr_infer.freeze_layers(csr_infer.masked(torch.nn.Linear(64, 64), .5, 16), {'0': 'bsr 8x8'})
+    csr_infer.check(net, 'bsr 8x8')
+    for kind in ('csr', 'bsr 16x16'):
+        with pytest.raises(SystemExit, match=f'was to be {kind} and is FrozenBSR'): csr_infer.check(net, kind)
+
+
+def test_csr_infer_as_published():
+    published = json.loads((Path(csr_infer.__file__).parent/'results'/'csr_infer.json').read_text())['rows']
+    assert {(r['sparsity'], r['items']) for r in published if 'target' in r} == {(s, k) for s, goals in csr_infer.TARGETS.items() for k in goals}
+    assert sum('break_even' in r for r in published) == 3 and {r.get('format') for r in published} == {'csr', 'bsr 8x8', 'bsr 16x16'}
 
 
 def test_a_turn_is_that_many_batches_of_a_real_fit():

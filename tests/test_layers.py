@@ -11,18 +11,19 @@ LIB = Path(__file__).resolve().parent.parent/'paramfx'
 
 LAYERS = {
     0: ['core', 'clock', 'state', 'effects', 'persist', 'forward'],
-    1: ['flow', 'rules', 'spaces', 'cuts', 'channels', 'dead', 'units', 'masks', 'plain', 'report', 'dryrun', 'plots', 'loading', 'data', 'images', 'photos', 'text', 'nets', 'zoo', 'losses', 'rows'],
-    2: ['splitnet', 'bases', 'slicing', 'evolution', 'sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr', 'csr_masks', 'csr_infer', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'sparse_files'],
+    1: ['flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'channels', 'dead', 'units', 'masks', 'csr', 'frozen', 'csr_infer', 'plain', 'report', 'dryrun', 'plots', 'loading', 'data', 'images', 'photos', 'text', 'nets', 'zoo', 'losses', 'rows'],
+    2: ['splitnet', 'bases', 'slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows', 'evolution', 'sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'],
     3: ['deploy'],
     4: ['all'],
     5: ['experiments', 'cli'],
 }
 LAYER = {mod: layer for layer, mods in LAYERS.items() for mod in mods}
 # modules of layer 2 that make one family; every other module there is a family of its own
-FAMILY = dict.fromkeys(['sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr', 'csr_masks', 'csr_infer', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'sparse_files'], 'sparse')
+FAMILY = dict.fromkeys(['sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'], 'sparse')
+FAMILY |= dict.fromkeys(['slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows'], 'slicing')
 # imports allowed inside a layer, besides those inside a family; layer 0 is a chain, each module on those before it
 WITHIN = {mod: set(LAYERS[0][:i]) for i, mod in enumerate(LAYERS[0])}
-WITHIN |= {'rules': {'flow'}, 'data': {'loading'}, 'images': {'data', 'loading'}, 'photos': {'images', 'loading'}, 'text': {'loading', 'nets'}, 'spaces': {'flow'}, 'channels': {'flow', 'rules', 'spaces', 'cuts', 'plots'}, 'masks': {'units'}, 'dryrun': {'report'}, 'cuts': {'spaces'}, 'dead': {'channels', 'spaces'}, 'plain': {'channels', 'spaces', 'dead', 'masks', 'units', 'dryrun'}, 'zoo': {'nets', 'data', 'images', 'photos', 'text', 'report'}, 'cli': {'experiments'}}
+WITHIN |= {'rules': {'flow'}, 'rnn_rules': {'flow', 'rules'}, 'data': {'loading'}, 'images': {'data', 'loading'}, 'photos': {'images', 'loading'}, 'text': {'loading', 'nets'}, 'spaces': {'flow'}, 'channels': {'flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'plots'}, 'masks': {'units'}, 'frozen': {'csr'}, 'csr_infer': {'csr', 'frozen'}, 'dryrun': {'report'}, 'cuts': {'spaces'}, 'dead': {'channels', 'spaces'}, 'plain': {'channels', 'spaces', 'dead', 'masks', 'units', 'dryrun', 'frozen', 'csr_infer'}, 'zoo': {'nets', 'data', 'images', 'photos', 'text', 'report'}, 'cli': {'experiments'}}
 # `all` gathers layers 0 to 3; the command line comes after it
 MAX_SEEN_BY_ALL = 3
 
