@@ -45,7 +45,7 @@ def repeated(m, x, n):
 def measure(dense, nets, x, rounds, **about):
     "A row for each of `nets` (kind -> network)"
     for kind, net in nets.items(): check(net, kind)
-    k = 10 if x.numel() < 10_000 else 1
+    k = 50 if x.numel() < 10_000 else 5 if x.numel() < 200_000 else 1  # passes in a row
     t = paired({n: partial(repeated, m, x, k) for n, m in [('dense', dense), *nets.items()]}, rounds=rounds)
     qs = {n: quartiles([b/a for a, b in zip(t['dense'], t[n])]) for n in nets}
     return [dict(about, items=len(x), format=n, ratio=q['median'], q1=q['q1'], q3=q['q3']) for n, q in qs.items()]
@@ -85,7 +85,9 @@ def missed(rows): return [f"{r['sparsity']}, {r['items']} items: {r['ratio']:.3f
 
 
 NOTE = """A forward of layers with bias that `materialize(fmt='csr')` made sparse, and of the same with blocks, relative to the dense layer:
-medians and quartiles of the ratios within a round, CPU time, one thread, random inputs. `break_even` is the density below which
+medians and quartiles of the ratios within a round, CPU time, one thread, random inputs. A pass is
+repeated 50 times in a row with one item, 5 times with 32, so that a matrix that is small enough stays in the cache, as in a server;
+a first pass after other work takes longer. `break_even` is the density below which
 rows were faster, found by timing."""
 
 
