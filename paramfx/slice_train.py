@@ -17,8 +17,9 @@ from fastai.basics import AvgLoss, TrainEvalCallback, ValueMetric, to_float
 from .clock import Clock
 from .core import Table, rng_guard, sample_batch
 from .effects import EffectCallback, finding_lr
+from .losses import picked
 from .plain import recipe_verb
-from .slice_passes import AtRate, RateMetric, autocast_as, autocast_now, distiller, measure_norms, no_sync, picked, read_batches
+from .slice_passes import AtRate, RateMetric, autocast_as, autocast_now, distiller, measure_norms, no_sync, read_batches
 from .slice_parts import check_norms, sliced_norms
 from .slice_plan import check_rate, slice_plan
 from .slice_rates import RateSchedule, check_schedule
