@@ -99,7 +99,7 @@ def pick_layers(
     drop = match_layers(model, exclude, types) if exclude is not None else set()
     return {n:m for n,m in weighted_layers(model, types).items() if n in keep-drop}
 
-# %% ../nbs/00_core.ipynb #d5d9d2b2
+# %% ../nbs/00_core.ipynb #e68ab3b1
 def _loaders(dls): return [getattr(dl, 'dl', dl) for dl in getattr(dls, 'loaders', [])]
 def _rngs(dls): return [dl.rng for dl in _loaders(dls) if getattr(dl, 'rng', None) is not None]
 def _generators(dls): return list({id(g):g for g in (getattr(dl, 'generator', None) for dl in _loaders(dls)) if g is not None}.values())
@@ -143,7 +143,8 @@ def sample_batch(
     "The first `n` items of the validation (else training) loader, without advancing any random state"
     loaders = getattr(dls, 'loaders', [dls])
     dl = next((d for d in loaders[1:] if len(d)), loaders[0])
-    with rng_guard(dls if hasattr(dls, 'loaders') else _One(dl)): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    dl = getattr(dl, '__dict__', {}).get('dl', dl) # in a distributed run the loader that is divided: one rank may ask alone
+    with rng_guard(_One(dl)): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
     return tuple(apply(lambda t: t[:n], b[:n_inp])) # inputs may be nested, as in a siamese network
 

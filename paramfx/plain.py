@@ -7,9 +7,10 @@ Docs: https://paramfx.github.io/paramfx/plain.html.md"""
 # %% auto #0
 __all__ = ['VERBS', 'defer', 'recipe_verb', 'Recipe', 'save_recipe', 'load_recipe', 'materialize', 'swap_model']
 
-# %% ../nbs/03_plain.ipynb #cd83cc8f
+# %% ../nbs/03_plain.ipynb #f95d49a4
 import errno, importlib, inspect, warnings
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from fastai.basics import Learner
 from .channels import Cut, trace_channels
 from .core import Table, sample_batch, swap_params
 from .csr_infer import check_fmt, infer_rows
+from .cuts import CUTS
 from .forward import check_same, copy_model, unpack_sample
 from .frozen import for_inference, freeze_layers, frozen_layers
 from .dead import cut_dead, has_dead
@@ -175,11 +177,11 @@ def load_recipe(
     new.load_state_dict(content['state'])
     return new.to(p.device)
 
-# %% ../nbs/03_plain.ipynb #5984c292
+# %% ../nbs/03_plain.ipynb #bd1535d6
 def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     "The plain network, the cuts on the way, a row per thing that was done, and those of the rows that tell what could not be done"
     if fmt is not None: check_fmt(fmt)
-    old = root_module(model)
+    old,late = root_module(model),{k: kw.pop(k) for k in [*kw] if k in CUTS}
     new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')
     if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. `materialize` that part first.")
@@ -190,7 +192,8 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     pinned_modules(new, pin) # a name that fits nothing raises
     if names: rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}", how='replaced by plain ones: ' + ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')))
     _check_plain(new, old, sample, tol, kw)
-    for cut in new.__dict__.pop('_pending', []):
+    for cut in chain(new.__dict__.pop('_pending', []), ((CUTS[k], v) for k,v in late.items())):
+        if not isinstance(cut, Cut): cut = cut[0](new, sample, cut[1], pin)
         new = cut.apply(new)
         cuts.append(cut); rows.append(dict(what='cut', how=repr(cut)))
     if dead and has_dead(new):
@@ -235,7 +238,7 @@ def materialize(
     dead:bool=True, # Remove channels that contribute nothing but constants?
     pin=None, # Modules whose channels all stay, as in `trace_channels`
     fmt:str=None, # For inference: 'csr', 'bsr', '2:4' or 'auto', as in `sparse_infer`, timed on `sample`; None: ordinary layers
-    **kw # Passed to the `plain` methods that take them, such as `rate=`
+    **kw # Passed to the `plain` methods that take them, such as `rate=`, or asking for a cut, as `split_rate=` does
 ) -> nn.Module: # An ordinary network; with `fmt` one that is only used
     "What `model` stands for, as an ordinary network with the same outputs"
     new,_,rows,stays = _materialize(model, sample, tol, dead, pin, fmt, **kw)

@@ -91,12 +91,12 @@ def _prelu(rec, out, name, x, weight):
     if weight.numel() > 1: rec.bind(weight, 0, rec.line(x, 1, f'{rec.where} has one slope for them'), 'pass')
     return get_ids(x)
 
-# %% ../nbs/00g_rules.ipynb #3da59e4b
+# %% ../nbs/00g_rules.ipynb #b7f30529
 def _sizes(t, ndim): return (1,)*(ndim-t.ndim) + tuple(t.shape)
 
 def _elementwise(rec, out, name, *args, **kwargs):
     ts = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    shape = torch.broadcast_shapes(*(t.shape for t in ts))
+    shape = np.broadcast_shapes(*(tuple(t.shape) for t in ts)) # that of torch imports sympy, which takes a second
     full = {id(t): get_ids(t).expand(shape) for t in ts if get_ids(t) is not None}
     vary = set().union(*(varying(i) for i in full.values()))
     res = None
