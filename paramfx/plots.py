@@ -249,21 +249,31 @@ def plot_tradeoff(
     ax.grid(alpha=.25)
     return _label(ax, xlabel, ylabel, title)
 
+# offsets in points: beside the point, then further away
+_PLACES = [(7,0), (0,7), (0,-7), (-7,0), (7,9), (7,-9)] + [(x*r, y*r) for r in (20,32,44) for x,y in ((.7,.7), (.7,-.7), (-.7,.7), (-.7,-.7), (0,1), (0,-1))]
+
+def _name(ax, name, at, dx, dy):
+    "Write `name` beside a point, with a line to it from further away; also its box"
+    sides = ('center','left','right')[np.sign(dx).astype(int)],('center','bottom','top')[np.sign(dy).astype(int)]
+    far = dict(arrowstyle='-', color='.6', lw=.6, shrinkA=0, shrinkB=3) if max(abs(dx), abs(dy)) > 9 else None
+    text = ax.annotate(str(name), at, (dx,dy), textcoords='offset points', ha=sides[0], va=sides[1], fontsize='small', arrowprops=far)
+    text.get_window_extent() # places it
+    return text,super(type(text), text).get_window_extent() # without the line
+
 def _names(ax, points):
     "Draw `points` and write each name where it hits neither a point nor a name written before"
     from matplotlib.transforms import Bbox
     ax.scatter(*zip(*points.values()), c=[_colors[i%8] for i in range(len(points))], s=42, zorder=3)
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering() # a bare Figure has a canvas that draws nothing
     at = {k: ax.transData.transform(p) for k,p in points.items()}
     taken = [Bbox.from_bounds(x-5, y-5, 10, 10) for x,y in at.values()]
     for k,p in points.items():
-        for dx,dy,ha,va in ((7,0,'left','center'), (0,7,'center','bottom'), (0,-7,'center','top'), (-7,0,'right','center'), (7,9,'left','bottom'), (7,-9,'left','top')):
-            text = ax.annotate(str(k), p, (dx,dy), textcoords='offset points', ha=ha, va=va, fontsize='small')
-            box = text.get_window_extent()
+        for dx,dy in _PLACES:
+            text,box = _name(ax, k, p, dx, dy)
             if not any(box.overlaps(o) for o in taken): break
             text.remove()
-        else: text = ax.annotate(str(k), p, (7,0), textcoords='offset points', va='center', fontsize='small')
-        taken.append(text.get_window_extent())
+        else: text,box = _name(ax, k, p, *_PLACES[0])
+        taken.append(box)
 
 # %% ../nbs/05_plots.ipynb #07bb9e1f
 def _runs(group):
