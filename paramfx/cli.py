@@ -45,7 +45,7 @@ def _plain_table(table):
     line = lambda r: '  '.join(str(r[c]).ljust(width[c]) if c == cols[0] else str(r[c]).rjust(width[c]) for c in cols).rstrip()
     return '\n'.join([line({c: c for c in cols}), *map(line, table), '', table.note])
 
-# %% ../nbs/80_cli.ipynb #249fc301
+# %% ../nbs/80_cli.ipynb #825bb5cd
 def _shape(text):
     "'3,64,64' as a tuple"
     try: shape = tuple(int(o) for o in text.split(','))
@@ -53,24 +53,40 @@ def _shape(text):
     if not shape or min(shape) < 1: raise CliError(f"--input {text!r} is no shape: give whole numbers such as 3,224,224")
     return shape
 
+def _network(name, x, shared):
+    "The network, and what sharing filters has done to it"
+    from paramfx import zoo
+    net = zoo.build(name)
+    if not shared: return net,''
+    from paramfx.bases_recipes import share_published
+    return net,share_published(net, x, name, **dict(shared_rank=16, unique_rank=1) | shared).note
+
 def cost(
-    name:str, # Data set and network, such as cifar100/resnet34
+    name:str, # Data set and network, such as cifar100/resnet34; the form of a published row behind a hyphen
     input:str=None, # Shape of one input, such as 3,64,64; default: that of the data set
+    shared_rank:int=None, # Share this many filters in each stage, 16 if another of these four is given
+    unique_rank:int=None, # Filters of its own for each layer, 1 if another is given
+    n_bases:int=None, # Bases for each stage, 1 or 2
+    mode:str=None, # 'basis', or 'tie' for whole weights, without ranks
     as_json:store_true=False # Print the numbers as JSON and nothing else
 ):
     "Parameters, multiply-adds, bytes and latency of a network, for one input"
     _quiet()
     from paramfx import report, zoo
-    try: r = report.cost(zoo.build(name), zoo.sample(name, size=None if input is None else _shape(input)))
+    shared = {k: v for k,v in dict(shared_rank=shared_rank, unique_rank=unique_rank, n_bases=n_bases, mode=mode).items() if v is not None}
+    try:
+        x = zoo.sample(name, size=None if input is None else _shape(input))
+        net,note = _network(name, x, shared)
+        r = report.cost(net, x)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
         raise CliError(f"{name} does not fit into memory{f' with --input {input}' if input else ''}. Give a smaller --input.")
-    if as_json: return print(json.dumps(dict(name=name, **r.to_dict())))
+    if as_json: return print(json.dumps(dict(name=name, **shared, **r.to_dict())))
     rows = [('network', name), ('input', r.sample), ('parameters', f'{r.params:,}'), ('MACs', f'{r.macs:,}'), ('bytes', f'{r.bytes:,}'),
             ('latency', f'{r.latency_ms:.3g} ms, nine of ten below {r.latency_p90_ms:.3g} ms, on one thread of {r.device}'), ('peak memory', f'{r.peak_memory:,} bytes')]
-    for k,v in rows: print(f'{k:12}{v}')
+    for k,v in rows + ([('shared', note)] if note else []): print(f'{k:12}{v}')
 
-# %% ../nbs/80_cli.ipynb #daa12f21
+# %% ../nbs/80_cli.ipynb #86c86c00
 COMMANDS = {'demo': demo, 'cost': cost}
 
 class _Exit(Exception): pass
@@ -79,7 +95,9 @@ def _parse(name, args):
     "Keyword arguments of a sub-command; anything wrong is one line"
     p = anno_parser(COMMANDS[name], prog=f'paramfx {name}')
     for a in p._actions: # --json is what people type; `json` is a module here
-        if a.dest == 'as_json': a.option_strings = ['--json']; p._option_string_actions['--json'] = a
+        if a.dest == 'as_json': a.option_strings = ['--json']
+        a.option_strings = [o.replace('_', '-') for o in a.option_strings]
+        p._option_string_actions.update(dict.fromkeys(a.option_strings, a))
     def error(msg): raise CliError(msg)
     p.error = error
     kw = vars(p.parse_args(args))

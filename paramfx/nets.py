@@ -6,7 +6,7 @@ Docs: https://paramfx.github.io/paramfx/nets.html.md"""
 
 # %% auto #0
 __all__ = ['init_convs', 'scaled', 'lenet_300_100', 'convnet', 'PadShortcut', 'resnet', 'resnet_cifar', 'WideBlock',
-           'wide_resnet', 'PreActBottleneck', 'preact_resnet', 'vgg_cifar', 'Inverted', 'mobilenet_v2',
+           'wide_resnet', 'PreActBottleneck', 'preact_resnet', 'vgg_cifar', 'ECA', 'Inverted', 'mobilenet_v2',
            'densenet_cifar']
 
 # %% ../nbs/06d_nets.ipynb #ee26f4e8
@@ -217,7 +217,19 @@ def vgg_cifar(
         n_in = n
     return _finish(dict(features=nn.Sequential(*layers)), n_in, n_out)
 
-# %% ../nbs/06d_nets.ipynb #8a312bf3
+# %% ../nbs/06d_nets.ipynb #91d51fea
+class ECA(nn.Module):
+    "Efficient channel attention: each channel is scaled by what its neighbours and itself are on average"
+    def __init__(
+        self,
+        k:int=3 # Channels that are looked at for each
+    ):
+        super().__init__()
+        self.avgpool,self.conv = nn.AdaptiveAvgPool2d(1),nn.Conv1d(1, 1, k, padding=k//2, bias=False)
+    def forward(self, x):
+        w = self.conv(self.avgpool(x).flatten(2).transpose(1, 2))
+        return x*w.sigmoid().transpose(1, 2).unsqueeze(3)
+
 class Inverted(nn.Module):
     "1x1 expansion, depthwise 3x3, 1x1 projection without activation; a shortcut where the stride is 1"
     def __init__(
@@ -240,7 +252,8 @@ class Inverted(nn.Module):
 def mobilenet_v2(
     n_out:int=1000, # Classes
     width:float=1., # Factor of all channels
-    small:bool=False # The form for 32x32 images?
+    small:bool=False, # The form for 32x32 images?
+    eca:bool=False # Channel attention after the blocks of stages 3 to 6, but their first ones?
 )->nn.Sequential:
     "MobileNetV2 with an expansion in every block"
     from torchvision.ops import Conv2dNormActivation as layer
@@ -249,6 +262,8 @@ def mobilenet_v2(
     ws = [scaled(w, width) for w in (16,24,32,64,96,160,320)]
     m['layer1'] = nn.Sequential(Inverted(n_in, ws[0], expand=1, project=small))
     n_in = _stack(m, ws[0], ws[1:], (2,3,4,3,3,1), partial(Inverted, project=small), strides=(2,2,2,1,1 if small else 2,1), start=2)
+    for b in [b for i in range(3, 7) for b in m[f'layer{i}'][1:]] if eca else ():
+        b.conv3.append(ECA(3 if b.conv3[0].out_channels >= 96 else 1))
     m.update(last=layer(n_in, last, 1, bias=True), avgpool=nn.AdaptiveAvgPool2d(1))
     head = dict(fc=nn.Conv2d(last, n_out, 1), flatten=nn.Flatten()) if small else dict(flatten=nn.Flatten(), fc=nn.Linear(last, n_out))
     return init_convs(nn.Sequential(OrderedDict(**m, **head)))
