@@ -2,6 +2,7 @@
 
 A new method adds its `Method` to `METHODS` in the change that brings it; the matrix then runs it through every trap."""
 import random
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Callable
@@ -12,13 +13,16 @@ from fastai.basics import (Adam, Callback as FastaiCallback, CrossEntropyLossFla
                            accuracy, params, ranger)
 from torch import nn
 
+from paramfx.bases import BasisConv2d, OrthoReg, share_bases
 from paramfx.clock import SchedConst
 from paramfx.data import digits_dls, tensor_dls
-from paramfx.state import effects
+from paramfx.knowledge_evolution import KnowledgeEvolution
+from paramfx.state import effects, root_module
 from paramfx.masks import initial_counts
 from paramfx.prune import IterativePrune
 from paramfx.rewire import DynamicSparse
 from paramfx.slice_train import SliceTrain
+from paramfx.splitnet import SplitNet
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,12 @@ class Method:
     compressed: bool = False  # do layers hold their live values only, under another name? `test_csr.py` has what is different then
     dense_state: bool = False  # does it keep gradients and optimizer state of what is dead?
     masked: bool = True  # does it hold masks? What only these can be asked is skipped else
+    steps: tuple = ()  # verbs in the recipe of what it leaves after `materialize`
+    classes: bool = False  # does it ask for several classes?
     told: str = r'0\.8 -> 0\.5'  # what is said of the settings of `other`
     refusal: str = r'units.*sparsity'  # what is said to a file of `other`
+    net: Callable = lambda *args, **kw: small_net(*args, **kw)  # the network it is put through the matrix on
+    folds: bool = False  # has that network layers that `materialize` replaces?
 
     def __repr__(self): return self.name
     def on(self, learn): return getattr(learn, self.effect)  # its callback, attached or held
@@ -135,7 +143,89 @@ def slicing(**defaults):
     def make(**kw): return SliceTrain(**{**defaults, **{k: v for k, v in kw.items() if k in ('rates', 'schedule', 'n_random', 'seed')}})
     return Method('slice_train', make, slice_facts, slice_check, noop=partial(make, rates=(1, .5), schedule='random_max', n_random=0), other=partial(make, rates=(1, .75)),
                   moves=False, columns=tuple(f'{n}@{r}' for r in (.5, .25) for n in ('valid_loss', 'accuracy')), effect='slice_train', rate='rates', coarse=False, masked=False,
-                  told=r'\(1, 0\.5, 0\.25\) -> \(1, 0\.75\)', refusal='rates')
+                  told=r'\(1, 0\.5, 0\.25\) -> \(1, 0\.75\)', refusal='rates', steps=('slice', 'plain'))
+
+
+# -- splitting
+
+def split_facts(learn):
+    st = effects(learn.model)['split_net']
+    held = {k: st.holder.model.get_buffer(k).clone() for k in st.holder.keys()}
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values) | held, history=[], masks={}, live=[], epochs=[dict(o) for o in st.history])
+
+
+def split_check(learn, grads=True):
+    "Assignments are shares, of the classes and of the features below them, and nothing has run away"
+    st = effects(learn.model)['split_net']
+    for s, p in st.holder.soft().items():
+        assert p.shape == st.holder.free[s][::-1] and torch.allclose(p.sum(0), torch.ones_like(p[0])) and p.isfinite().all(), s
+    assert st.values['updates'] <= st.clock.steps+1
+    assert not grads or all(p.grad is None or p.grad.isfinite().all() for p in learn.model.parameters())
+
+
+def splitting(**defaults):
+    "Line of `SplitNet`; settings that only masks have are left out"
+    def make(**kw): return SplitNet(**{**defaults, **{k: v for k, v in kw.items() if k in ('splits', 'every', 'seed') or k.startswith('gamma')}})
+    return Method('split_net', make, split_facts, split_check, noop=partial(make, gamma_weight=0., gamma_disjoint=0., gamma_balance=0.), other=partial(make, splits=[5]), moves=False,
+                  columns=('split_weight', 'split_disjoint', 'split_balance', 'split_smallest', 'classes_1', 'classes_2'), effect='split_net', rate='splits', coarse=False, masked=False,
+                  told=r'\[2\] -> \[5\]', refusal='groups', classes=True)
+
+
+# -- knowledge evolution
+
+def evolve_facts(learn):
+    st = effects(learn.model)['knowledge_evolution']
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values), history=[], masks={}, live=[], lineage=deepcopy(st.holder.run_state()))
+
+
+def evolve_check(learn, grads=True):
+    "Generations are whole numbers, and what a policy holds in place does not move"
+    st = effects(learn.model)['knowledge_evolution']
+    gen = st.values['generation']
+    assert gen == int(gen) >= 0 and st.values['due'] in (0, 1) and st.values['staged'] in (0, 1)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    if st.settings['policy'] == 'magnitude' and gen%2 == 1:
+        for n in ('0.3.weight', '1.2.weight'):
+            w = root_module(learn.model).get_parameter(n)
+            assert int((w == 0).sum()) >= w.numel()//2, f'{n}: {int((w == 0).sum())} zeros'
+
+
+def evolving(name, **defaults):
+    "Line of `KnowledgeEvolution`; settings that only masks have are left out"
+    def make(**kw): return KnowledgeEvolution(**{**defaults, **{k: v for k, v in kw.items() if k in ('split_rate', 'seed')}})
+    return Method(name, make, evolve_facts, evolve_check, noop=lambda: KnowledgeEvolution(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'}), other=partial(make, split_rate=.75), moves=False,
+                  columns=('generation',) if defaults['policy'] == 'magnitude' else ('generation', 'reset_norm'),
+                  effect='knowledge_evolution', rate='split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75', refusal='another policy or split_rate')
+
+
+# -- shared bases
+
+def based_net(*args, **kw):
+    "The small network with a stage of two blocks in the middle of its body, whose convolutions share a basis"
+    net = small_net(*args, **kw)
+    for _ in range(2): net[0].extend(nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()))
+    layers = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)][-2:]
+    share_bases(net, torch.zeros(1, *((args or (1,))[0], 8, 8)), 6, 2, scale_rank=False, basis_norm=False, groups={'body': layers})
+    return net
+
+
+def ortho_facts(learn):
+    st = effects(learn.model)['ortho_reg']
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values), history=[], masks={}, live=[])
+
+
+def ortho_check(learn, grads=True):
+    "The basis is in the network and in the optimizer once"
+    owner, user = [m for m in learn.model.modules() if isinstance(m, BasisConv2d)]
+    assert user.owner is owner and user.basis is owner.shared and sum(p is owner.shared for p in learn.model.parameters()) == 1
+    if learn.opt is not None: assert sum(p is owner.shared for g in (learn.opt.param_lists if hasattr(learn.opt, 'param_lists') else [g['params'] for g in learn.opt.param_groups]) for p in g) == 1
+
+
+def ortho(**defaults):
+    "Line of `OrthoReg`; settings that only masks have are left out"
+    def make(ortho_lambda=2., **kw): return OrthoReg(ortho_lambda, **{**defaults, **{k: v for k, v in kw.items() if k in ('unique', 'norm')}})
+    return Method('ortho_reg', make, ortho_facts, ortho_check, noop=partial(make, 0.), other=partial(make, 1.), moves=False, columns=('ortho',),
+                  effect='ortho_reg', rate='ortho_lambda', coarse=False, masked=False, told=r'2\.0 -> 1\.0', refusal='', net=based_net, folds=True)
 
 
 METHODS = {m.name: m for m in [
@@ -149,6 +239,10 @@ METHODS = {m.name: m for m in [
     sparse('dsr', name='csr', period=2, threshold=.02, compute='csr'),
     pruning(n_prunes=6),
     slicing(rates=(1, .5, .25), schedule='random', n_random=2),
+    splitting(splits=[2], every=2, disjoint_warmup=(0., .5)),
+    evolving('evolve', policy='kels', when='every', every=1),
+    evolving('evolve_dsd', policy='magnitude', when='fit_end', clear_state='reset'),
+    ortho(unique=True),
 ]}
 
 

@@ -106,7 +106,7 @@ def test_unknown_option_names_itself():
 
 @pytest.mark.parametrize('m', METHODS.values(), ids=list(METHODS))
 def test_second_instance_with_other_settings(m, mk):
-    learn = mk(m.make())
+    learn = mk(m.make(), model=m.net)
     state, cbs = snapshot(learn.model), list(learn.cbs)
     with pytest.raises(ValueError, match=rf'(?s){m.told}.*learn\.release'): learn.add_cb(m.other())
     assert not same(snapshot(learn.model), state)

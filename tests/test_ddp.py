@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracts import METHODS, Probe, build, same, small_net, snapshot
+from contracts import METHODS, Probe, build, same, snapshot
 
 HERE = Path(__file__).resolve().parent
 pytest.importorskip('accelerate', reason='fastai.distributed needs accelerate')
@@ -35,7 +35,7 @@ def test_ranks_agree(m, ranks, tmp_path):
         if 'running' not in k: assert torch.equal(a['model'][k], b['model'][k]), k  # the statistics of batch norm are of each rank's own batches
     steps = a['facts']['clock']['steps']
     assert steps == 2*4  # 64 items a rank, 16 at a time
-    start = build(tmp_path, m.make(init_mask='magnitude'))
+    start = build(tmp_path, m.make(init_mask='magnitude'), model=m.net)
     assert m.held_to(a['facts']['live'], m.facts(start)['live'])
     assert bool(a['facts']['history']) == m.moves
     again = [torch.load(ranks/f'{m.name}_{r}_again.pt', weights_only=False) for r in (0, 1)]
@@ -46,12 +46,12 @@ def test_ranks_agree(m, ranks, tmp_path):
 @pytest.mark.parametrize('m', METHODS.values(), ids=list(METHODS))
 def test_file_of_rank_0_loads_without_ddp(m, ranks, tmp_path):
     a = torch.load(ranks/f'{m.name}_0.pt', weights_only=False)
-    learn = build(tmp_path, [m.make(**dict(across_layers=False) if m.compressed else {}, period=2, stop_pct=1., init_mask='magnitude'), Probe(m)], seed=5)
+    learn = build(tmp_path, [m.make(**dict(across_layers=False) if m.compressed else {}, period=2, stop_pct=1., init_mask='magnitude'), Probe(m)], seed=5, model=m.net)
     learn.load(ranks/'models'/f'{m.name}_ddp')
     assert not (where := same(snapshot(learn.model), a['model'])), where
     assert m.facts(learn)['clock'] == a['facts']['clock']
     learn.fit(1)
-    net = small_net()
+    net = m.net()
     net.load_state_dict(torch.load(a['plain'], weights_only=True), strict=True)
 
 
