@@ -7,7 +7,7 @@ Docs: https://paramfx.github.io/paramfx/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #661028b5
+# %% ../nbs/99_all.ipynb #9809cd95
 from .core import *
 from .clock import *
 from .state import *
@@ -22,6 +22,7 @@ from .cuts import *
 from .channels import *
 from .units import *
 from .masks import *
+from .losses import *
 from .report import *
 from .dryrun import *
 from .plots import *
@@ -34,6 +35,16 @@ from . import zoo
 from .rows import *
 from .dead import *
 from .plain import *
+from .ortho import *
+from .basis_conv import *
+from .basis_plan import *
+from .basis_init import *
+from .ortho_reg import *
+from .bases import *
+from .basis_join import *
+from .bases_recipes import *
+from .basis_plots import *
+from .basis_rows import *
 from .slice_states import *
 from .slice_switch import *
 from .sliced import *
@@ -49,6 +60,25 @@ from .slice_search import *
 from .slice_plots import *
 from .slice_serve import *
 from .slice_rows import *
+from .evolution import *
+from .policies import *
+from .forgetting import *
+from .generations import *
+from .evolve import *
+from .knowledge_evolution import *
+from .split_terms import *
+from .split_fast import *
+from .split_plan import *
+from .split_groups import *
+from .split_model import *
+from .split_branches import *
+from .split_workers import *
+from .splitnet import *
+from .evolve_plots import *
+from .evolve_rows import *
+from .split_plots import *
+from .split_tree import *
+from .split_rows import *
 from .csr import *
 from .frozen import *
 from .csr_infer import *
@@ -71,8 +101,10 @@ from .sparse_files import *
 from .sparse_rows import *
 
 # nbdev lists what a module defines, and this one defines nothing; constants and helpers of the modules stay in them
-_HIDE = '''Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state adam_step spare_sqrt still model_inputs
+_HIDE = '''LayerGroups sort_blocks split_holder plot_demo_blocks class_names split_pictures merged_index Part SplitLayer side_groups check_groups check_groups_of_classes sub_layer split_layer Splitting Feature Tap Trunk Branch root0 check_assignment check_layer scales weight_term disjoint_term balance_term merge_sizes layer_shares check_weighting SplitWeight LayerTerm mean_squares split_values add_split_grads SplitHolder hard_groups
+ n_nonzero row_cosines rank_energy deep_net basis_pictures Joined shared_network shared_counts printed_flops published_keys load_published Table candidates generator human weight_names check_options check_granularity check_sparsity given_mask mask_state adam_step spare_sqrt still model_inputs
  show_shapes run_model fails_at burn_in squash varying tidy get_ids is_traced Binding Record Flow Units describe pinned_modules pin_names
  check_traceable short_list Probe Read constant_reads has_dead EffectKeeper EffectSlot LeanCallback in_fit finding_lr missing_effects restore_run
- add_step add_report nm_pattern block_size unit_view expand_units nm_groups from_groups layer_units units_below draw_positions make_mask readmit unit_values unmoved DSR SET DeepR RigL SNFS GraNet Exchange LiveList steps_per_epoch grow_values drop_in_groups grow_in_groups has_momentum momentum_of param_name check_sched threshold_for tied_index read_bank keep_local keep_global sparse_pictures sparse_counts live_counts CSR CSRConv CSRIndex csr_index csr_flat csr_product resize_ why_not_csr CSRMasked plan_csr use_csr Compute time_infer plan_infer infer_rows ratios check_fmt Frozen frozen fit_block is_24 pack_24 for_inference mask_entropy plan_code encode_mask decode_mask write_sealed packed refusal are_sizes SealedFile flat_blocks as_kernels as_ints Stored StoredCSR effect_states stored_masks stored_tensors wide_mlp as_bytes list_tfms reading check_loader Row NormalizeBytes image_parts parts_dls crop_flip state_keepers forget_states count_channels SlicedRNN Stateful state_property Switch Part Sliced sliced_class make_sliced make_whole check_rate named_spaces choose_spaces SlicePlan trial_slice read_batches bar sliced_norms measure_norms score SliceParams SliceMacs RateSchedule layer_parts put_slices add_slice drop_sliceslice_row plain_curves plot_curves slice_pictures check_schedule distiller no_sync autocast_now autocast_of autocast_as picked AtRate RateMetric SliceHolder pack_sample unpack_sample read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL'''.split()
-__all__ = [n for n in dir() if not n.startswith('_') and (not n.isupper() or n == 'LSTMLM') and n not in _HIDE]
+ add_step add_report nm_pattern block_size unit_view expand_units nm_groups from_groups layer_units units_below draw_positions make_mask readmit unit_values unmoved DSR SET DeepR RigL SNFS GraNet Exchange LiveList steps_per_epoch grow_values drop_in_groups grow_in_groups has_momentum momentum_of param_name check_sched threshold_for tied_index read_bank keep_local keep_global sparse_pictures sparse_counts live_counts CSR CSRConv CSRIndex csr_index csr_flat csr_product resize_ why_not_csr CSRMasked plan_csr use_csr Compute time_infer plan_infer infer_rows ratios check_fmt Frozen frozen fit_block is_24 pack_24 for_inference mask_entropy plan_code encode_mask decode_mask write_sealed packed refusal are_sizes SealedFile flat_blocks as_kernels as_ints Stored StoredCSR effect_states stored_masks stored_tensors wide_mlp as_bytes list_tfms reading check_loader Row NormalizeBytes image_parts parts_dls crop_flip state_keepers forget_states count_channels SlicedRNN Stateful state_property Switch Part Sliced sliced_class make_sliced make_whole check_rate named_spaces choose_spaces SlicePlan trial_slice read_batches bar sliced_norms measure_norms score SliceParams SliceMacs RateSchedule layer_parts put_slices add_slice drop_slice slice_row plain_curves plot_curves slice_pictures evolve_demo evolve_pictures check_schedule distiller distill_each bare_loss is_loss check_number ExtraLoss class_labels PairedDL same_stats no_sync autocast_now autocast_of autocast_as picked AtRate RateMetric SliceHolder pack_sample unpack_sample read_images ReadImage ImageFiles split_words make_vocab TextStream StreamDL cut_arg model_path plain_types gather_ranks effect_runs set_effect_runs masks_of matrices check_masks default_values evolved top_mask as_policy Forgetting Held body_names standing_in valid_row last_row Evolution read_evolution Snapshot Lineage clear_opt epoch_lr refuse_computed told Sharing remade sharing_layers conv_places why_not weight_users BasisGroup check_ranks find_groups beside ortho_filters kaiming_coeff svd_filters identity_norm calibrate basis_groups held_entries param_lists check_once StepWithoutDecay decays_plainly OrthoHolder'''.split()
+_SHOW = {'LSTMLM', 'CSKD', 'KELS', 'WELS', 'LLF', 'KE_PAPER'} # classes and presets that look like constants
+__all__ = [n for n in dir() if not n.startswith('_') and (not n.isupper() or n in _SHOW) and n not in _HIDE]

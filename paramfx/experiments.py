@@ -43,7 +43,7 @@ def pick_rows(only=None) -> list:
     if missing: raise ValueError(f"no row is called {missing[0]!r}; there are: {', '.join(names)}")
     return chosen
 
-# %% ../nbs/71_experiments.ipynb #e82b06c2
+# %% ../nbs/71_experiments.ipynb #b2f3c7e4
 class _Tick(Callback):
     "One tick of a progress bar per epoch"
     order = 70
@@ -64,9 +64,9 @@ def run_row(
         for dl in dls.loaders: dl.rng.seed(seed) # each row sees the same batches, in every run
         return Learner(dls, build(), metrics=accuracy, path=Path('.')).remove_cb(ProgressCallback) # the demo has one bar of its own
     held = []
-    def fit(learn, counted=True, **kw):
+    def fit(learn, counted=True, share=1, **kw):
         kw['cbs'] = [*(kw['cbs'] if isinstance(kw.get('cbs'), list) else [kw['cbs']] if 'cbs' in kw else [])] + [_Tick(tick)]*counted
-        with learn.no_logging(): learn.fit_one_cycle(epochs, lr, **kw)
+        with learn.no_logging(): learn.fit_one_cycle(max(1, round(share*epochs)), lr, **kw)
         held.append(opt_bytes(learn)) # now: what a row cuts out afterwards was there while it trained
         return learn
     start = time.perf_counter()
@@ -92,7 +92,7 @@ def latencies(nets:list, sample, rounds:int=5) -> list: # Median and 90th percen
     times = np.array([[measure_latency(m, sample, max_seconds=.02) for m in nets] for _ in range(rounds)])
     return np.median(times, 0).tolist()
 
-# %% ../nbs/71_experiments.ipynb #3b79ce8f
+# %% ../nbs/71_experiments.ipynb #70ccc17c
 def _save_pictures(name, learn, out):
     from matplotlib.figure import Figure
     files = []
@@ -114,8 +114,9 @@ def _tradeoff(rows, out):
 def _write(file, text):
     with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf8')
 
-NOTE = ("Costs are per image, of the plain network each row leaves (tied weights stay tied, CSR layers sparse); the optimizer's state is that after training. "
-        "Masked networks run dense kernels and plain files store zeros: MACs, latency and file size shrink only where something was really removed.")
+NOTE = ("Costs are per image, of the plain network each row leaves (tied weights stay tied, bases shared, CSR layers sparse); the optimizer's state is that after training. "
+        "Masked networks run dense kernels and plain files store zeros: MACs, latency and file size shrink only where something was really removed. "
+        "Rows of evolution train four generations of half the epochs each, so twice as many epochs as the others.")
 
 def demo_table(rows:list) -> Table:
     "The rows, for people"

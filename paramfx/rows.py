@@ -7,13 +7,13 @@ Docs: https://paramfx.github.io/paramfx/rows.html.md"""
 # %% auto #0
 __all__ = ['ROWS', 'PICTURES', 'demo_row', 'demo_picture']
 
-# %% ../nbs/08a_rows.ipynb #93b11ddf
+# %% ../nbs/08a_rows.ipynb #e3c70616
 ROWS,PICTURES = {},{}
 
 def demo_row(
     name:str, # Row name, as in the table and for `--only`
 ):
-    "Register a row: a function `f(new, fit)` that returns a trained Learner; `new()` makes one, `new(build)` one of another network, `fit(learn, **kw)` trains it, `counted=False`: besides the epochs of its row"
+    "Register a row: a function `f(new, fit)` that returns a trained Learner; `new()` makes one, `new(build)` one of another network, `fit(learn, **kw)` trains it, `counted=False`: besides the epochs of its row, `share=.5`: for half of them"
     def _register(f):
         ROWS[name] = f
         return f

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import csr_infer, dead_filters, deepr_step, imports, lenet, masked_step, mnist_table, reallocation, sparse_files, tied_step
+from benchmarks import csr_infer, dead_filters, deepr_step, imports, lenet, masked_step, mnist_table, reallocation, sparse_files, split_forward, split_penalty, tied_step
 from benchmarks.networks import small_cnn
 from benchmarks.timing import table, write_table
 from paramfx.data import tensor_dls
@@ -42,6 +42,29 @@ def test_deepr_step(tmp_path, monkeypatch):
     assert write_table('t', rows, deepr_step.NOTE, folder=tmp_path).exists()
     published = json.loads((Path(deepr_step.__file__).parent/'results'/'deepr_step.json').read_text())['rows']
     assert {(r['sparsity'], r['optimizer']) for r in published} == {(s, o) for s in deepr_step.TARGETS for o in deepr_step.OPTS} and all(r['moved'] > 1 for r in published)
+
+
+def test_split_forward(tmp_path, monkeypatch):
+    monkeypatch.setattr(split_forward, 'SIZES', ((2, 32), (1, 32)))
+    rows = split_forward.resnet(2, rounds=1, batch=1)
+    assert [r['batch'] for r in rows] == [1, 2, 1] and all(r['time'] > 0 and r['macs'] < 1 for r in rows) and rows[0]['macs'] == .5
+    assert write_table('t', rows, split_forward.NOTE, folder=tmp_path).exists()
+    published = json.loads((Path(split_forward.__file__).parent/'results'/'split_forward.json').read_text())['rows']
+    assert len(published) == 12 and {r['met'] for r in published} == {'yes'}
+
+
+def test_split_penalty(tmp_path, monkeypatch):
+    toy = dict(splits=[2], net=partial(small_cnn, 4), pixels=32)
+    rows = split_penalty.steps(rounds=2, repeats=1, bs=4, **toy)
+    assert [(r['how'], r['target']) for r in rows] == [('plain again', ''), ('every=1', .15), ('every=4', .05)] and all(r['ratio'] > 0 for r in rows) and all(r['share'] > 0 for r in rows[1:])
+    forms = split_penalty.formulations(rounds=2, **toy)
+    assert [r['how'] for r in forms] == ['matrix products under autograd', 'loops under autograd', 'closed form']
+    assert split_penalty.missed([dict(rows[1], share=.2, met='no')]) == ['32 px step, every=1: 0.200, target 0.15']
+    assert write_table('t', rows+forms, split_penalty.NOTE, folder=tmp_path).exists()
+    monkeypatch.setattr(split_penalty, 'looped_term', lambda w, p, q: 2*split_penalty.split_totals([(w, p, q)], [p]).weight)
+    with pytest.raises(SystemExit, match='loops under autograd: another gradient'): split_penalty.formulations(rounds=1, **toy)
+    published = json.loads((Path(split_penalty.__file__).parent/'results'/'split_penalty.json').read_text())['rows']
+    assert sum(r.get('target', '') != '' for r in published) == 4 and not split_penalty.missed(published)
 
 
 def test_sparse_files(tmp_path):

@@ -12,7 +12,7 @@ LIB = Path(__file__).resolve().parent.parent/'paramfx'
 LAYERS = {
     0: ['core', 'clock', 'state', 'effects', 'persist', 'forward'],
     1: ['flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'channels', 'dead', 'units', 'masks', 'csr', 'frozen', 'csr_infer', 'plain', 'report', 'dryrun', 'plots', 'loading', 'data', 'images', 'photos', 'text', 'nets', 'zoo', 'losses', 'rows'],
-    2: ['splitnet', 'bases', 'slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows', 'evolution', 'sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'],
+    2: ['split_terms', 'split_fast', 'split_plan', 'split_groups', 'split_model', 'split_branches', 'split_workers', 'splitnet', 'split_plots', 'split_tree', 'split_rows', 'ortho', 'basis_conv', 'basis_plan', 'basis_init', 'ortho_reg', 'bases', 'basis_join', 'bases_recipes', 'basis_plots', 'basis_rows', 'slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows', 'evolution', 'policies', 'forgetting', 'generations', 'evolve', 'knowledge_evolution', 'evolve_plots', 'evolve_rows', 'sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'],
     3: ['deploy'],
     4: ['all'],
     5: ['experiments', 'cli'],
@@ -21,9 +21,12 @@ LAYER = {mod: layer for layer, mods in LAYERS.items() for mod in mods}
 # modules of layer 2 that make one family; every other module there is a family of its own
 FAMILY = dict.fromkeys(['sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'], 'sparse')
 FAMILY |= dict.fromkeys(['slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows'], 'slicing')
+FAMILY |= dict.fromkeys(['ortho', 'basis_conv', 'basis_plan', 'basis_init', 'ortho_reg', 'bases', 'basis_join', 'bases_recipes', 'basis_plots', 'basis_rows'], 'bases')
+FAMILY |= dict.fromkeys(['split_terms', 'split_fast', 'splitnet', 'split_plan', 'split_groups', 'split_model', 'split_branches', 'split_workers', 'split_plots', 'split_tree', 'split_rows'], 'splitnet')
+FAMILY |= dict.fromkeys(['evolution', 'policies', 'forgetting', 'generations', 'evolve', 'knowledge_evolution', 'evolve_plots', 'evolve_rows'], 'evolution')
 # imports allowed inside a layer, besides those inside a family; layer 0 is a chain, each module on those before it
 WITHIN = {mod: set(LAYERS[0][:i]) for i, mod in enumerate(LAYERS[0])}
-WITHIN |= {'rules': {'flow'}, 'rnn_rules': {'flow', 'rules'}, 'data': {'loading'}, 'images': {'data', 'loading'}, 'photos': {'images', 'loading'}, 'text': {'loading', 'nets'}, 'spaces': {'flow'}, 'channels': {'flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'plots'}, 'masks': {'units'}, 'frozen': {'csr'}, 'csr_infer': {'csr', 'frozen'}, 'dryrun': {'report'}, 'cuts': {'spaces'}, 'dead': {'channels', 'spaces'}, 'plain': {'channels', 'spaces', 'dead', 'masks', 'units', 'dryrun', 'frozen', 'csr_infer'}, 'zoo': {'nets', 'data', 'images', 'photos', 'text', 'report'}, 'cli': {'experiments'}}
+WITHIN |= {'rules': {'flow'}, 'rnn_rules': {'flow', 'rules'}, 'data': {'loading'}, 'images': {'data', 'loading'}, 'photos': {'images', 'loading'}, 'text': {'loading', 'nets'}, 'spaces': {'flow'}, 'channels': {'flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'plots'}, 'masks': {'units'}, 'frozen': {'csr'}, 'csr_infer': {'csr', 'frozen'}, 'dryrun': {'report'}, 'losses': {'units'}, 'cuts': {'spaces'}, 'dead': {'channels', 'spaces'}, 'plain': {'channels', 'cuts', 'spaces', 'dead', 'masks', 'units', 'dryrun', 'frozen', 'csr_infer'}, 'zoo': {'nets', 'data', 'images', 'photos', 'text', 'report'}, 'cli': {'experiments'}}
 # `all` gathers layers 0 to 3; the command line comes after it
 MAX_SEEN_BY_ALL = 3
 
@@ -91,7 +94,7 @@ def test_package_imports_nothing():
     ('masks', 'core', True), ('core', 'masks', False), ('effects', 'core', True), ('core', 'effects', False),
     ('persist', 'effects', True), ('effects', 'persist', False), ('plain', 'masks', True), ('masks', 'plain', False),
     ('report', 'masks', False), ('report', 'sparse', False), ('plots', 'core', False), ('rewire', 'sparse', True),
-    ('rewire', 'report', True), ('slicing', 'sparse', False), ('sparse', 'bases', False), ('deploy', 'csr', True),
+    ('rewire', 'report', True), ('slicing', 'sparse', False), ('sparse', 'bases', False), ('bases', 'basis_conv', True), ('deploy', 'csr', True),
     ('sparse', 'deploy', False), ('cli', 'experiments', True), ('experiments', 'cli', False), ('all', 'deploy', True),
     ('all', 'cli', False), ('experiments', 'all', True)])
 def test_the_rule_itself(src, dst, ok): assert allowed(src, dst) == ok
