@@ -115,7 +115,7 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
     finally:
         if handle is not None: handle.remove()
 
-# %% ../nbs/00d_persist.ipynb #15b7cf6f
+# %% ../nbs/00d_persist.ipynb #f8cdbd50
 _KEEP = {'recorder': ('lrs', 'iters', 'losses', 'values')}
 
 def plain_types(o):
@@ -134,9 +134,11 @@ def _callback_state(learn):
         rec = learn.recorder
         res['recorder'] = {k: getattr(rec, k) for k in _KEEP['recorder']} | {'smooth': [rec.smooth_loss.count, rec.smooth_loss.val]}
     if getattr(learn, 'scaler', None) is not None: res['scaler'] = learn.scaler.state_dict()
+    if 'gradient_accumulation' in learn.__dict__: res['accumulated'] = learn.gradient_accumulation.count
     return plain_types(res)
 
 def _set_callback_state(learn, state):
+    if 'accumulated' in state and 'gradient_accumulation' in learn.__dict__: learn.gradient_accumulation.count = state['accumulated']
     for cb,(name,saved) in zip(_trackers(learn), state['trackers']):
         if cb.name == name: cb.__dict__.update(saved)
     rec = state.get('recorder')
@@ -155,6 +157,13 @@ def set_effect_runs(model, state:dict) -> None:
     for n,s in effects(model).items():
         s.history[:] = state['history'].get(n, [])
         if n in state.get('held', {}): s.holder.set_run_state(state['held'][n])
+
+def _grads(model):
+    "Gradients that are left between two epochs: accumulated ones, and zeros as True. fastai decays frozen weights that have one"
+    return [None if p.grad is None else p.grad.clone() if p.grad.any() else True for p in model.parameters()]
+
+def _set_grads(model, grads):
+    for p,g in zip(model.parameters(), grads): p.grad = torch.zeros_like(p) if g is True else g
 
 def gather_ranks(o) -> list:
     "`o` of every rank, in a list"
@@ -188,11 +197,11 @@ class RunState(Callback):
         if rank_distrib(): return
         opt,model = self.opt.state_dict(),get_model(self.model)
         state = dict(version=1, fit=self.learn.__dict__['_n_fits'], epoch=self.epoch, n_epoch=self.n_epoch, rng=rngs, model=model.state_dict(),
-                     opt=plain_types(opt), callbacks=_callback_state(self.learn),
+                     opt=plain_types(opt), callbacks=_callback_state(self.learn), grads=_grads(model),
                      **effect_runs(model))
         with atomic_path(model_path(self.learn, self.file)) as tmp: torch.save(state, tmp)
 
-# %% ../nbs/00d_persist.ipynb #32c4e5c2
+# %% ../nbs/00d_persist.ipynb #39c2fda7
 class _Resume(Callback):
     "Skip what is done, then put the saved state back"
     order,_only_train_loop = -100,True # `learn.summary` fires before_epoch, too
@@ -248,6 +257,7 @@ def restore_run(learn:Learner, state:dict) -> None:
     opt = state['opt']
     learn.opt.load_state_dict(dict(opt, hypers=L(opt['hypers'])) if 'hypers' in opt else opt)
     _set_callback_state(learn, state['callbacks'])
+    if 'grads' in state: _set_grads(get_model(learn.model), state['grads'])
     set_effect_runs(learn.model, state)
     learn.__dict__['_n_fits'] = state['fit']
     set_rng_state(state['rng'][min(rank_distrib(), len(state['rng'])-1)], learn.dls)

@@ -4,13 +4,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Callback, DataLoaders, Learner, SGD, accuracy, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, SGD, accuracy, set_seed
 from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paramfx.core import pick_layers, rng_guard, sample_batch, stages, swap_module
-from paramfx.data import digits_dls
+from paramfx.data import digits_dls, tensor_dls
 from paramfx.effects import EffectCallback, _same
 from paramfx.persist import RunState
 from paramfx.rewire import DynamicSparse
@@ -305,3 +306,30 @@ def test_warning_about_rewires_is_about_this_fit(mk):
 
 def test_group_lasso_needs_its_weight():
     with pytest.raises(ValueError, match='l1='): DynamicSparse(group_lasso=True)
+
+
+@pytest.mark.parametrize('opt', [SGD, partial(OptimWrapper, opt=torch.optim.SGD)], ids=['fastai', 'torch'])
+@pytest.mark.parametrize('how', ['frozen after it was trained', 'accumulating'])
+def test_gradients_that_are_left_are_resumed(how, opt, tmp_path):
+    "fastai decays a frozen layer that still has a gradient of zeros; accumulated gradients, and their count, cross the end of an epoch"
+    def run(folder, stop=False, resume=False):
+        set_seed(7 if resume else 0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+        learn = Learner(tensor_dls(x, torch.arange(40)%3, x, torch.arange(40)%3, bs=8, normalize=False, device='cpu'), net, CrossEntropyLossFlat(), opt_func=opt,
+                        splitter=lambda m: [[*m[0].parameters()], [*m[2].parameters()]], path=tmp_path/folder, wd=.1, cbs=RunState())
+        if how == 'accumulating': learn.add_cb(GradientAccumulation(24))
+        if stop: learn.add_cb(Crash((2, 2)))
+        if resume: learn.resume()
+        with learn.no_bar(), learn.no_logging():
+            try:
+                learn.fit(1, .1)
+                if how != 'accumulating': learn.freeze()
+                learn.fit(4, .1)
+            except KeyboardInterrupt: pass
+        return net
+    whole = run('a')
+    half = run('b', stop=True)
+    rest = run('b', resume=True)
+    assert not any(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters()) if p.requires_grad)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), rest.parameters()))
