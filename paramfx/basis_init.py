@@ -98,7 +98,7 @@ def _as_filters(best, ws, weights, total):
     coeffs = [(w@torch.cat([u, b], -2).mT).flatten(0, 1)[..., None, None].to(like.dtype) for w,u in zip(ws, us)]
     return back(b),[back(u) for u in us],coeffs,err/max(total, 1e-300)
 
-# %% ../nbs/20ab_basis_init.ipynb #74e6c6bd
+# %% ../nbs/20ab_basis_init.ipynb #bf106bc0
 def identity_norm(
     n:int, # Channels
     like:torch.Tensor, # For device and type
@@ -108,8 +108,8 @@ def identity_norm(
     "A batch norm with these statistics that changes nothing in evaluation mode"
     bn = nn.BatchNorm2d(n, device=like.device, dtype=like.dtype)
     with torch.no_grad():
-        bn.running_mean += mean
-        bn.running_var *= var
+        bn.running_mean.add_(mean)
+        bn.running_var.mul_(var)
         bn.weight.copy_((bn.running_var+bn.eps).sqrt())
         bn.bias.copy_(bn.running_mean)
     return bn
@@ -120,18 +120,30 @@ def calibrate(
     batches # Inputs, each a tensor or a tuple
 ) -> None:
     "Give each layer a norm with the statistics that its filters have on `batches`, the function unchanged"
-    sums = {m: 0. for m in layers}
+    sums,old = {m: 0. for m in layers},{m: m.norm for m in layers}
     def hook(m, args):
-        z = m.responses(args[0]).double().transpose(0, 1).flatten(1)
+        z = m.responses(args[0].as_subclass(torch.Tensor)).double().transpose(0, 1).flatten(1)
         sums[m] = sums[m] + torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
     for m in layers: m.norm = identity_norm(m.rank, m.coeff)
     hooks = [m.register_forward_pre_hook(hook) for m in layers]
+    n = 0
     try:
         with still(model):
-            for b in batches: model(*model_inputs(model, b))
+            for n,b in enumerate(batches, 1):
+                try: model(*model_inputs(model, b))
+                except RuntimeError as e: raise ValueError(f"batches[{n-1}] does not run through the model: {e}. Give inputs as the model takes them, a tensor or a tuple each.") from e
+        if not n: raise ValueError("batches: there is none to calibrate norms on. Give at least one.")
+        for m,s in sums.items(): m.norm = _seen(m, s)
+    except BaseException:
+        for m in layers: m.norm = old[m]
+        raise
     finally:
         for h in hooks: h.remove()
-    for m,s in sums.items():
-        if not torch.is_tensor(s): continue # it does not run
+
+def _seen(m, s):
+    "The norm of a layer with these sums: number, values, squares"
+    args = ()
+    if torch.is_tensor(s): # else it does not run
         n,mean = s[0],s[1]/s[0]
-        m.norm = identity_norm(m.rank, m.coeff, mean, (s[2]/n-mean**2).clamp(min=0)*n/(n-1).clamp(min=1)).train(m.training)
+        args = mean,(s[2]/n-mean**2).clamp(min=0)*n/(n-1).clamp(min=1)
+    return identity_norm(m.rank, m.coeff, *args).train(m.training).requires_grad_(m.coeff.requires_grad)

@@ -19,7 +19,7 @@ from .forward import copy_model
 from .state import effects, root_module
 from .report import cost, human
 
-# %% ../nbs/04a_dryrun.ipynb #8b9d1e3b
+# %% ../nbs/04a_dryrun.ipynb #e3988d69
 def _resolve(what, kwargs):
     "The callback or verb that `what` stands for"
     if isinstance(what, str):
@@ -41,14 +41,16 @@ def _applied(what, model, learn, kwargs):
 @patch
 def plan(self:Learner,
     what, # Callback (as in `cbs`), verb of the Learner or its name, or verb on a model
-    **kwargs # Arguments of a verb; its `sample` is taken from the loaders unless it is among them
+    **kwargs # Arguments of a verb; its `sample` is taken from the loaders, its `splitter` from the Learner, unless they are among them
 ) -> Table: # Rows of what is touched, then of what is left alone; `.before` and `.after` are `Report`s
     "Dry run: what `what` would do to this model, and what that would cost; nothing changes"
     what,model = _resolve(what, kwargs),root_module(self.model)
     old = effects(model).get(getattr(what, 'name', None))
     if old is not None: what._check_settings(old)
     x = sample_batch(self.dls)
-    if not isinstance(what, EffectCallback) and 'sample' in inspect.signature(what).parameters: kwargs.setdefault('sample', x)
+    if not isinstance(what, EffectCallback):
+        for k,v in dict(sample=x, splitter=self.splitter).items():
+            if k in inspect.signature(what).parameters: kwargs.setdefault(k, v)
     table = what.plan(model, learn=self) if isinstance(what, EffectCallback) else what.plan(model, **kwargs)
     table.before = cost(model, x, latency=False)
     table.after = table.before if old is not None else cost(_applied(what, model, self, kwargs), x, latency=False)

@@ -7,7 +7,8 @@ Docs: https://paramfx.github.io/paramfx/ortho.html.md"""
 # %% auto #0
 __all__ = ['ortho_penalty']
 
-# %% ../nbs/20_ortho.ipynb #05fdaaf4
+# %% ../nbs/20_ortho.ipynb #8b2f075d
+from contextlib import nullcontext
 from itertools import zip_longest
 
 import torch
@@ -60,7 +61,7 @@ def _check(groups, unique, norm, joint, side):
     if not any(s or (u and unique) for s,u in groups): raise ValueError("groups: no filter to penalize in any of them. Give shared tensors, or unique ones with unique=True.")
     return groups
 
-# %% ../nbs/20_ortho.ipynb #f9fec1b4
+# %% ../nbs/20_ortho.ipynb #3712b63a
 def _rows(t):
     t = t.flatten(1)
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
@@ -87,6 +88,6 @@ def ortho_penalty(
     "How far the filters of each group are from orthonormal rows"
     groups = _check(groups, unique, norm, joint, side)
     dev = next(t for g in groups for ts in g for t in ts).device.type
-    with torch.autocast(dev, enabled=False):
+    with torch.autocast(dev, enabled=False) if torch.amp.is_autocast_available(dev) else nullcontext():
         rows = [([_rows(t) for t in s], [_rows(t) for t in u] if unique else []) for s,u in groups]
         return sum(_averaged([_terms(*g, side == 'auto') for g in part], norm) for part in _parts(rows, joint))

@@ -122,7 +122,7 @@ def _named(model, splits):
         res.update(dict.fromkeys(names, int(g)))
     return {n: res[n] for n in weighted_layers(model) if n in res}
 
-# %% ../nbs/10b_split_plan.ipynb #e041cd6a
+# %% ../nbs/10b_split_plan.ipynb #3126ee52
 class _Watch(TorchFunctionMode):
     "Layers in the order in which they run, and what multiplies channels by a number for each"
     def __init__(self, model, names):
@@ -163,7 +163,7 @@ def _check_layers(model, names, cmap, order):
         if not isinstance(m, (*CONVS[:3], nn.Linear)): raise ValueError(f"{what}: only convolutions and linear layers can be split. Leave it out: split what comes after it.")
         if n not in order or n in cmap.unseen: raise ValueError(f'{what}: it did not run on the sample, so nothing can be said about it. Leave it out, or give a sample that reaches it.')
         if getattr(m, 'groups', 1) > 1 and not _depthwise(m): raise ValueError(f'{what}: it is grouped already, in {m.groups}, and its groups fix which channels belong together. Leave it out, or use a network without grouped layers there.')
-        tied = places.get(id(m._parameters.get('weight')), ())
+        tied = () if m._parameters.get('weight') is None else places.get(id(m.weight), ())
         if len(tied) > 1: raise ValueError(f"{what}: its weight is tied: {', '.join(tied)}. Give each its own, as with `nn.Parameter(w.clone())`, or leave it out.")
         if any((n, 'weight', d) not in cmap.bindings for d in (0, 1)) and not _depthwise(m): raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so it has no rows to split. `materialize` the model first, or leave it out.')
 
