@@ -8,9 +8,9 @@ Docs: https://paramfx.github.io/paramfx/bases_recipes.html.md"""
 __all__ = ['RULES', 'ALSO', 'shared_recipe', 'share_published', 'shared_network', 'printed_flops', 'shared_counts',
            'published_keys', 'load_published']
 
-# %% ../nbs/20e_bases_recipes.ipynb #a5f529f1
+# %% ../nbs/20e_bases_recipes.ipynb #8c7b8890
 import pickle, re, warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def shared_network(
     share_published(net, zoo.sample(name), **kw)
     return net
 
-# %% ../nbs/20e_bases_recipes.ipynb #75173867
+# %% ../nbs/20e_bases_recipes.ipynb #d0ba84e0
 ALSO = dict.fromkeys(('mobilenet_v2', 'mobilenet_v2_expand', 'mobilenet_v2_eca'), 'stem') | {'densenet121': r'features(\.norm5)?', 'resnext50_32x4d': r'relu|layer\d\.\d|layer\d\.0\.bn2'}
 _NORMS,_POOLS = nn.modules.batchnorm._BatchNorm,(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
@@ -93,9 +93,13 @@ def printed_flops(
         for h in hooks: h.remove()
     return macs,macs+sum(more)
 
+def _shape_only(m, x):
+    "An output of the right shape: what the layer multiplies it says itself"
+    return m._conv_forward(x, x.new_empty(m.out_channels, m.in_channels//m.groups, *m.kernel_size), None)
+
 @zoo.row_counts('shared_bases')
 def shared_counts(
-    net:nn.Module, # The plain network of the row; changed in place
+    net:nn.Module, # The plain network of the row; it is changed, and only its shapes are left
     row:dict # Of `zoo.published`
 ) -> dict: # `params`, `macs` and `flops`, these as `flops_are` says
     "Exact counts of a published row"
@@ -104,6 +108,7 @@ def shared_counts(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # ablations that save nothing
         if row['mode']: share_published(net, x, **shared_recipe(name))
+    for m in sharing_layers(net, BasisConv2d).values(): m.forward = partial(_shape_only, m)
     macs,flops = printed_flops(net, x, row['network'])
     return dict(params=n_params(net)[0], macs=macs, flops=flops if row['flops_are'] == 'MACs' else 2*flops)
 

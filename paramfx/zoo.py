@@ -7,16 +7,16 @@ Docs: https://paramfx.github.io/paramfx/zoo.html.md"""
 # %% auto #0
 __all__ = ['DATASETS', 'row_counts', 'row_forms', 'row_files']
 
-# %% ../nbs/07_zoo.ipynb #85fcc078
+# %% ../nbs/07_zoo.ipynb #797c43c8
 import csv, difflib, fnmatch, importlib, re
 from importlib.resources import files
 
 import pandas as pd, torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from fastprogress.fastprogress import progress_bar
 from . import data, nets, text
-from .forward import copy_model
-from .report import cost
+from .report import count_macs, n_params
 
 # %% ../nbs/07_zoo.ipynb #3b32bf9f
 _fine = dict(flowers102=102, aircraft=100, cub200=200, dogs=120, mit67=67)
@@ -92,7 +92,7 @@ def _torchvision_width(n_out, net, width, **kw):
     if net == 'mobilenet_v2': return _torchvision(n_out, net, width_mult=width, **kw)
     raise ValueError(f'{net} has no width; resnet18 to resnet152 and mobilenet_v2 have one. Any other network can be cut: trace_channels(net, x).cut({width:g})')
 
-# %% ../nbs/07_zoo.ipynb #a11e33c3
+# %% ../nbs/07_zoo.ipynb #5f114657
 _COUNTS,_FORMS,_FILES = {},{},{}
 _MODULES = {'shared_bases': 'bases_recipes', 'dynamic_sparse': 'sparse_rows'} # where families register
 
@@ -104,7 +104,7 @@ def _asked(table, family):
 def row_counts(
     family:str # Of the table
 ):
-    "Register `f(net, row)`, which counts what the row's form of the network has: dict of `params`, perhaps `macs` and `flops` as printed"
+    "Register `f(net, row)`, which counts what the row's form of the network has, and may change `net`, which is on the device meta: dict of `params`, perhaps `macs` and `flops` as printed"
     return lambda f: _COUNTS.setdefault(family, f)
 
 def row_forms(
@@ -183,7 +183,7 @@ def dls(
     if n != 1000: raise ValueError(f'{folder} holds {n} classes, and ImageNet 1000: give its folder, or read this one with folder_dls')
     return images.folder_dls(folder, **dict(size=224)|kwargs)
 
-# %% ../nbs/07_zoo.ipynb #c55470af
+# %% ../nbs/07_zoo.ipynb #f23612a0
 def _rows(family, dataset):
     "Printed rows, numbers as numbers"
     with (files('paramfx')/'published.csv').open(encoding='utf8', newline='') as f: rows = [*csv.DictReader(f)]
@@ -202,13 +202,27 @@ def _frame(rows):
     for c in {'row_params','row_macs','row_flops'} & {*df}: df[c] = df[c].astype('Int64')
     return df
 
-def _start(r, made):
-    "The network that a row starts from and its counts, once per network"
+_FILLS = {getattr(torch.Tensor, f'{o}_') for o in ('normal', 'uniform', 'fill', 'zero')}
+
+class _NoValues(TorchFunctionMode):
+    "Inside, tensors are left unfilled: on the device meta that is slower than elsewhere, and for nothing"
+    def __torch_function__(self, func, types, args=(), kwargs=None): return args[0] if func in _FILLS else func(*args, **(kwargs or {}))
+
+def _bare(r):
+    "The network that a row starts from, to be counted: on the device meta, its norms passing on what they get"
+    with torch.device('meta'), _NoValues(): net = build(r['network'], **({'width': float(r['width'])} if r['width'] else {}))
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.forward = _passed # there, torch makes dozens of operations of a norm: two thirds of the time
+    return net
+
+def _passed(x): return x
+
+def _start_counts(r, made):
+    "Counts of the network that a row starts from, once per network"
     key = r['network'],r['width']
     if key not in made:
-        net = build(key[0], **({'width': float(key[1])} if key[1] else {}))
-        c = cost(net, sample(key[0]), latency=False)
-        made[key] = net,dict(net_params=c.params, net_macs=c.macs)
+        net = _bare(r)
+        made[key] = dict(net_params=n_params(net)[0], net_macs=count_macs(net, sample(key[0]))[0])
     return made[key]
 
 def published(
@@ -219,9 +233,9 @@ def published(
     "What was printed, beside what is counted"
     rows,made = _rows(family, dataset),{}
     for r in progress_bar(rows, leave=False) if count else ():
-        net,counts = _start(r, made)
+        counts,f = _start_counts(r, made),_asked(_COUNTS, r['family'])
         plain = r['row'] == r['network'].split('/')[1] # a row about the network as it is
-        own = (_asked(_COUNTS, r['family']) or (lambda *_: {}))(copy_model(net), r)
+        own = f(_bare(r), r) if f else {}
         if plain: own |= dict(params=counts['net_params'], macs=counts['net_macs'])
         r.update(counts, **{f'row_{k}': own.get(k) for k in ('params', 'macs', 'flops')})
     return _frame(rows)

@@ -499,6 +499,15 @@ def test_counted_figures():
     assert {r['row']: r['row_params'] for r in cifar}['resnet32-S8U1'] == 150_666
 
 
+def test_counting_draws_nothing():
+    "Networks are counted without values: no random number is drawn, no weight made"
+    before = torch.get_rng_state()
+    net = zoo._bare(dict(network='cifar10/resnet32', width=''))
+    assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {'meta'}
+    records('shared_bases', 'cifar10'); records('dynamic_sparse', 'mnist')
+    assert torch.equal(torch.get_rng_state(), before) and zoo.build('cifar10/resnet20').conv1.weight.std() > 0
+
+
 def test_a_count_may_change_the_network(monkeypatch):
     "Each row is counted on a copy of its own"
     def shrink(net, row):
