@@ -45,7 +45,7 @@ def _plain_table(table):
     line = lambda r: '  '.join(str(r[c]).ljust(width[c]) if c == cols[0] else str(r[c]).rjust(width[c]) for c in cols).rstrip()
     return '\n'.join([line({c: c for c in cols}), *map(line, table), '', table.note])
 
-# %% ../nbs/80_cli.ipynb #825bb5cd
+# %% ../nbs/80_cli.ipynb #6d3f8b89
 def _shape(text):
     "'3,64,64' as a tuple"
     try: shape = tuple(int(o) for o in text.split(','))
@@ -59,15 +59,15 @@ def _network(name, x, shared):
     net = zoo.build(name)
     if not shared: return net,''
     from paramfx.bases_recipes import share_published
-    return net,share_published(net, x, name, **dict(shared_rank=16, unique_rank=1) | shared).note
+    return net,share_published(net, x, name, **shared).note
 
 def cost(
     name:str, # Data set and network, such as cifar100/resnet34; the form of a published row behind a hyphen
     input:str=None, # Shape of one input, such as 3,64,64; default: that of the data set
-    shared_rank:int=None, # Share this many filters in each stage, 16 if another of these four is given
-    unique_rank:int=None, # Filters of its own for each layer, 1 if another is given
+    shared_rank:int=None, # Share this many filters in each stage; 16 if another of these four is given, 64 in ResNeXt
+    unique_rank:int=None, # Filters of its own for each layer; 1 if another is given, 4 in ResNeXt
     n_bases:int=None, # Bases for each stage, 1 or 2
-    mode:str=None, # 'basis', or 'tie' for whole weights, without ranks
+    mode:str=None, # 'basis', or 'tie' for whole weights, which ignores ranks
     as_json:store_true=False # Print the numbers as JSON and nothing else
 ):
     "Parameters, multiply-adds, bytes and latency of a network, for one input"
