@@ -1,4 +1,4 @@
-"""A training step of ResNet-32 with shared bases, relative to that of the plain network and to the published form; penalty; folded inference.
+"""Training steps of ResNet-32 with shared bases, relative to those of the plain network and to the published form; penalty; folded inference.
 
 The published form runs each layer as it is drawn: two convolutions, their outputs side by side, a batch norm, a 1x1 convolution."""
 import argparse
@@ -20,7 +20,9 @@ from paramfx.ortho_reg import basis_groups
 from paramfx.plain import materialize
 
 NETWORK, LAYOUTS = 'cifar10/resnet32', {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-TARGETS = {(16, 'norm'): 1.9, (8, 'norm'): 1.3, (16, 'no norm'): 1.06, (8, 'no norm'): 1.06, (16, 'frozen norm'): 1.06, (8, 'frozen norm'): 1.06}
+TARGETS = {(16, 'norm'): 1.9, (8, 'norm'): 1.3, (16, 'no norm'): 1.06, (8, 'no norm'): 1.06, (16, 'frozen norm'): 1.06, (8, 'frozen norm'): 1.06,
+           (16, 'frozen statistics'): 1.06, (8, 'frozen statistics'): 1.06}
+STEPS = 3  # in a row, as in training: a single one between those of other networks would find all its weights out of the cache
 PUBLISHED, PENALTY, FOLDED = .95, .03, 1.05
 
 
@@ -35,26 +37,36 @@ class Published(nn.Module):
 
 
 def shared(rank, how='norm', seed=0):
-    "The network with shared bases; how: 'norm', 'no norm', 'frozen norm' or 'published form'"
+    "The network with shared bases; how: 'norm', 'no norm', 'frozen norm', 'frozen statistics' or 'published form'"
     torch.manual_seed(seed)
     net = zoo.build(NETWORK)
     share_bases(net, torch.randn(1, 3, 32, 32), shared_rank=rank, basis_norm=how != 'no norm')
     net.train()
     for n, m in [o for o in net.named_modules() if isinstance(o[1], BasisConv2d)]:
-        if how == 'frozen norm': m.norm.eval()
+        if how.startswith('frozen'): m.norm.eval().requires_grad_(how == 'frozen statistics')
         if how == 'published form': swap_module(net, n, Published(m))
     return net
 
 
+def biased(seed=0):
+    "The plain network, with a bias in the convolutions that would share: what a frozen norm is folded to"
+    torch.manual_seed(seed)
+    net = zoo.build(NETWORK).train()
+    for n, m in shared(16).named_modules():
+        if isinstance(m, BasisConv2d): net.get_submodule(n).bias = nn.Parameter(torch.zeros(m.out_channels))
+    return net
+
+
 def stepper(net, x, y, layout):
-    "A step of SGD with momentum"
+    "Steps of SGD with momentum"
     net.to(memory_format=layout)
     opt, x = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=.9), x.to(memory_format=layout)
-    def step():
-        F.cross_entropy(net(x), y).backward()
-        opt.step()
-        opt.zero_grad()
-    return step
+    def steps():
+        for _ in range(STEPS):
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+    return steps
 
 
 def agree(rank, x):
@@ -64,12 +76,13 @@ def agree(rank, x):
 
 
 def penalty_step(net):
-    "The penalty and its gradient"
+    "The penalty and its gradient, as often"
     (groups,) = basis_groups(net)
-    def step():
-        (10*ortho_penalty(groups, unique=True)).backward()
-        for p in net.parameters(): p.grad = None
-    return step
+    def steps():
+        for _ in range(STEPS):
+            (10*ortho_penalty(groups, unique=True)).backward()
+            for p in net.parameters(): p.grad = None
+    return steps
 
 
 def rows_of(times, base, rank, layout, targets):
@@ -83,10 +96,12 @@ def measure(rank, layout, rounds, bs=64):
     torch.manual_seed(1)
     x, y = torch.randn(bs, 3, 32, 32), torch.randint(10, (bs,))
     assert agree(rank, x) < 1e-3, 'the published form does not compute the same'
-    hows, fmt = ('norm', 'no norm', 'frozen norm', 'published form'), LAYOUTS[layout]
-    fns = {h: stepper(shared(rank, h), x, y, fmt) for h in hows} | {'plain': stepper(zoo.build(NETWORK).train(), x, y, fmt), 'penalty': penalty_step(shared(rank))}
+    hows, fmt = ('norm', 'no norm', 'frozen norm', 'frozen statistics'), LAYOUTS[layout]
+    fns = {h: stepper(shared(rank, h), x, y, fmt) for h in (*hows, 'published form')}
+    fns |= {'plain': stepper(zoo.build(NETWORK).train(), x, y, fmt), 'plain with biases': stepper(biased(), x, y, fmt), 'penalty': penalty_step(shared(rank))}
     times = paired(fns, rounds, warmup=1)
-    rows = [*rows_of(times, 'plain', rank, layout, {h: TARGETS[rank, h] for h in hows[:3]})]
+    rows = [*rows_of(times, 'plain', rank, layout, {h: TARGETS[rank, h] for h in hows})]
+    rows += rows_of(times, 'plain with biases', rank, layout, {h: TARGETS[rank, h] for h in hows[2:]})
     rows += rows_of(times, 'published form', rank, layout, {'norm': PUBLISHED})
     return rows + [*rows_of(times, 'norm', rank, layout, {'penalty': PENALTY})]
 
@@ -107,9 +122,11 @@ def run(rounds=8, ranks=(16, 8), bs=64):
         return [r for rank in ranks for k in LAYOUTS for f in (measure, inference) for r in f(rank, k, rounds, bs)]
 
 
-NOTE = """ResNet-32 (widths 16, 32, 64) on random pictures of 32x32, batch 64: forward, backward and a step of SGD with momentum, one thread,
-CPU time, medians and quartiles of the ratios within {rounds} interleaved rounds. `norm`: the published batch norm between filters and coefficients;
-`no norm`, `frozen norm`: the kernel is formed each step and run as a plain convolution. `penalty`: value and gradient with unique filters."""
+NOTE = """ResNet-32 (widths 16, 32, 64) on random pictures of 32x32, batch 64: forward, backward and a step of SGD with momentum, {steps} steps in a row
+as in training, one thread, CPU time, medians and quartiles of the ratios within {rounds} interleaved rounds. `norm`: the published batch norm between
+filters and coefficients; in the others the kernel is formed each step and run as a plain convolution. `frozen norm`: nothing of it is trained, as
+under fastai's `BnFreeze`; `frozen statistics`: its scale and shift are. What such a norm adds becomes a bias, whose gradient reads all maps once
+more: `plain with biases` is the plain network with a bias in the same convolutions. `penalty`: value and gradient with unique filters."""
 
 
 if __name__ == '__main__':
@@ -118,4 +135,4 @@ if __name__ == '__main__':
     ap.add_argument('--dry', action='store_true', help='print, write no table')
     a = ap.parse_args()
     rows = run(a.rounds)
-    print(table(rows) if a.dry else write_table('bases_step', rows, NOTE.format(rounds=a.rounds)).read_text())
+    print(table(rows) if a.dry else write_table('bases_step', rows, NOTE.format(rounds=a.rounds, steps=STEPS)).read_text())
