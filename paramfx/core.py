@@ -9,14 +9,14 @@ __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pi
            'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
 
 # %% ../nbs/00_core.ipynb #9617bb53
-import json, random
+import json, random, sys
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, store_attr
-from fastai.basics import OptimWrapper, apply
+from fastai.basics import Learner, OptimWrapper, apply
 
 # %% ../nbs/00_core.ipynb #73fda789
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -232,6 +232,28 @@ def zero_is_fixed(opt) -> bool:
         return type(opt).__name__ in _FIXED_TORCH and type(opt).__module__.startswith('torch.optim')
     return hasattr(opt, 'cbs') and not hasattr(opt, 'slow_weights') and type(opt).__name__ != 'Lookahead' and all(
         getattr(getattr(c, 'func', c), '__name__', '') in _FIXED_FASTAI for c in opt.cbs) # Adam's first one is a partial
+
+# %% ../nbs/00_core.ipynb #ddb5f4e7
+def _on_learner() -> bool:
+    "Was the library called through a Learner?"
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        args = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount]
+        if any(issubclass(type(frame.f_locals.get(k)), Learner) for k in args): return True
+        frame = frame.f_back
+    return False
+
+def for_caller(
+    learner:str, # What the user of a Learner writes
+    model:str # What the user of a model writes
+) -> str: # One of the two, as code in a message
+    "A remedy in the words of the API that was called"
+    return f'`{learner if _on_learner() else model}`'
+
+def way_out() -> str:
+    "The remedy of all that wants an ordinary network"
+    return for_caller('learn.materialize()', 'model = materialize(model, x)')
 
 # %% ../nbs/00_core.ipynb #49d08a78
 class Table(list):
