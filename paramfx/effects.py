@@ -8,7 +8,7 @@ Docs: https://paramfx.github.io/paramfx/effects.html.md"""
 __all__ = ['LeanCallback', 'in_fit', 'finding_lr', 'EffectKeeper', 'EffectSlot', 'EffectCallback']
 
 # %% ../nbs/00c_effects.ipynb #8c132c71
-import inspect, reprlib
+import inspect, reprlib, warnings
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from functools import partial
 
@@ -16,7 +16,7 @@ import numpy as np, torch
 from fastcore.basics import class2attr, patch, snake2camel
 from fastai.basics import Callback, CancelStepException, L, Learner, ValueMetric
 from fastai.callback.core import _inner_loop
-from fastai.callback.schedule import SchedCos
+from fastai.callback.schedule import LRFinder, SchedCos
 from .state import EffectState, effects, root_module
 
 # %% ../nbs/00c_effects.ipynb #3d6f69d5
@@ -162,12 +162,14 @@ class EffectSlot:
 class EffectCallback(LeanCallback):
     "Base of every method's callback: attaches its effect when added, and continues one with equal settings"
     order,run_valid = 5,False # before GradientAccumulation (6), so that a penalty counts once
+    kinds = {} # name of an effect -> class of its callback
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         name = class2attr(cls.__new__(cls), 'Callback')
         if hasattr(Learner, name) and type(Learner.__dict__.get(name)).__name__ != 'EffectSlot': raise TypeError(
             f"{cls.__name__}: a Learner has `{name}` already. Choose another name for the class.")
         setattr(Learner, name, EffectSlot(name))
+        EffectCallback.kinds[name] = cls
 
     @property
     def settings(self) -> dict:
@@ -229,6 +231,10 @@ class EffectCallback(LeanCallback):
 
     def convert(self, model, learn=None) -> EffectState: raise TypeError(f'{type(self).__name__} defines no `convert`.')
     def plan(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `plan`.')
+    @classmethod
+    def without(cls, model) -> str: return None # what a fit in which no such callback takes part would lose, and what to do
+    @classmethod
+    def unfinished(cls, model) -> str: return None # what `materialize` would end before it has come to its end, and what to do
     def final(self, model, learn=None) -> EffectState: return self.convert(model, learn) # what the cost after, in `learn.plan`, is that of
     def penalty(self): return None
     def columns(self) -> dict: return {}
@@ -254,6 +260,19 @@ def _check_all(learn, cbs):
         cb._check_settings(old) if old is not None else cb.plan(model, learn)
         seen[cb.name] = SimpleNamespace(settings=cb.settings)
 
+def _takes_part(cls, cbs): return any(issubclass(c if isinstance(c, type) else type(c), cls) for c in cbs)
+
+def _warn_without(learn, cbs):
+    "Tell what a fit without a method's callback would lose: once, until the callback is back"
+    told = learn.__dict__.setdefault('_told', [])
+    for n,cls in EffectCallback.kinds.items():
+        if 'without' not in vars(cls): continue
+        lost = None if _takes_part(cls, [*learn.cbs, *cbs]) else cls.without(root_module(learn.model))
+        if lost is None and n in told: told.remove(n)
+        if lost is None or n in told: continue
+        told.append(n)
+        warnings.warn(f"{cls.__name__}: {lost}", stacklevel=3)
+
 _fastai_add_cbs,_fastai_fit = Learner.add_cbs,Learner.fit
 
 @patch
@@ -269,6 +288,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in L(cbs))]
     if loose: raise ValueError(f"The model carries {', '.join(loose)}, and nothing on this Learner holds it in force. "
                                f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
+    if n_epoch > (start_epoch or 0) and not _takes_part(LRFinder, L(cbs)): _warn_without(self, L(cbs))
     try: return _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
     finally:
         if 'effect_keeper' in self.__dict__: self.effect_keeper.leave()

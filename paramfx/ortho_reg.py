@@ -22,7 +22,7 @@ from .core import Table
 from .effects import EffectCallback
 from .ortho import ortho_penalty
 from .plain import recipe_verb
-from .state import EffectState, root_module
+from .state import EffectState, effects, root_module
 
 # %% ../nbs/20c_ortho_reg.ipynb #3e622762
 def basis_groups(
@@ -150,6 +150,12 @@ class OrthoReg(EffectCallback):
     def convert(self, model, learn=None):
         "Nothing of the model changes"
         return EffectState(self.name, self.settings, Clock(), OrthoHolder(self.settings), self.plan(model, learn))
+
+    @classmethod
+    def without(cls, model):
+        st = effects(model).get('ortho_reg')
+        if st is None or not st.settings['ortho_lambda']: return None
+        return "this fit is without its penalty, so nothing holds the shared filters orthonormal. Fit with cbs=learn.ortho_reg."
 
     @property
     def parts(self) -> list:

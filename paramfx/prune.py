@@ -20,6 +20,7 @@ from .masks import MaskStore
 from .moves import keep_global, keep_local
 from .plain import recipe_verb
 from .sparse import MaskedEffect, given_mask, layer_units, mask_state, plan_masks
+from .state import effects
 from .units import check_granularity, check_sparsity, live_units, unit_scores
 
 # %% ../nbs/42_prune.ipynb #27e68f5f
@@ -147,6 +148,22 @@ class IterativePrune(MaskedEffect, EffectCallback):
         gone = [(e.mask & ~k).flatten().nonzero().flatten() for e,k in zip(items, keep)]
         MaskStore(items).move_(gone, [g[:0] for g in gone], opt=opt)
         return {e.name: len(g) for e,g in zip(items, gone)}
+
+    @classmethod
+    def unfinished(cls, model):
+        st = effects(model).get('iterative_prune')
+        n,end = st.settings['n_prunes'],sum(r['live'] for r in st.report if 'live' in r)
+        if st.holder.live <= end: return None
+        return (f"{int(st.values['prunes'])} of {n} prunes were made, so {st.holder.live:,} of {st.holder.units:,} units "
+                f"are live, and {end:,} the target. Prunes are made at the ends of epochs: fit first.")
+
+    @classmethod
+    def without(cls, model):
+        st = effects(model).get('iterative_prune')
+        if st is None or not any(e.trainable and st.values[f'done_{i}'] < st.settings['n_prunes'] for i,e in enumerate(st.holder.items)): return None
+        if cls.unfinished(model) is None: return None
+        return (f"this fit is without it, so it makes none of the prunes to come ({int(st.values['prunes'])} of {st.settings['n_prunes']} "
+                "were made). Fit with cbs=learn.iterative_prune.")
 
     # -- when
     @property

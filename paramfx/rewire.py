@@ -24,6 +24,7 @@ from .moves import (adapt_threshold, allocate_growth, drop_fraction, drop_sign_c
     grow_top, keep_global, readmit, threshold_for, unit_values)
 from .rewirer import REWIRERS, Rewirer, rewirer
 from .sparse import plan_masks
+from .state import effects
 from .units import generator, unit_scores
 
 # %% ../nbs/41_rewire.ipynb #23474b64
@@ -240,6 +241,18 @@ class DynamicSparse(Exchange, EffectCallback):
         store_attr()
         self.check_settings(REWIRERS)
         self.__dict__.update(steps=None if period is None else as_sched(period), temps=SchedExp(1e-3, 1e-6) if temperature is None else as_sched(temperature))
+
+    @classmethod
+    def unfinished(cls, model):
+        st = effects(model).get('dynamic_sparse')
+        end = sum(r['end'] for r in st.report if 'end' in r)
+        if not end or st.holder.live <= end: return None
+        return f"{st.holder.live:,} units are live, and {end:,} the target of method={st.settings['method']!r}, which comes down to it within a fit: fit first."
+
+    @classmethod
+    def without(cls, model):
+        late = cls.unfinished(model) if 'dynamic_sparse' in effects(model) else None
+        return None if late is None else f"this fit is without it, and removes nothing more: {late.removesuffix(': fit first.')}. Fit with cbs=learn.dynamic_sparse."
 
     how = property(lambda self: REWIRERS[self.method], doc="The `Rewirer` of the method; None for 'static'")
     stays_within = property(lambda self: not self.across_layers or ':' in self.granularity)

@@ -25,7 +25,7 @@ from .slice_plan import check_rate, slice_plan
 from .slice_rates import RateSchedule, check_schedule
 from .sliced import Sliced
 from .slicing import plan_slices, slice_model, unslice
-from .state import EffectState, root_module
+from .state import EffectState, effects, root_module
 
 # %% ../nbs/31_slice_train.ipynb #8854f97b
 class SliceHolder:
@@ -132,6 +132,16 @@ class SliceTrain(EffectCallback):
         if own: slice_model(model, self._sample(learn), opt=getattr(learn, 'opt', None), **self._convert_args())
         rates = {f'rate_{i}': r for i,r in enumerate(slice_plan(model).rates)}
         return EffectState(self.name, self.settings, Clock(), SliceHolder(model, own, f'{self.name}_effect'), rows, **rates)
+
+    @classmethod
+    def without(cls, model):
+        "Slices that a fit at one width would leave behind"
+        part = next((m for m in model.modules() if '_slicing' in m.__dict__), None)
+        if part is None or not any(p.requires_grad for p in part.parameters()): return None
+        plan,again = part.__dict__['_slicing'],'learn.slice_train' if 'slice_train' in effects(model) else 'SliceTrain()'
+        now,*left = [str(k) if isinstance(k, str) else f'{k:g}' for k in sorted(plan.keys, key=lambda k: k != plan.key)]
+        return (f"this fit trains one width of the sliced model, {now}, and the weights that it changes are those of the others, "
+                f"{', '.join(left)}, too: what they have learned is lost. Train them together: fit with cbs={again}.")
 
     # -- one batch
     @property

@@ -23,7 +23,7 @@ from .split_fast import add_split_grads, split_values
 from .split_model import split_model # brings `learn.split`
 from .split_plan import Part, SplitLayer, split_plan
 from .split_terms import Penalties, check_weighting, merge_groups, merge_sizes, split_penalties, split_totals
-from .state import EffectState
+from .state import EffectState, effects
 from .units import generator
 
 # %% ../nbs/10e_splitnet.ipynb #2da6b555
@@ -185,6 +185,14 @@ class SplitNet(EffectCallback):
         logits = {s: torch.randn(g, u, generator=generator(self.seed, 'split', i))*self.init_std for i,(s,(u,g)) in enumerate(free.items())}
         holder = SplitHolder(model, layers, free, classes, norms, logits, self.equal_groups)
         return EffectState(self.name, self.settings, None, holder, report, updates=0., mark=holder.mark)
+
+    @classmethod
+    def without(cls, model):
+        "Groups at which nothing pulls any more"
+        st = effects(model).get('split_net')
+        if st is None or not any(st.settings[k] for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance')): return None
+        return ("this fit is without its penalty, so weights grow again between the groups, where `learn.split()` cuts. "
+                "Fit with cbs=learn.split_net, or split first.")
 
     # -- asked by the keeper
     def on_start(self, learn):
