@@ -6,7 +6,8 @@ Docs: https://paramfx.github.io/paramfx/core.html.md"""
 
 # %% auto #0
 __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pick_layers', 'rng_state', 'set_rng_state',
-           'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'Table']
+           'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'spare_roots',
+           'Table']
 
 # %% ../nbs/00_core.ipynb #9617bb53
 import json, random, sys
@@ -16,7 +17,8 @@ from fnmatch import fnmatchcase
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, store_attr
-from fastai.basics import Learner, OptimWrapper, apply
+from fastai import optimizer
+from fastai.basics import L, Learner, OptimWrapper, apply
 
 # %% ../nbs/00_core.ipynb #73fda789
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -232,6 +234,57 @@ def zero_is_fixed(opt) -> bool:
         return type(opt).__name__ in _FIXED_TORCH and type(opt).__module__.startswith('torch.optim')
     return hasattr(opt, 'cbs') and not hasattr(opt, 'slow_weights') and type(opt).__name__ != 'Lookahead' and all(
         getattr(getattr(c, 'func', c), '__name__', '') in _FIXED_FASTAI for c in opt.cbs) # Adam's first one is a partial
+
+# %% ../nbs/00_core.ipynb #c7d10a42
+_ROOTED = 'sqr_avg exp_avg_sq max_exp_avg_sq square_avg sum'.split() # averages that torch's steps take the root of
+_TINY = {t: torch.finfo(t).tiny for t in (torch.float32, torch.float64, torch.bfloat16)} # its root is lost in any `eps` above 1e-10
+
+class _Rooted(torch.Tensor):
+    "An average whose root is taken of nothing below the smallest normal number; all else is as in any tensor"
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    def sqrt(self): return torch.clamp(self, min=_TINY[self.dtype]).sqrt_()
+
+class _Passing(_Rooted):
+    "What a step has calculated from one, on the way to the root"
+    def sqrt(self): return torch.clamp_(self, min=_TINY[self.dtype]).as_subclass(torch.Tensor).sqrt_()
+    sqrt_ = sqrt
+
+def _passing(f): return lambda self, *args, **kwargs: f(self, *args, **kwargs).as_subclass(_Passing)
+for _name in ('div', '__truediv__', 'addcmul', '__rmul__', '__radd__'): setattr(_Rooted, _name, _passing(getattr(torch.Tensor, _name)))
+
+def _rooted(t, eps):
+    fits = type(t) is torch.Tensor and t.device.type == 'cpu' and t.dtype in _TINY and eps >= 1e-10
+    return t.as_subclass(_Rooted) if fits else t
+
+class _Spared:
+    "A step of a fastai optimizer, `func`, with roots that are quick"
+    def __init__(self, func): self.func = func
+    def __call__(self, p, sqr_avg, eps, **kwargs): return self.func(p, sqr_avg=_rooted(sqr_avg, eps), eps=eps, **kwargs)
+
+def _averages(opt):
+    "State of a torch optimizer that holds one, the name of that, and `eps`"
+    for g in opt.param_groups:
+        states = [opt.state[p] for p in g['params'] if p in opt.state]
+        yield from ((st, k, g.get('eps', 0)) for st in states for k in _ROOTED if k in st)
+
+def _before_step(opt, *args):
+    for st,k,eps in _averages(opt): st[k] = _rooted(st[k], eps)
+def _after_step(opt, *args):
+    for st,k,_ in _averages(opt):
+        if isinstance(st[k], _Rooted): st[k] = st[k].as_subclass(torch.Tensor)
+
+def spare_roots(
+    opt # Optimizer of any kind, or None
+) -> None:
+    "Let the steps of `opt` take no root of exact zeros and subnormal numbers, which processors are slow at"
+    while hasattr(opt, 'opt'): opt = opt.opt # `OptimWrapper`, `Lookahead`
+    if isinstance(opt, torch.optim.Optimizer):
+        if _before_step in opt._optimizer_step_pre_hooks.values(): return
+        opt.register_step_pre_hook(_before_step)
+        opt.register_step_post_hook(_after_step)
+    elif hasattr(opt, 'cbs'): opt.cbs = L(_Spared(c) if c in _FASTAI_ROOTS else c for c in opt.cbs)
+
+_FASTAI_ROOTS = optimizer.adam_step, optimizer.radam_step, optimizer.qhadam_step, optimizer.lamb_step, optimizer.rms_prop_step
 
 # %% ../nbs/00_core.ipynb #ddb5f4e7
 def _on_learner() -> bool:

@@ -12,7 +12,7 @@ import warnings
 
 import torch
 from fastai.basics import Callback
-from .core import sample_batch
+from .core import sample_batch, spare_roots
 from .evolution import UNTRACED, check_masks, default_values, reinit_
 from .policies import KELS, Policy, as_policy
 from .state import effects, root_module
@@ -145,6 +145,8 @@ class Held(Callback):
         model = root_module(learn.model)
         ps = {n: model.get_parameter(n) for n,m in masks.items() if not m.all()}
         self.parts = [(p, masks[n].to(p.device), p.detach().clone()) for n,p in ps.items() if p.requires_grad]
+        spare_roots(learn.opt) # a weight without gradients has averages that are 0
+    def before_fit(self): spare_roots(self.learn.opt)
     def before_step(self):
         for p,m,_ in self.parts:
             if p.grad is not None: p.grad.mul_(m)

@@ -6,7 +6,7 @@ Docs: https://paramfx.github.io/paramfx/sparse.html.md"""
 
 # %% auto #0
 __all__ = ['TRANSPOSED', 'VALUES', 'weight_names', 'candidates', 'check_options', 'layer_units', 'plan_masks', 'given_mask',
-           'mask_state', 'sparsify', 'l1_penalty', 'group_lasso', 'adam_step', 'spare_sqrt', 'MaskedEffect']
+           'mask_state', 'sparsify', 'l1_penalty', 'group_lasso', 'MaskedEffect']
 
 # %% ../nbs/40_sparse.ipynb #99baf7ff
 import re
@@ -14,10 +14,7 @@ from math import prod
 
 import torch
 from torch import nn
-from fastcore.foundation import L
-from fastai import optimizer
-from fastai.optimizer import debias
-from .core import CONVS, Table, match_layers, weighted_layers, zero_is_fixed
+from .core import CONVS, Table, match_layers, spare_roots, weighted_layers, zero_is_fixed
 from .csr_masks import use_csr
 from .state import EffectState, effects, root_module
 from .masks import Masked, MaskStore, param_name, density_erk, density_uniform, make_mask
@@ -233,17 +230,6 @@ def group_lasso(weights:list) -> torch.Tensor:
     "Sum over kernels of their Euclidean norms; |w| for weights without kernels"
     return sum((w.pow(2).flatten(2).sum(2)+1e-12).sqrt().sum() if w.ndim > 2 else w.abs().sum() for w in weights)
 
-# %% ../nbs/40_sparse.ipynb #a38a5e7f
-def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
-    "fastai's Adam step, without square roots of exact zeros" # `zero_is_fixed` knows it by its name
-    debias1,debias2 = debias(mom, 1-mom, step),debias(sqr_mom, 1-sqr_mom, step)
-    p.data.addcdiv_(grad_avg, (sqr_avg/debias2).clamp_(min=1e-37).sqrt_() + eps, value=-lr/debias1)
-    return p
-
-def spare_sqrt(opt):
-    "Let a fastai `Adam` take this step"
-    if hasattr(opt, 'cbs'): opt.cbs = L(adam_step if c is optimizer.adam_step else c for c in opt.cbs)
-
 # %% ../nbs/40_sparse.ipynb #f55a4039
 class MaskedEffect:
     "Mixin of sparse callbacks: keeps weights, gradients and optimizer state masked"
@@ -268,11 +254,10 @@ class MaskedEffect:
             if now is not e.module: raise ValueError(f"{e.layer}: the layer was replaced after it was masked. Call `learn.release()`, then mask the model anew.")
 
     def _clean(self, opt):
-        if self.state == 'keep' or self.dense_state: self.__dict__['pass_weights'] = True
-        else:
-            self.store.state_(opt)
-            if self.store.items[0].param.device.type == 'cpu': spare_sqrt(opt)
-            self.__dict__['pass_weights'] = not zero_is_fixed(opt)
+        spare_roots(opt)
+        kept = self.state == 'keep' or self.dense_state
+        if not kept: self.store.state_(opt)
+        self.__dict__.update(pass_weights=kept or not zero_is_fixed(opt), fades=self.state == 'keep' and not self.dense_state)
         self.effect.dirty = False
 
     def on_grads(self, learn):
@@ -281,6 +266,7 @@ class MaskedEffect:
 
     def on_update(self, learn):
         if self.pass_weights: self.store.weights_()
+        if self.fades and self.effect.clock.steps%50 == 0: self.store.fade_(learn.opt)
 
     @property
     def history(self) -> list:
