@@ -169,6 +169,7 @@ class KnowledgeEvolution(EffectCallback):
     def on_fit_end(self):
         v = self.effect.values
         if _staging(self.learn): return # the first half of `fine_tune`
+        self._forget(self.learn) # in a resumed run this may be the first thing this process does
         v['due'],self.lineage.ended = 1.,True
 
     def on_leave(self):

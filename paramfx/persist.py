@@ -19,6 +19,7 @@ from fastcore.basics import noop, patch, snake2camel, store_attr
 from fastcore.foundation import L
 from fastai.basics import Callback, CancelEpochException, Learner, get_model, join_path_file, num_distrib, rank_distrib
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from .core import rng_state, set_rng_state
 from .effects import EffectCallback, finding_lr, in_fit
@@ -116,7 +117,7 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
         if handle is not None: handle.remove()
 
 # %% ../nbs/00d_persist.ipynb #f8cdbd50
-_KEEP = {'recorder': ('lrs', 'iters', 'losses', 'values')}
+_KEEP = {'recorder': ('lrs', 'iters', 'losses', 'values', 'hps')}
 
 def plain_types(o):
     "Numbers, strings, tensors, lists and dicts only: loads with `weights_only=True`"
@@ -127,12 +128,14 @@ def plain_types(o):
     return float(o)
 
 def _trackers(learn): return [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
+def _schedulers(learn): return [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)]
 
 def _callback_state(learn):
     res = {'trackers': [[cb.name, {k: getattr(cb, k) for k in ('best', 'wait') if k in cb.__dict__}] for cb in _trackers(learn)]}
     if 'recorder' in learn.__dict__:
         rec = learn.recorder
-        res['recorder'] = {k: getattr(rec, k) for k in _KEEP['recorder']} | {'smooth': [rec.smooth_loss.count, rec.smooth_loss.val]}
+        res['recorder'] = {k: rec.__dict__[k] for k in _KEEP['recorder'] if k in rec.__dict__} | {'smooth': [rec.smooth_loss.count, rec.smooth_loss.val]}
+    res['scheduled'] = [cb.__dict__.get('hps', {}) for cb in _schedulers(learn)] # for `plot_sched`
     if getattr(learn, 'scaler', None) is not None: res['scaler'] = learn.scaler.state_dict()
     if 'gradient_accumulation' in learn.__dict__: res['accumulated'] = learn.gradient_accumulation.count
     return plain_types(res)
@@ -141,9 +144,13 @@ def _set_callback_state(learn, state):
     if 'accumulated' in state and 'gradient_accumulation' in learn.__dict__: learn.gradient_accumulation.count = state['accumulated']
     for cb,(name,saved) in zip(_trackers(learn), state['trackers']):
         if cb.name == name: cb.__dict__.update(saved)
+    for cb,hps in zip(_schedulers(learn), state.get('scheduled', [])): cb.__dict__['hps'] = {k: list(v) for k,v in hps.items()}
     rec = state.get('recorder')
     if rec and 'recorder' in learn.__dict__:
-        for k in _KEEP['recorder']: setattr(learn.recorder, k, [L(v) if isinstance(v, list) else v for v in rec[k]])
+        for k in _KEEP['recorder']:
+            if k not in rec: continue
+            v = rec[k]
+            setattr(learn.recorder, k, [L(o) if isinstance(o, list) else o for o in v] if isinstance(v, list) else v)
         learn.recorder.smooth_loss.count,learn.recorder.smooth_loss.val = rec['smooth']
     if 'scaler' in state and getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(state['scaler'])
 
@@ -173,7 +180,7 @@ def gather_ranks(o) -> list:
     return res
 
 class RunState(Callback):
-    "Save the whole run after each epoch, so that `learn.resume` continues it exactly"
+    "Save the whole run after each epoch and at the end of each fit, so that `learn.resume` continues it exactly"
     order = 68 # after trackers, before SkipToEpoch
     def __init__(self,
         file='run', # Name below `learn.path/learn.model_dir`, or a path; the same for `learn.resume`
@@ -190,33 +197,47 @@ class RunState(Callback):
 
     def after_epoch(self):
         if not in_fit(self.learn) or not self.flags.pop('trained', False): return
-        if (self.epoch+1)%self.every == 0 or self.epoch == self.n_epoch-1: self._save()
+        if (self.epoch+1)%self.every == 0 or self.epoch == self.n_epoch-1: self._save(self.learn, _callback_state(self.learn))
 
-    def _save(self):
-        rngs = gather_ranks(rng_state(self.dls))
+    def after_fit(self):
+        if in_fit(self.learn) and self.flags.get('counted'): self.flags['over'] = _callback_state(self.learn)
+
+    def after_leave(self, learn):
+        "The fit is over, and so is what callbacks and effects do at its end; those of `fit(cbs=...)` are gone"
+        if 'over' in self.flags: self._save(learn, self.flags.pop('over'), ended=True)
+
+    def _save(self, learn, callbacks, ended=False):
+        rngs = gather_ranks(rng_state(learn.dls))
         if rank_distrib(): return
-        opt,model = self.opt.state_dict(),get_model(self.model)
-        state = dict(version=1, fit=self.learn.__dict__['_n_fits'], epoch=self.epoch, n_epoch=self.n_epoch, rng=rngs, model=model.state_dict(),
-                     opt=plain_types(opt), callbacks=_callback_state(self.learn), grads=_grads(model),
-                     **effect_runs(model))
-        with atomic_path(model_path(self.learn, self.file)) as tmp: torch.save(state, tmp)
+        opt,model = learn.opt.state_dict(),get_model(learn.model)
+        state = dict(version=1, fit=learn.__dict__['_n_fits'], epoch=learn.epoch, n_epoch=learn.n_epoch, ended=ended, rng=rngs,
+                     model=model.state_dict(), opt=plain_types(opt), callbacks=callbacks, grads=_grads(model), **effect_runs(model))
+        with atomic_path(model_path(learn, self.file)) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/00d_persist.ipynb #39c2fda7
 class _Resume(Callback):
     "Skip what is done, then put the saved state back"
     order,_only_train_loop = -100,True # `learn.summary` fires before_epoch, too
-    def __init__(self, state): self.__dict__['saved'],self.__dict__['seen'] = state,{'fits': 0}
+    def __init__(self, state): self.__dict__['saved'],self.__dict__['seen'] = state,{'fits': 0, 'now': 0, 'off': []}
+    ended = property(lambda self: self.saved.get('ended', False), doc="Was the file written when the fit was over?")
 
     def before_fit(self):
-        if not in_fit(self.learn) or finding_lr(self.learn): return
-        self.seen.update(fits=self.seen['fits']+1, off=[])
-        if self.seen['fits'] == self.saved['fit'] and self.n_epoch != self.saved['n_epoch']: raise ValueError(
-            f"The saved run trains {self.saved['n_epoch']} epochs here, this fit has {self.n_epoch}. Call the same fit again, or load the file's weights with `learn.load`.")
+        if not in_fit(self.learn): return
+        self.seen['now'] = 0
+        self._switch_on() # what a fit that was refused has left off
+        if finding_lr(self.learn) or not self.n_epoch: return
+        fit = self.seen['fits']+1
+        if fit == self.saved['fit'] and self.n_epoch != self.saved['n_epoch']: raise ValueError(
+            f"The saved run trains {self.saved['n_epoch']} epochs in this fit, and {self.n_epoch} are asked for. Call the same fit again; "
+            "`learn.resume` comes after fits that had no `RunState`.")
+        if fit == self.saved['fit']: _refuse_effects(get_model(self.learn.model), self.saved['model'], '')
+        self.seen['now'] = fit
 
     def before_epoch(self):
-        fit,epoch = self.seen['fits'],self.epoch
-        if not in_fit(self.learn) or finding_lr(self.learn) or not fit: return
-        if fit < self.saved['fit'] or (fit == self.saved['fit'] and epoch <= self.saved['epoch']): return self._skip()
+        fit,epoch = self.seen['now'],self.epoch
+        if not in_fit(self.learn) or not fit: return
+        done = fit == self.saved['fit'] and (self.ended or epoch <= self.saved['epoch'])
+        if fit < self.saved['fit'] or done: return self._skip()
         self._switch_on()
         self._restore()
 
@@ -232,17 +253,30 @@ class _Resume(Callback):
 
     def _restore(self):
         restore_run(self.learn, self.saved)
-        if 'run_state' in self.learn.__dict__: self.learn.run_state.flags['counted'] = True
-        if 'effect_keeper' in self.learn.__dict__: self.learn.effect_keeper.flags['new_fit'] = self.seen['fits'] > self.saved['fit']
+        if 'run_state' in self.learn.__dict__: self.learn.run_state.flags['counted'] = not self.ended
+        if 'effect_keeper' in self.learn.__dict__: self.learn.effect_keeper.flags['new_fit'] = False
         self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, (_Resume, _Skip))])
 
     def after_fit(self):
         "The whole fit was skipped: trackers stay off, since there is nothing of this fit to reload"
-        if not in_fit(self.learn) or finding_lr(self.learn): return
+        fit = self.seen['now']
+        if not in_fit(self.learn) or not fit: return
         trackers = [c for c in self.seen['off'] if isinstance(c, TrackerCallback)]
         self._switch_on()
-        if self.seen['fits'] == self.saved['fit']: return self._restore() # the file was written at the very end of this fit
+        if fit == self.saved['fit'] and not self.ended: return self._redo_end()
         for cb in trackers: cb.__dict__['run'] = False
+        if fit == self.saved['fit']: _set_callback_state(self.learn, self.saved['callbacks']) # of callbacks that are about to go
+
+    def _redo_end(self):
+        "The file was written after the last epoch, and no fit had ended"
+        learn = self.learn
+        self._restore()
+        if 'effect_keeper' in learn.__dict__: learn.effect_keeper.redo_end()
+
+    def after_leave(self, learn):
+        if not self.seen['now']: return # `lr_find`, or `fit(0)`
+        if self.seen['now'] == self.saved['fit']: self._restore()
+        self.seen['fits'] = self.seen['now'] # not one that was refused
 
 class _Skip(Callback):
     order,_only_train_loop = 70,True
