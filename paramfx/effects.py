@@ -13,7 +13,7 @@ from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from functools import partial
 
 import numpy as np, torch
-from fastcore.basics import class2attr, patch, snake2camel
+from fastcore.basics import class2attr, noop, patch, snake2camel
 from fastai.basics import Callback, CancelStepException, L, Learner, ValueMetric
 from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import LRFinder, SchedCos
@@ -114,6 +114,11 @@ class EffectKeeper(LeanCallback):
         for cb in self.active():
             if not self.flags.get('cancelled'): cb.effect.clock.close()
             cb.on_fit_end()
+
+    def redo_end(self):
+        "The last epoch of this fit was trained in another process: what a fit does at its end is still to be done"
+        for cb in self.active(): cb.effect.clock.per_epoch = max(len(self.dls.train), 1) # no file tells it
+        self.flags['trained'] = True
 
     def _add_columns(self):
         own = list(self.learn.metrics)
@@ -284,11 +289,13 @@ def add_cbs(self:Learner, cbs):
 @patch
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit `self.model` for `n_epoch` using `cbs`. Optionally `reset_opt`."
+    cbs = L(cbs).map(lambda c: c() if isinstance(c, type) else c)
     loose = [n for n in effects(self.model) if n not in getattr(self.__dict__.get('effect_keeper'), 'held', {})]
-    loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in L(cbs))]
+    loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in cbs)]
     if loose: raise ValueError(f"The model carries {', '.join(loose)}, and nothing on this Learner holds it in force. "
                                f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
-    if n_epoch > (start_epoch or 0) and not _takes_part(LRFinder, L(cbs)): _warn_without(self, L(cbs))
-    try: return _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
+    if n_epoch > (start_epoch or 0) and not _takes_part(LRFinder, cbs): _warn_without(self, cbs)
+    try: _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
     finally:
         if 'effect_keeper' in self.__dict__: self.effect_keeper.leave()
+    for cb in [*self.cbs, *cbs]: getattr(type(cb), 'after_leave', noop)(cb, self) # `RunState` saves what is left
