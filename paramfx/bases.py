@@ -22,7 +22,7 @@ from fastai.basics import Learner, OptimWrapper
 from .basis_conv import BasisConv2d, SharedConv2d, sharing_layers
 from .basis_init import calibrate, kaiming_coeff, ortho_filters, svd_filters
 from .basis_plan import BasisGroup, basis_names, check_ranks, find_groups
-from .core import CONVS, Table, rng_guard, sample_batch, swap_module
+from .core import CONVS, Table, rng_guard, sample_batch, swap_module, way_out
 from .ortho import ortho_penalty
 from .ortho_reg import OrthoReg, check_once, param_lists
 from .plain import recipe_verb
@@ -38,8 +38,8 @@ def _check(model, n_bases, mode, basis_norm, init, **flags):
         if not any(v is o or (not isinstance(o, bool) and not isinstance(v, bool) and v == o) for o in ok): raise ValueError(f"{k}={v!r}: choose one of {', '.join(map(repr, ok))}.")
     for k,v in flags.items():
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: say True or False.")
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or call `materialize` first.")
-    if model.__dict__.get('_pending'): raise ValueError("A cut waits to be applied. Call `materialize` first, then share the bases of what it returns.")
+    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or call {way_out()} first.")
+    if model.__dict__.get('_pending'): raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
 
 def _check_init(model, mode, basis_norm, init, batches, sweeps):
     "Raise where filters or norms could not begin as they are asked to"

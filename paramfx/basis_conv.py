@@ -13,6 +13,7 @@ from math import prod
 
 import torch, torch.nn.functional as F
 from torch import nn
+from .core import for_caller, way_out
 from .report import n_nonzero
 
 # %% ../nbs/20a_basis_conv.ipynb #41a830ea
@@ -35,13 +36,13 @@ class Sharing:
         self.__dict__['_owner'] = owner.owner # not by `setattr`, which would register it
 
     def _replicate_for_data_parallel(self):
-        if self.owner is not self: raise RuntimeError(f"{type(self).__name__}: `nn.DataParallel` leaves shared filters on the first device. Use `learn.distrib_ctx`, or `materialize` before.")
+        if self.owner is not self: raise RuntimeError(f"{type(self).__name__}: `nn.DataParallel` leaves shared filters on the first device. Use `learn.distrib_ctx()`, or call {way_out()} before.")
         return super()._replicate_for_data_parallel()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = f'{prefix}weight'
         if strict and key in state_dict and 'weight' not in self._parameters: errors.append(
-            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one shares its filters. Load it before `share_bases`, or into a `materialize`d network.")
+            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one shares its filters. Load it before {for_caller('learn.share_bases()', 'share_bases(model, x)')}, or call {way_out()} first.")
         else: super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 def remade(
@@ -239,5 +240,5 @@ def sharing_layers(
     mods = {n:m for n,m in model.named_modules() if isinstance(m, types)}
     inside = {*mods.values()}
     for n,m in mods.items():
-        if m.owner not in inside: raise ValueError(f"{n}: the layer that owns its shared filters is not in this model, so nothing would train them. Keep both, or `materialize` the whole before taking it apart.")
+        if m.owner not in inside: raise ValueError(f"{n}: the layer that owns its shared filters is not in this model, so nothing would train them. Keep both, or call {way_out()} on the whole before taking it apart.")
     return mods

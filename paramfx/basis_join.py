@@ -19,7 +19,7 @@ from fastai.basics import Learner
 from .basis_conv import SharedConv2d
 from .bases import renew_opt
 from .basis_plan import conv_places
-from .core import Table, rng_guard, sample_batch, swap_module
+from .core import Table, for_caller, rng_guard, sample_batch, swap_module, way_out
 from .forward import copy_model
 from .ortho_reg import param_lists
 from .plain import recipe_verb
@@ -61,12 +61,14 @@ def _checked(model, stages, shared_rank, unique_rank, scale_rank):
     for k,n in dict(shared_rank=shared_rank, unique_rank=unique_rank).items():
         if isinstance(n, bool) or not isinstance(n, Integral) or n < 0 or n%4: raise ValueError(f"{k}={n!r}: filters come in groups of 4 here. Give a multiple of 4.")
     if not shared_rank+unique_rank: raise ValueError("shared_rank=0, unique_rank=0: there is no filter to combine. Give at least one.")
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or call `materialize` first.")
-    if not stages: raise ValueError(f"{type(model).__name__}: no stage has two bottleneck blocks of plain convolutions conv2, bn2, conv3. Use `share_bases`, which takes any network.")
-    if model.__dict__.get('_pending'): raise ValueError("A cut waits to be applied. Call `materialize` first, then join the bases of what it returns.")
+    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or call {way_out()} first.")
+    if not stages: raise ValueError(f"{type(model).__name__}: no stage has two bottleneck blocks of plain convolutions conv2, bn2, conv3. "
+                                   f"Use {for_caller('learn.share_bases()', 'share_bases(model, x)')}, which takes any network.")
+    if model.__dict__.get('_pending'): raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
     for ms in ([(b, model.get_submodule(f'{b}.conv2')) for b in v] for v in stages.values()):
         odd = [b for b,m in ms if (m.in_channels, m.kernel_size) != (ms[0][1].in_channels, ms[0][1].kernel_size)]
-        if odd: raise ValueError(f"{odd[0]}.conv2: its channels or its kernel are not those of {ms[0][0]}.conv2, so they cannot share filters. Use `share_bases` with groups={{name: [layers]}}.")
+        if odd: raise ValueError(f"{odd[0]}.conv2: its channels or its kernel are not those of {ms[0][0]}.conv2, so they cannot share filters. "
+                                  f"Use {for_caller('learn.share_bases', 'share_bases')} with groups={{name: [layers]}}.")
     width = {k: model.get_submodule(f'{v[0]}.conv2').in_channels for k,v in stages.items()}
     times = {k: w//min(width.values()) if scale_rank else 1 for k,w in width.items()}
     res = {k: (shared_rank*t, unique_rank*t, shared_rank//4, unique_rank*t//4) for k,t in times.items()}

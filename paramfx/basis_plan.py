@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from torch import nn
 from torch.nn.parameter import is_lazy
 from .basis_conv import Sharing
-from .core import CONVS, match_layers
+from .core import CONVS, match_layers, way_out
 
 # %% ../nbs/20aa_basis_plan.ipynb #b93d2cb8
 def _blocks(mods, counts, name, least):
@@ -55,11 +55,11 @@ def why_not(
 ) -> tuple: # Reason and cure; both '' where it can
     "Why a convolution cannot share filters, and what to do about it"
     w = m._parameters.get('weight')
-    if isinstance(m, Sharing): return 'it shares filters already','Begin with the network as it was built.'
+    if isinstance(m, Sharing): return 'it shares filters already',f'Call {way_out()} first.'
     if any(is_lazy(p) for p in m._parameters.values() if p is not None): return 'lazy','Run one batch through the model first.'
-    if w is None: return 'its weight is computed, as by a parametrization','Remove that first.'
+    if w is None: return 'its weight is computed, as by a parametrization','Make it an ordinary one, as with `torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`.'
     if type(m) is not nn.Conv2d: return f'{type(m).__name__} is not Conv2d','Leave it out.'
-    if hasattr(m, 'weight_mask'): return 'masked','Release the masks first.'
+    if hasattr(m, 'weight_mask'): return 'masked',f'Call {way_out()} first.'
     if users.get(id(w), 1) > 1: return 'its weight is used by another layer, too','Give each a weight of its own.'
     if 1 < m.groups == m.in_channels: return 'depthwise: each filter sees one channel','Leave it out.'
     if mode == 'basis' and not asked and prod(m.kernel_size) == 1: return "1x1: little to combine",''

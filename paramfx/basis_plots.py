@@ -29,7 +29,8 @@ def stage_filters(
 ) -> dict: # Stage -> {'shared', or 'basis 1' and 'basis 2', then the names of layers: filters}
     "Shared and unique filters of each stage, to be drawn"
     layers,first,last = sharing_layers(root_module(model)),{},{}
-    if not layers: raise ValueError(f"{type(model).__name__}: no layer of this model shares filters. Call `share_bases` first.")
+    if not layers: raise ValueError(f"{type(model).__name__}: no layer of this model shares filters. "
+                                 "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, x, shared_rank=16)` first.")
     two = {m.stage for m in layers.values() if m.slot}
     for n,m in layers.items():
         k = m.stage or next(o for o,l in layers.items() if l is m.owner)
@@ -190,7 +191,8 @@ def use_grads(
     "The gradient of each shared basis, taken apart by the layers that use it"
     new,loss_func = copy_model(root_module(model)),loss_func or nn.functional.cross_entropy
     own,res = _own_bases(new),{}
-    if not own: raise ValueError(f"{type(model).__name__}: no layer of this model uses a shared basis. Call `share_bases` with a shared_rank above 0 first.")
+    if not own: raise ValueError(f"{type(model).__name__}: no layer of this model uses a shared basis. "
+                              "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, x, shared_rank=16)` first.")
     bare = lambda t: t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t # types of fastai do not mix
     with rng_guard(), torch.enable_grad(): loss_func(new(*map(bare, x if isinstance(x, tuple) else (x,))), bare(y)).backward()
     for n,(stage,t) in own.items(): res.setdefault(stage, {})[n] = torch.zeros_like(t) if t.grad is None else t.grad
@@ -237,7 +239,7 @@ def stage_energy(
     "What the layers that can share filters have in common"
     model = root_module(model)
     found,_ = find_groups(model, 1, 0, False, n_bases, 'basis', skip_first, groups)
-    if not found: raise ValueError(f"{type(model).__name__}: no layers that could share filters. `share_bases.plan` says why.")
+    if not found: raise ValueError(f"{type(model).__name__}: no layers that could share filters. `share_bases.plan(model, x)` says why.")
     return {k: rank_energy([model.get_submodule(n).weight for n in g.layers]) for k,g in zip(basis_names(found), found)}
 
 def plot_energy(

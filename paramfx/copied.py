@@ -16,6 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.basics import Learner
+from .core import way_out
 from .csr import CSR, csr_flat
 from .persist import effect_keys, missing_effects
 from .rewire import DynamicSparse
@@ -153,7 +154,7 @@ def _check_free(model, masks):
     for n in masks:
         layer,_,p = n.rpartition('.')
         if 'dynamic_sparse' in effects(model) or hasattr(model.get_submodule(layer), f'{p}_mask'): raise ValueError(
-            f"{n}: this model is masked already. Call `learn.release()` first, or build a new one.")
+            f"{n}: this model is masked already. Call {'`learn.release()`' if effects(model) else way_out()} first, or build a new one.")
 
 @patch
 def load_masks(self:Learner,

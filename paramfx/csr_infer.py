@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 from torch import nn
-from .core import Table, match_layers, rng_guard
+from .core import Table, match_layers, rng_guard, way_out
 from .csr import CSR, why_not_csr
 from .forward import check_same, model_inputs, still
 from .frozen import Frozen, Frozen24, FrozenBSR, FrozenCSR, fit_block, freeze_layers, frozen, is_24, pack_24
@@ -193,7 +193,7 @@ def sparse_infer(
     tol:float=None # Relative difference allowed, as in `check_same`
 ) -> nn.Module: # For inference only
     "A network with sparse products where they are faster; its outputs are checked. `sparse_infer.plan` tells why"
-    if effects(model): raise ValueError(f"{', '.join(effects(model))} is in force on this model. `materialize` it first.")
+    if effects(model): raise ValueError(f"{', '.join(effects(model))} is in force on this model. Call {way_out()} first.")
     new,rows = infer_rows(model, sample, fmt, include, tol)
     if not rows or all(r['becomes'] == 'dense' for r in rows): warnings.warn(rows.note)
     return new

@@ -13,6 +13,7 @@ import warnings
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
+from .core import caller_model, way_out
 from .forward import check_same, copy_model, fails_at, forget_states, pack_sample
 from .spaces import short_list
 from .state import add_step, effects, root_module
@@ -122,8 +123,9 @@ def apply(self:Cut,
 ) -> nn.Module: # A copy of the same classes, with smaller tensors
     "Cut the channels out of a copy of `model`"
     model = root_module(model)
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `materialize` first, then cut what it returns.")
-    if any(getattr(v, 'until_plain', False) for m in model.modules() for v in vars(m).values()): raise ValueError("The model is sliced, and its slices would no longer fit. Call `materialize` or `unslice` first, then cut what comes of it.")
+    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first.")
+    if any(getattr(v, 'until_plain', False) for m in model.modules() for v in vars(m).values()): raise ValueError(
+        f"The model is sliced, and its slices would no longer fit. Call {way_out()} or `unslice({caller_model()})` first.")
     tensors = _tensors(model, self.cmap)
     small = {k: _smaller(tensors[k], i) for k,i in self.indices().items()}
     new = copy_model(model, {id(tensors[k]): t for k,t in small.items()})

@@ -20,16 +20,20 @@ from .state import effects, root_module
 from .report import cost, human
 
 # %% ../nbs/04a_dryrun.ipynb #e3988d69
+def _verbs():
+    "Names that `plan` knows"
+    return sorted(n for n,f in vars(Learner).items() if hasattr(f, 'effect'))
+
 def _resolve(what, kwargs):
     "The callback or verb that `what` stands for"
     if isinstance(what, str):
         verb = getattr(Learner, what, None)
-        if not hasattr(verb, 'effect'): raise ValueError(f"{what!r} is no verb of this library on a Learner. Give a callback, such as DynamicSparse(...).")
+        if not hasattr(verb, 'effect'): raise ValueError(f"{what!r} is no verb of this library on a Learner that can be planned. There are: {', '.join(_verbs())}. Or give a callback, such as DynamicSparse(...).")
         what = verb
     if not isinstance(what, EffectCallback): what = getattr(what, 'effect', what) # a verb of the Learner names the callback it adds
     if isinstance(what, type) and issubclass(what, EffectCallback): return what(**kwargs)
     if isinstance(what, EffectCallback) and kwargs: raise ValueError(f"{type(what).__name__} is built already: give {', '.join(kwargs)} to it instead.")
-    if not hasattr(what, 'plan'): raise ValueError(f"{what!r} cannot be planned. Give a callback, such as DynamicSparse(...), or a verb.")
+    if not hasattr(what, 'plan'): raise ValueError(f"{what!r} cannot be planned. Give a callback, such as DynamicSparse(...), or a verb: {', '.join(map(repr, _verbs()))}.")
     return what
 
 def _applied(what, model, learn, kwargs):

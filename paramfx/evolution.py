@@ -23,6 +23,7 @@ from .channels import trace_channels
 from .core import WEIGHTED, match_layers, rng_guard, sample_batch, weighted_layers
 from .cuts import Cut, cut_arg
 import paramfx.plain # gives Learner materialize
+from .flow import PINNED
 from .forward import copy_model
 from .state import effects, root_module
 from .units import generator as seeded
@@ -53,7 +54,7 @@ def _untraced():
 
 def _check_free(cmap):
     "Raise if, against expectation, only a part of the spaces can be cut; what is pinned was meant to stay"
-    stuck,free = [s for s in cmap if not s.cuttable and s.size > 1 and not s.is_output and not s.why.endswith('is pinned')],cmap.cuttable
+    stuck,free = [s for s in cmap if not s.cuttable and s.size > 1 and not s.is_output and not s.why.endswith(PINNED)],cmap.cuttable
     if stuck and free: raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why} ({len(stuck)} of {len(cmap)} spaces). Cut the others with split_rate={{'*': .5}}, or name those to cut, as in {{{free[0].name!r}: .5}}.")
 
 def _per_space(cmap, rates):

@@ -258,12 +258,19 @@ class Exchange(Compute, MaskedEffect):
             h.pop()
         h.append(new)
 
+    def _sooner(self, clock):
+        "What would make room for a rewire in a fit as long as this one"
+        acc,per = self.learn.__dict__.get('gradient_accumulation'),max(1, (clock.steps-1)//2)
+        if 1 < clock.steps and per < self._period(): return f", or set period={per}"
+        n = len(self.learn.dls.train)*(getattr(self.learn.dls.train, 'bs', None) or 1)*self.learn.n_epoch
+        return f", or accumulate less, as with `GradientAccumulation({max(1, n//4)})`" if acc is not None and n//4 < acc.n_acc else ''
+
     def on_fit_start(self): self.__dict__['at_start'] = self.effect.values['rewires'] if self.moving else None # after the span, all is done
     def on_fit_end(self):
         c,idle = self.effect.clock,self.effect.values['rewires'] == self.__dict__.get('at_start')
         if self.how is None: return
         if idle and self.store.live < self.store.units and any(e.trainable for e in self.store.items): warn(
-            f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period {self._period()}). Train longer, or set a smaller period=.")
+            f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period {self._period()}). Train longer{self._sooner(c)}.")
         self.how.finish(self)
         for k in self._stateattrs: self.__dict__.pop(k, None)
 

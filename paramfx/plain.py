@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
 from .channels import Cut, trace_channels
-from .core import Table, sample_batch, swap_params
+from .core import Table, sample_batch, swap_params, way_out
 from .csr_infer import check_fmt, infer_rows
 from .cuts import CUTS
 from .forward import check_same, copy_model, unpack_sample
@@ -103,12 +103,12 @@ class Recipe(list):
     def of(cls, model):
         "The steps that `model` has behind it, effects in force included"
         model = root_module(model)
-        if model.__dict__.get('_pending'): raise ValueError('A cut waits to be applied, which cannot be recorded. `materialize` first, then save what it returns.')
+        if model.__dict__.get('_pending'): raise ValueError(f'A cut waits to be applied, which cannot be recorded. Call {way_out()} first.')
         inner = _inner(model, '_recipe', '_pending', '_effects')
-        if inner: raise ValueError(f"{', '.join(inner[:3])}: this part has steps of its own, and what is around it knows nothing of them. Save it alone, or `materialize` the whole and save its weights.")
+        if inner: raise ValueError(f"{', '.join(inner[:3])}: this part has steps of its own, and what is around it knows nothing of them. Save it alone, or call {way_out()} on the whole and save its weights.")
         steps = list(model.__dict__.get('_recipe', []))
         for n,st in effects(model).items():
-            if n not in VERBS or VERBS[n][1] is None: raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or `materialize` first.")
+            if n not in VERBS or VERBS[n][1] is None: raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or call {way_out()} first.")
             steps.append(dict(verb=n, module=VERBS[n][0].__module__, args=VERBS[n][1](st)))
         for s in steps:
             if not _plain_data(s): raise ValueError(f"{s['verb']}: its arguments are no plain data: {str(s['args'])[:200]}. Name layers by strings.")
@@ -162,6 +162,8 @@ def load_recipe(
     model:nn.Module # A network as it was first built; it is left alone
 ) -> nn.Module: # A network of the recorded shape, with the weights of the file
     "Do the recorded steps on a copy of `model`, then load the weights strictly"
+    if isinstance(source, nn.Module) or not isinstance(model, nn.Module): raise TypeError(
+        f"load_recipe takes the file first, then the network as it was built: `load_recipe(file, model)`, not a {type(source).__name__} and a {type(model).__name__}.")
     if isinstance(source, list): return Recipe(source).apply(model)
     try: content = torch.load(source, map_location='cpu', weights_only=True)
     except MemoryError: raise
@@ -184,7 +186,7 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     old,late = root_module(model),{k: kw.pop(k) for k in [*kw] if k in CUTS}
     new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')
-    if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. `materialize` that part first.")
+    if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. Put what `materialize(part, x)` returns in its place first.")
     for m,part in list(new.named_modules()):
         for n,c in burn_in(part).items(): rows.append(dict(what=f'{m}.{n}'.lstrip('.'), how=f'burnt in: {c}'))
     new,names = _swap_plain(new, kw)

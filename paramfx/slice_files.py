@@ -58,7 +58,8 @@ def _settled(model):
         model = copy_model(model)
         for m in [*model.modules()]: burn_in(m)
     odd = [n for n,m in model.named_modules() if callable(getattr(m, 'plain', None)) and not isinstance(m, Sliced)]
-    if odd: raise ValueError(f"{odd[0]}: a {type(model.get_submodule(odd[0])).__name__} is no ordinary layer, so its tensors are not those of a plain network. `unslice` and `materialize` the model, then slice what it returns.")
+    if odd: raise ValueError(f"{odd[0]}: a {type(model.get_submodule(odd[0])).__name__} is no ordinary layer, so its tensors are not those of a plain network. "
+                             "Call `unslice(model)` and `model = materialize(model, x)`, then slice it again.")
     return model
 
 def _places(model):
@@ -66,7 +67,7 @@ def _places(model):
     res = {f'{n}.{t}'.lstrip('.'): (m, t) for n,m in model.named_modules(remove_duplicate=False)
            for t,v in (m._parameters | m._buffers).items() if v is not None and t not in m._non_persistent_buffers_set}
     odd = {*model.state_dict()} ^ {*res}
-    if odd: raise ValueError(f"{sorted(odd)[0]}: the state of this model is more than its tensors. Save it with `save_recipe`.")
+    if odd: raise ValueError(f"{sorted(odd)[0]}: the state of this model is more than its tensors. Save it with `save_recipe(model, file)`.")
     return {k: (m, t) for k,(m,t) in res.items() if not (isinstance(m, Sliced) and t in _own_names(m))}
 
 def _own_names(m): return {f'{t}_{p.no}' for p in m._parts.values() for t in type(m).names[0]}
@@ -88,7 +89,7 @@ def _stored(model):
     "Tensors to write, and name -> name under which a tensor stands that several have"
     first,same,res = {},{},{}
     for k,t in model.state_dict().items():
-        if t.dtype.is_complex and t.dtype != torch.complex64 or t.is_quantized or t.layout != torch.strided: raise ValueError(f"{k}: safetensors cannot hold {t.dtype}, {t.layout}. Convert it first, or save with `save_recipe`.")
+        if t.dtype.is_complex and t.dtype != torch.complex64 or t.is_quantized or t.layout != torch.strided: raise ValueError(f"{k}: safetensors cannot hold {t.dtype}, {t.layout}. Convert it first, or save with `save_recipe(model, file)`.")
         at = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else k
         if first.setdefault(at, k) != k: same[k] = first[at]
         else: res[k] = t.detach().cpu().contiguous()
@@ -138,7 +139,7 @@ def _index(model, places, tensors, same):
 
 def _as_json(index):
     try: return json.dumps(index, separators=(',',':'))
-    except TypeError: raise ValueError(f"The recipe of this model holds tensors ({', '.join(s['verb'] for s in index['recipe'])}), which the header of a file cannot. Save it with `save_recipe`.") from None
+    except TypeError: raise ValueError(f"The recipe of this model holds tensors ({', '.join(s['verb'] for s in index['recipe'])}), which the header of a file cannot. Save it with `save_recipe(model, file)`.") from None
 
 def _digest(text): return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -166,7 +167,7 @@ def _find_slice(index, rate, file):
     key = round(float(rate), 9) if isinstance(rate, Real) and not isinstance(rate, bool) else rate
     there = f"There are: {', '.join(map(str, keys))}"
     if not isinstance(key, (float, str)) or key not in keys: raise _refusal(file, f'it has no slice {rate!r}. {there}', 'Choose one of them, or prepare this one with `name_slice` and save again')
-    if not keys[key]['ready']: raise _refusal(file, f"slice {key} was saved without statistics (norm='recal')", 'Call `recalibrate` with this rate, then save again')
+    if not keys[key]['ready']: raise _refusal(file, f"slice {key} was saved without statistics (norm='recal')", f'Call `recalibrate(model, {key!r}, dls=dls)`, then save again')
     return keys[key]
 
 def _read(f, file, index, places, e, name):
@@ -227,9 +228,12 @@ def _export_tensors(learn, model, sample, file):
     from safetensors.torch import save_model
     save_model(model, file)
 
-def _export_onnx(learn, model, sample, file):
+def _check_onnx(file):
+    "Raise where torch could not write the format"
     try: import onnx, onnxscript
-    except ImportError as e: raise ImportError(f"{file.name}: torch needs onnx and onnxscript for this format. Install them, as with `pip install paramfx[export]`.") from e
+    except ImportError as e: raise ImportError(f"{file}: torch needs onnx and onnxscript for this format. Install them, as with `pip install 'paramfx[export]'`.") from e
+
+def _export_onnx(learn, model, sample, file):
     xs = tuple(torch.cat([x.as_subclass(torch.Tensor)]*2) for x in sample) # at a batch of one torch would take 1 for a constant
     torch.onnx.export(model.eval(), xs, file, dynamo=True, external_data=False, verbose=False, dynamic_shapes=tuple({0: torch.export.Dim('batch')} for _ in xs))
 
@@ -245,6 +249,7 @@ def export_slice(self:Learner,
     file = Path(file) if Path(file).suffix else Path(file).with_suffix('.pth')
     if file.suffix not in _EXPORTS: raise ValueError(f"{file}: no such format. End the name in {', '.join(_EXPORTS)}.")
     key = slice_plan(self.model).find(rate)
+    if file.suffix == '.onnx': _check_onnx(file)
     path = join_path_file(file.with_suffix(''), self.path if file.suffix in ('.pkl', '.onnx') else self.path/self.model_dir, ext=file.suffix)
     if rank_distrib(): return path
     sample = sample_batch(self.dls) if sample is None else sample

@@ -15,9 +15,9 @@ from numbers import Integral, Real
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, store_attr
-from .core import match_layers, opt_state
+from .core import caller_model, for_caller, match_layers, opt_state
 from .cuts import Cut
-from .flow import EMBEDDING
+from .flow import EMBEDDING, PINNED
 from .sliced import Switch
 from .spaces import short_list
 from .state import root_module
@@ -51,6 +51,8 @@ def slice_count(
     return min(channels, max(divisor, (2*c+divisor)//(2*divisor)*divisor))
 
 # %% ../nbs/30a_slice_plan.ipynb #e3fe7d88
+def _name_call(name, more=''): return f'`name_slice({caller_model()}, {name!r}{more})`'
+
 class SlicePlan(Switch):
     "The slices of a network, and which of them is in force"
     until_plain = True # `materialize` takes it out
@@ -78,18 +80,20 @@ class SlicePlan(Switch):
 
     def check_low(self, rate, where=''):
         "Raise where `rate` lies below what the network is trained for"
-        if rate < self.lowest: raise ValueError(f"{where}rate={rate:g}: the narrowest that was prepared is {self.lowest:g}. Go no lower, or slice the model with a lower rate.")
+        if rate < self.lowest: raise ValueError(f"{where}rate={rate:g}: the narrowest that was prepared is {self.lowest:g}. "
+                                           f"Go no lower, or call `unslice({caller_model()})` and slice it anew with this rate.")
 
     def find(self, rate=None):
         "The key of a prepared slice, or an error that tells how to prepare it"
         if rate is None: return self.key
         if isinstance(rate, str) and rate in self.keys: return rate
-        if isinstance(rate, str): raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. Add it with `name_slice`.")
-        if isinstance(rate, dict): raise ValueError(f"rate={rate}: several rates go by a name here. Give them one with `name_slice`, and use that.")
+        if isinstance(rate, str): raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. "
+                                               f"Add it with {_name_call(rate, ', {layer: rate}')}.")
+        if isinstance(rate, dict): raise ValueError(f"rate={rate}: several rates go by a name here. Give them one, as with {_name_call('uneven', f', {rate!r}')}, and use that.")
         key = check_rate(rate)
         if key in self.keys: return key
         self.check_low(key)
-        raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Slice the model with this rate, or add it with `name_slice`.")
+        raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Add it with {_name_call(key)}.")
 
     def __getstate__(self): return super().__getstate__()|dict(measuring=False)
     def __repr__(self): return f"SlicePlan(rates {', '.join(f'{r:g}' for r in self.rates)}; norm {self.norm}; {len(self.spaces)} spaces; now {self.current})"
@@ -102,7 +106,8 @@ def slice_plan(
     if plan is not None: return plan
     plans = {id(p): p for m in model.modules() if (p := m.__dict__.get('_slicing'))}
     if len(plans) == 1: return [*plans.values()][0]
-    raise ValueError(f"{type(root_module(model)).__name__}: {'several parts are sliced on their own; name one' if plans else 'this model is not sliced. Call `slice_model` first'}.")
+    raise ValueError(f"{type(root_module(model)).__name__}: " + (
+        'several parts are sliced on their own; name one.' if plans else f"this model is not sliced. Call {for_caller('learn.slice()', 'slice_model(model, x)')} first."))
 
 # %% ../nbs/30a_slice_plan.ipynb #790e5f77
 def named_spaces(cmap, model, specs, all_of):
@@ -132,10 +137,12 @@ def choose_spaces(
     if only is None: chosen = [s.name for s in cmap if s.cuttable or s.size > 1 and not s.is_output]
     else: chosen = ffn if isinstance(only, str) and only == 'ffn' else named_spaces(cmap, model, only, True)
     out = {*named_spaces(cmap, model, exclude, False)} if exclude is not None else set()
-    chosen = [n for n in chosen if n not in out and not (only is None and cmap[n].why.endswith(EMBEDDING))] # as wide as an embedding
+    meant = lambda why: only is None and (why.endswith(EMBEDDING) or why.endswith(PINNED)) # as wide as an embedding, or named by the user
+    chosen = [n for n in chosen if n not in out and not meant(cmap[n].why)]
     stuck = [cmap[n] for n in chosen if not cmap[n].cuttable]
     if stuck:
-        names = [s.name for s in stuck] if len(stuck) < 4 else '[s.name for s in trace_channels(model, sample) if not s.cuttable]'
+        named = f"[s.name for s in trace_channels({{}}{', embeddings=True' if cmap.embeddings else ''}) if not s.cuttable]"
+        names = [s.name for s in stuck] if len(stuck) < 4 else named.format(for_caller('learn.model, sample_batch(learn.dls)', 'model, x')[1:-1])
         raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if stuck[1:] else '') + '. ' + (
             f"Leave {'them' if stuck[1:] else 'it'} out with exclude={names}" + (", or slice the hidden layers of the feed-forward parts only, with only='ffn'." if ffn and only is None else '.') if cmap.cuttable else 'Nothing is left to slice.'))
     if not chosen: raise ValueError(f"Nothing to slice: {'all is excluded' if out else 'all is as wide as an embedding, which embeddings=True slices, too' if any(s.why.endswith(EMBEDDING) for s in cmap) else 'the model has no layer whose channels could go' if only is None else f'only={only!r} names none here'}. Spaces: {short_list([s.name for s in cmap]) or 'none'}.")

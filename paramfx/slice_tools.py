@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from fastai.basics import AvgLoss, Learner, ValueMetric
 from fastai.callback.rnn import RNNCallback
 from fastprogress.fastprogress import progress_bar
-from .core import Table, rng_guard, sample_batch
+from .core import Table, for_caller, rng_guard, sample_batch
 from .forward import still
 from .plain import materialize
 from .report import count_macs, file_bytes, human, measure_latency, n_params, peak_memory
@@ -46,7 +46,8 @@ def _keys(plan, rates, ready=True):
     keys = [*plan.keys] if rates is None else [plan.find(r) for r in listify(rates)]
     if not keys: raise ValueError(f"rates={rates!r}: name at least one rate or slice, or None for all.")
     missing = [k for k in keys if k not in plan.ready] if ready else []
-    if missing: raise ValueError(f"rates {', '.join(map(str, missing))}: norm='recal' has no statistics there yet. Call `recalibrate` first.")
+    if missing: raise ValueError(f"rates {', '.join(map(str, missing))}: norm='recal' has no statistics there yet. "
+                                  f"Call {for_caller('learn.recalibrate()', 'recalibrate(model, dls=dls)')} first.")
     return keys
 
 def recalibrate(
@@ -60,7 +61,7 @@ def recalibrate(
     model = root_module(learn.model if own else learn)
     plan,dls = slice_plan(model),learn.dls if own and dls is None else dls
     keys = _keys(plan, rates, False)
-    if dls is None: raise ValueError("recalibrate: a model alone has no data. Pass dls=.")
+    if dls is None: raise ValueError("recalibrate: a model alone has no data. Pass dls=, as in `recalibrate(model, dls=dls)`.")
     if not isinstance(n_batches, Integral) or isinstance(n_batches, bool) or n_batches < 1: raise ValueError(f"n_batches={n_batches!r}: give a whole number, at least one batch.")
     if not sliced_norms(model): raise ValueError(f"{type(model).__name__}: it has no batch norm with running statistics, so there is nothing to recalibrate. Leave the call out.")
     dl = dls.train if hasattr(dls, 'loaders') else dls
@@ -167,7 +168,7 @@ def pick_rate(
     "The widest slice that fits a budget"
     if by not in COSTS: raise ValueError(f"by={by!r}: choose one of {', '.join(COSTS)}.")
     col = COSTS[by]
-    if not table or any(r.get(col) is None for r in table): raise ValueError(f"The table has no {col}. Make it with `slice_report`.")
+    if not table or any(r.get(col) is None for r in table): raise ValueError(f"The table has no {col}. Make it with `learn.slice_report()`, or `slice_report(model, x)`.")
     if not isinstance(budget, Real) or not budget > 0: raise ValueError(f"budget={budget!r}: give a positive number.")
     fits = [r for r in table if r[col] <= budget]
     if not fits:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .core import for_caller
 from .slice_states import SlicedRNN, Stateful, state_property
 from .slice_switch import Switch
 
@@ -185,7 +186,8 @@ class _SlicedNorm:
         if self.statistics != 'recal' or not name.startswith(('running', 'num_')) or self._switch.measuring: return t
         if self.training: return t.clone() # the batch is normalized by itself and leaves no trace
         if self._switch.key not in self._switch.ready: raise ValueError(
-            f"rate {self._switch.key}: norm='recal' has no statistics at this rate yet. Call `recalibrate` with it first.")
+            f"rate {self._switch.key}: norm='recal' has no statistics at this rate yet. "
+            f"Call {for_caller(f'learn.recalibrate({self._switch.key!r})', f'recalibrate(model, {self._switch.key!r}, dls=dls)')} first.")
         return t
 
     def _first(self, name, t): return torch.zeros_like(t) if self.statistics == 'recal' and name.startswith('num_') else t # not measured

@@ -19,14 +19,14 @@ from fastcore.basics import listify, patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
 from .channels import trace_channels
-from .core import Table, sample_batch, swap_module
+from .core import Table, caller_model, sample_batch, swap_module, way_out
 from .forward import copy_model, model_inputs, pack_sample, state_keepers, still, unpack_sample
 from .plain import recipe_verb
 from .slice_parts import TRIAL, add_slice, drop_slice, put_slices
 from .slice_plan import SlicePlan, check_grads, check_rate, check_whole, choose_spaces, named_spaces, slice_count, slice_plan, sort_channels
 from .slice_rates import rate_schedule
 from .sliced import Sliced, make_whole
-from .spaces import short_list
+from .spaces import pin_names, short_list
 from .state import add_report, add_step, effects, root_module
 
 # %% ../nbs/30b_slicing.ipynb #564a374f
@@ -78,8 +78,9 @@ def _carried(model, sample):
 
 def _check(model, groups, norm, divisor, rescale, sort):
     "Raise where a model cannot be sliced, or not like this"
-    if any('_slicing' in m.__dict__ for m in model.modules()): raise ValueError(f"{type(model).__name__}: this model is sliced already. Call `unslice` first, or `name_slice` for another slice.")
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Slice it before that (in `cbs`, SliceTrain goes first), or call `materialize` first, then slice what it returns.")
+    if any('_slicing' in m.__dict__ for m in model.modules()): raise ValueError(f"{type(model).__name__}: this model is sliced already. "
+        f"Call `unslice({caller_model()})` first, or `name_slice({caller_model()}, .4)` for another slice.")
+    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Slice it before that (in `cbs`, SliceTrain goes first), or call {way_out()} first.")
     if sort not in (None, 'l1', 'taylor'): raise ValueError(f"sort={sort!r}: choose 'l1', 'taylor' or None.")
     if sort == 'taylor' and not any(p.grad is not None for p in model.parameters()): raise ValueError("sort='taylor': the model has no gradients. Run a loss backward first, or use sort='l1'.")
     if norm not in NORMS: raise ValueError(f"norm={norm!r}: choose one of {', '.join(NORMS)}.")
@@ -87,14 +88,14 @@ def _check(model, groups, norm, divisor, rescale, sort):
     check_whole('divisor', divisor)
     if not isinstance(rescale, bool): raise ValueError(f"rescale={rescale!r}: say True or False.")
 
-def _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings):
+def _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings, pin):
     "Plan and report, worked out on a copy"
     model = root_module(model)
     _check(model, groups, norm, divisor, rescale, sort)
     rates,groups = _rates(rates),8 if groups is None and norm == 'gn' else groups
     trial = copy_model(model)
     if norm == 'gn': _group_norms(trial, groups)
-    cmap = trace_channels(trial, sample, embeddings=embeddings)
+    cmap = trace_channels(trial, sample, pin_names(model, pin), embeddings)
     plan = SlicePlan(cmap, choose_spaces(cmap, trial, only, exclude), rates, groups, norm, divisor, rescale)
     if sort == 'taylor': check_grads(model, cmap, plan.spaces)
     same = [r for r in rates if r < 1 and plan.counts(r) == plan.counts(1)]
@@ -121,10 +122,11 @@ def plan_slices(
     divisor:int=1, # Channels are a multiple of this
     rescale:bool=False, # Multiply weights by the number of inputs over those that are left?
     sort:str=None, # Order of channels before: 'l1', 'taylor' (needs gradients), or None for as they are
-    embeddings:bool=False # Slice embeddings as well, and decoders that share their matrix?
+    embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
+    pin=None # Modules that the trace shall not enter, with all they read and produce left whole, as in `trace_channels`
 ) -> Table: # A row per rate
     "What `slice_model` would do; raises where it could not be done"
-    return _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings)[1]
+    return _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings, pin)[1]
 
 # %% ../nbs/30b_slicing.ipynb #d51e4bd0
 def slice_model(
@@ -139,11 +141,12 @@ def slice_model(
     rescale:bool=False, # Multiply weights by the number of inputs over those that are left?
     sort:str=None, # Order of channels before: 'l1', 'taylor' (needs gradients), or None for as they are
     embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
+    pin=None, # Modules that the trace shall not enter, with all they read and produce left whole, as in `trace_channels`
     opt=None # Optimizer that trains it already: its state is sorted, too
 ) -> Table: # A row per rate
     "Let `model` run at any of `rates`: `set_rate` and `at_rate` choose"
     model = root_module(model)
-    kw = dict(rates=rates, groups=groups, norm=norm, only=only, exclude=exclude, divisor=divisor, rescale=rescale, embeddings=embeddings)
+    kw = dict(rates=rates, groups=groups, norm=norm, only=only, exclude=exclude, divisor=divisor, rescale=rescale, embeddings=embeddings, pin=pin_names(model, pin))
     plan,table = _planned(model, sample, sort=sort, **kw)
     if norm == 'gn': _group_norms(model, plan.groups)
     if sort is not None: sort_channels(model, plan.cmap, plan.spaces, sort, opt)

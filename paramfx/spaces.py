@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import numpy as np, torch, torch.nn.utils.prune
 from torch import nn
 from fastcore.basics import listify
+from .core import caller_model
 from .flow import OUTPUT
 
 # %% ../nbs/00h_spaces.ipynb #2571f20d
@@ -36,16 +37,17 @@ def _hidden(m):
     if isinstance(m, torch.jit.ScriptModule): return 'it is scripted', 'Trace the model before it is scripted'
     if 'quantized' in type(m).__module__: return 'it is quantized', 'Cut the model before it is quantized'
     if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None): return 'it is lazy and has no weights yet', 'Run the model once, then trace it'
-    if nn.utils.parametrize.is_parametrized(m): return f"its {', '.join(m.parametrizations)} is parametrized", "Call torch.nn.utils.parametrize.remove_parametrizations"
-    if any(isinstance(h, nn.utils.prune.BasePruningMethod) for h in m._forward_pre_hooks.values()): return 'its weight is computed by torch.nn.utils.prune', 'Call torch.nn.utils.prune.remove'
+    if nn.utils.parametrize.is_parametrized(m): return f"its {', '.join(m.parametrizations)} is parametrized", f"Call `torch.nn.utils.parametrize.remove_parametrizations({{}}, {next(iter(m.parametrizations))!r})`"
+    if any(isinstance(h, nn.utils.prune.BasePruningMethod) for h in m._forward_pre_hooks.values()): return 'its weight is computed by torch.nn.utils.prune', "Call `torch.nn.utils.prune.remove({}, 'weight')`"
     old = [type(h).__name__ for h in m._forward_pre_hooks.values() if type(h).__name__ in ('WeightNorm', 'SpectralNorm')]
-    if old: return f'its weight is computed by {old[0]}', f"Call torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm"
+    if old: return f'its weight is computed by {old[0]}', f"Call `torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm({{}})`"
 
 def check_traceable(model:nn.Module, boxes:list) -> None:
     inside = {id(o) for b in boxes for o in b.modules()}
     for n,m in model.named_modules():
         why = None if id(m) in inside else _hidden(m)
-        if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1]}, or {'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
+        at = caller_model() + (f'.get_submodule({n!r})' if n else '')
+        if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1].format(at)}, or {'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
 
 # %% ../nbs/00h_spaces.ipynb #46ca3292
 def short_list(names): return ', '.join(names[:3]) + (f', ... ({len(names)})' if len(names) > 3 else '')

@@ -10,7 +10,7 @@ __all__ = ['Feature', 'Tap', 'Trunk', 'Branch', 'Branches', 'branches']
 # %% ../nbs/10d_split_branches.ipynb #a92335e6
 import numpy as np, torch
 from torch import nn
-from .core import swap_module
+from .core import for_caller, swap_module
 from .cuts import Cut
 from .flow import Flow, get_ids, squash, varying
 from .forward import check_same, copy_model, still, unpack_sample
@@ -226,7 +226,8 @@ def branches(
 ) -> Branches: # `.trunk` and `.branches`, copies, with the same outputs
     "Trunk and branches of a split network as modules of their own"
     model = root_module(model)
-    if '_split' not in model.__dict__: raise ValueError(f'{type(model).__name__}: it is not split. Call `split_model` or `learn.split()` first.')
+    if '_split' not in model.__dict__: raise ValueError(f'{type(model).__name__}: it is not split. Call '
+        + for_caller("learn.split(splits=[2], classes='cluster')", "model = split_model(model, x, splits=[2], classes='cluster')") + ' first.')
     dense,s = _dense(model)
     xs,low = s.plan.cmap.sample,min(s.plan.levels)
     g = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from torch import nn
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner
 from .channels import trace_channels
-from .core import CONVS, sample_batch, swap_module
+from .core import CONVS, sample_batch, swap_module, way_out
 from .cuts import Cut
 from .forward import check_same, copy_model, pack_sample, unpack_sample
 from .plain import materialize, recipe_verb, swap_model
@@ -155,7 +155,7 @@ def check_groups_of_classes(plan, top):
 def _make(model, sample, groups, splits, classes, seed):
     "Splitting and split model"
     model = root_module(model)
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call `learn.split()`, or `materialize` first and split what it returns.")
+    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first, or `learn.split()` where a Learner holds it.")
     if '_split' in model.__dict__: raise ValueError('The model is split already. Split the dense one in another way instead.')
     if splits is None and groups is None: raise ValueError("splits: say which layers are split, such as splits={'layer4': 2, 'fc': 2}.")
     plan = split_plan(model, sample, _splits_of(model, sample, groups) if splits is None else splits)
@@ -197,7 +197,7 @@ def _split_again(model, splits, groups, sample):
 def _learned(model):
     "Splits and hard groups of an effect whose holder tells both"
     held = next((st.holder for st in effects(model).values() if hasattr(st.holder, 'groups') and hasattr(st.holder, 'plan')), None)
-    if held is None: raise ValueError("No groups were learned. Train with cbs=[SplitNet(...)] first, or give groups, or classes='random', 'cluster' or {class: group} and splits.")
+    if held is None: raise ValueError("No groups were learned. Train with cbs=[SplitNet(...)] first, or do without: `learn.split(splits=[2], classes='cluster')`; classes='random' and {class: group} go, too.")
     return dict(held.plan.splits),held.groups()
 
 def _numbered(dls, classes):

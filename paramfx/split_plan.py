@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import store_attr
 from .channels import trace_channels
-from .core import CONVS, Table, pick_layers, stages, weighted_layers
+from .core import CONVS, Table, caller_model, pick_layers, stages, way_out, weighted_layers
 from .forward import model_inputs, run_model, still
 from .spaces import short_list
 from .state import root_module
@@ -153,6 +153,10 @@ def _watch(model, sample, names):
 def _called(model, n): return f"{n or 'the model'} ({type(model.get_submodule(n)).__name__})"
 def _depthwise(m): return isinstance(m, CONVS[:3]) and m.groups > 1 and m.groups == m.in_channels
 
+def _own_weight(n):
+    at = caller_model() + f'.get_submodule({n!r})'
+    return f'`{at}.weight = nn.Parameter({at}.weight.detach().clone())`'
+
 def _check_layers(model, names, cmap, order):
     "Each layer by itself"
     places = {}
@@ -164,8 +168,9 @@ def _check_layers(model, names, cmap, order):
         if n not in order or n in cmap.unseen: raise ValueError(f'{what}: it did not run on the sample, so nothing can be said about it. Leave it out, or give a sample that reaches it.')
         if getattr(m, 'groups', 1) > 1 and not _depthwise(m): raise ValueError(f'{what}: it is grouped already, in {m.groups}, and its groups fix which channels belong together. Leave it out, or use a network without grouped layers there.')
         tied = () if m._parameters.get('weight') is None else places.get(id(m.weight), ())
-        if len(tied) > 1: raise ValueError(f"{what}: its weight is tied: {', '.join(tied)}. Give each its own, as with `nn.Parameter(w.clone())`, or leave it out.")
-        if any((n, 'weight', d) not in cmap.bindings for d in (0, 1)) and not _depthwise(m): raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so it has no rows to split. `materialize` the model first, or leave it out.')
+        if len(tied) > 1: raise ValueError(f"{what}: its weight is tied: {', '.join(tied)}. "
+                                      f"Give it its own, as with {_own_weight(n)}, or leave it out.")
+        if any((n, 'weight', d) not in cmap.bindings for d in (0, 1)) and not _depthwise(m): raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so it has no rows to split. Call {way_out()} first, or leave it out.')
 
 def _check_output(cmap, names, model, out):
     "The classifier's output space"

@@ -9,7 +9,7 @@ __all__ = ['BranchProcesses']
 
 # %% ../nbs/10da_split_workers.ipynb #76741f71
 import torch, torch.multiprocessing as mp
-from .split_branches import Branches
+from .split_branches import Branches, branches
 
 # %% ../nbs/10da_split_workers.ipynb #4bb06c42
 def _work(pipe, branch, threads):
@@ -24,10 +24,11 @@ def _work(pipe, branch, threads):
 class BranchProcesses:
     "Runs each branch in a process; a context manager, called like the network"
     def __init__(self,
-        parts:Branches, # From `branches`
+        parts, # `Branches`, or a split network
         threads:int=1, # Of each process
         method:str='spawn' # How processes start
     ):
+        parts = parts if isinstance(parts, Branches) else branches(parts)
         self.parts,ctx = parts.eval(),mp.get_context(method)
         self.pipes,self.procs = [],[]
         for b in parts.branches:

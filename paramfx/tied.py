@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from .core import Table, swap_module, swap_params
+from .core import Table, for_caller, swap_module, swap_params, way_out
 from .plain import recipe_verb
 from .sparse import candidates, plan_masks
 from .state import add_report, add_step, root_module
@@ -150,9 +150,9 @@ class Tied:
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         code = state_dict.get(f'{prefix}code')
         if code is not None and not (code.is_meta or self.code.is_meta) and code.item() != self.code.item(): errors.append(
-            f"{prefix[:-1]}: the file was tied in another way (seed, sparsity, granularity, signs or name of the layer). Use its settings, or `load_recipe`.")
+            f"{prefix[:-1]}: the file was tied in another way (seed, sparsity, granularity, signs or name of the layer). Tie with its settings.")
         elif strict and f'{prefix}weight' in state_dict and f'{prefix}bank' not in state_dict: errors.append(
-            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one is tied. Load it before tying, or into `materialize`d layers.")
+            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one is tied. Load it before {for_caller('learn.tie()', 'tie_weights(model)')}, or call {way_out()} first.")
         else: super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 class TiedLinear(Tied, nn.Linear): "`nn.Linear` that reads its weight from a bank"
@@ -174,7 +174,7 @@ def _choose(model, include, exclude):
         others = [o for o in owners[id(m._parameters[p])] if o != f'{n}.{p}']
         if type(m) not in TIED: return f'only Linear and Conv1d to Conv3d are tied, not {type(m).__name__}'
         if others: return f'shared with {others[0]}'
-        if hasattr(m, 'weight_mask'): return 'masked: release the masks first'
+        if hasattr(m, 'weight_mask'): return f'masked: call {way_out()} first'
     reasons = [(n, why(n, m, p)) for n,m,p in take]
     def note(r):
         m = mods.get(r['layer'])

@@ -84,7 +84,7 @@ def test_equal_rates_are_one(mk):
 def test_verbs_of_a_learner_ask_for_slices_first(mk, verb):
     learn = mk()
     args = dict(search_rates=(1e3,), export_slice=(.5, 'a.pth')).get(verb, ())
-    with pytest.raises(ValueError, match='not sliced.*slice_model'): getattr(learn, verb)(*args)
+    with pytest.raises(ValueError, match=r'not sliced.*learn.slice\('): getattr(learn, verb)(*args)
 
 
 def test_plan_says_what_the_callback_does(mk):

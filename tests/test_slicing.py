@@ -705,7 +705,7 @@ def try_remedies(e, model, x):
         text = str(e)
         if m := re.search(DIVISOR, text): kw['divisor'] = int(m[2])
         elif "only='ffn'" in text: kw['only'] = 'ffn'
-        elif m := re.search(r'exclude=(\[.*?\])(?:\.|,)', text): kw['exclude'] = eval(m[1], dict(trace_channels=trace_channels, model=model, sample=x))
+        elif m := re.search(r'exclude=(\[.*?\])(?:\.|,)', text): kw['exclude'] = eval(m[1], dict(trace_channels=trace_channels, model=model, x=x))
         else: return None
         done.append(dict(kw))
         try: return same_as_plain(model, x, **kw) and done
