@@ -304,6 +304,10 @@ def for_caller(
     "A remedy in the words of the API that was called"
     return f'`{learner if _on_learner() else model}`'
 
+def caller_model() -> str:
+    "What the caller's network is called: code for a verb that there is on models only"
+    return 'learn.model' if _on_learner() else 'model'
+
 def way_out() -> str:
     "The remedy of all that wants an ordinary network"
     return for_caller('learn.materialize()', 'model = materialize(model, x)')

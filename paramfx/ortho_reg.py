@@ -18,7 +18,7 @@ from fastcore.basics import store_attr
 from fastai.basics import OptimWrapper
 from .basis_conv import Sharing, sharing_layers
 from .clock import Clock
-from .core import Table
+from .core import Table, for_caller
 from .effects import EffectCallback
 from .ortho import ortho_penalty
 from .plain import recipe_verb
@@ -31,7 +31,8 @@ def basis_groups(
 ) -> list: # For each penalty the groups, as `ortho_penalty` takes them
     "Shared and unique filters of `model`, by stage; raises where there are none"
     layers,parts = sharing_layers(model),{}
-    if not layers: raise ValueError(f"{type(model).__name__}: no layer of this model shares filters. Call `learn.share_bases` first.")
+    if not layers: raise ValueError(f"{type(model).__name__}: no layer of this model shares filters. "
+                                 f"Call {for_caller('learn.share_bases()', 'share_bases(model, x)')} first.")
     for m in layers.values():
         u,b = m._parameters.get('unique'),m.basis
         t = b if b is not None else u

@@ -15,7 +15,7 @@ from torch import nn
 from fastcore.basics import store_attr
 from fastai.basics import AvgLoss, TrainEvalCallback, ValueMetric, to_float
 from .clock import Clock
-from .core import Table, rng_guard, sample_batch
+from .core import Table, caller_model, rng_guard, sample_batch
 from .effects import EffectCallback, finding_lr
 from .losses import picked
 from .plain import recipe_verb
@@ -53,8 +53,8 @@ class SliceHolder:
     def __repr__(self): return 'trained at several rates'
 
 # %% ../nbs/31_slice_train.ipynb #3d8e1b94
-_CONVERT = dict(groups=None, norm='switch', only=None, exclude=None, divisor=1, rescale=False, sort=None, embeddings=False)
-_ONCE = ('only', 'exclude', 'sort', 'embeddings') # what the plan does not tell any more
+_CONVERT = dict(groups=None, norm='switch', only=None, exclude=None, divisor=1, rescale=False, sort=None, embeddings=False, pin=None)
+_ONCE = ('only', 'exclude', 'sort', 'embeddings', 'pin') # what the plan does not tell any more
 _RATES = (1, .75, .5, .25)
 
 def _is_sliced(model): return any('_slicing' in m.__dict__ for m in model.modules())
@@ -88,7 +88,8 @@ class SliceTrain(EffectCallback):
         divisor:int=1, # Channels are a multiple of this
         rescale:bool=False, # Multiply weights by the number of inputs over those that are left?
         sort:str=None, # Order of channels before: 'l1', 'taylor' or None
-        embeddings:bool=False # Slice embeddings as well, and decoders that share their matrix?
+        embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
+        pin=None # Modules that the trace shall not enter, left whole
     ):
         store_attr()
         check_schedule(schedule)
@@ -104,16 +105,18 @@ class SliceTrain(EffectCallback):
         super()._check_settings(old)
 
     def _sample(self, learn):
-        if learn is None: raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no sample. Call `slice_model` first.")
+        if learn is None: raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no sample. Call `slice_model(model, x)` first.")
         return sample_batch(learn.dls)
 
     def _agree(self, plan):
         "Raise where the model is sliced in another way than the settings say"
         rates = plan.rates if self.rates is None else sorted({check_rate(r) for r in self.rates}, reverse=True)
-        if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. Give these rates or none, or call `unslice` first.")
+        if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
+                                             f"Give these rates or none, or call `unslice({caller_model()})` first.")
         for k,default in _CONVERT.items():
             v = getattr(self, k)
-            if v != default and (k in _ONCE or v != getattr(plan, k)): raise ValueError(f"{k}={v!r}: this model is sliced already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. Leave {k} out, or call `unslice` first.")
+            if v != default and (k in _ONCE or v != getattr(plan, k)): raise ValueError(f"{k}={v!r}: this model is sliced already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
+                f"Leave {k} out, or call `unslice({caller_model()})` first.")
         return Table([dict(rate=r, smallest=min(plan.keys[r].values(), default=None)) for r in plan.rates], note='sliced already')
 
     def _convert_args(self): return dict(rates=_RATES if self.rates is None else self.rates, **{k: getattr(self, k) for k in _CONVERT})

@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 from torch import nn
-from .core import CONVS, Table, match_layers, spare_roots, weighted_layers, zero_is_fixed
+from .core import CONVS, Table, match_layers, spare_roots, way_out, weighted_layers, zero_is_fixed
 from .csr_masks import use_csr
 from .state import EffectState, effects, root_module
 from .masks import Masked, MaskStore, param_name, density_erk, density_uniform, make_mask
@@ -39,8 +39,13 @@ def _skips(model, include, exclude):
     why = {n: 'not in include' if n not in chosen else 'excluded' if n in out else None for n in layers}
     if first and why[first] is None: why[first] = 'first convolution (name it in include= to mask it)'
     for n,m in layers.items():
-        if why[n] is None and not weight_names(m): why[n] = 'no weight of its own (parametrized, or weight_norm: remove it first)'
+        if why[n] is None and not weight_names(m): why[n] = _no_weight(m)
     return why
+
+def _no_weight(m):
+    "Why a layer has no weight that could be masked"
+    if callable(getattr(m, 'plain', None)): return f'a {type(m).__name__} makes its weight of something smaller: call {way_out()} first'
+    return 'no weight of its own (parametrized, or weight_norm: remove it first)'
 
 def candidates(
     model:nn.Module, # Network
@@ -176,7 +181,8 @@ def mask_state(
     for r in plan:
         n,_,p = r['layer'].rpartition('.')
         if hasattr(model.get_submodule(n), f'{p}_mask'): raise ValueError(
-            f"{r['layer']}: the layer has a `{p}_mask` already, of its own or from masking a part of the model. Release that first, or exclude it (exclude={n!r}).")
+            f"{r['layer']}: the layer has a `{p}_mask` already, of its own or from masking a part of the model. "
+            f"Make that permanent with {way_out()} first, or exclude it (exclude={n!r}).")
     for i,r in enumerate(plan):
         n,_,p = r['layer'].rpartition('.')
         m = model.get_submodule(n)
@@ -199,7 +205,8 @@ def sparsify(
     "Mask `model` in place; its weights outside of the masks become exactly 0"
     kw = dict(sparsity=sparsity, granularity=granularity, distribution=distribution, include=include, exclude=exclude,
               init_mask=init_mask, seed=seed)
-    if 'dynamic_sparse' in effects(model): raise ValueError("This model is masked already. Build a new one, or call `learn.release()` on its Learner first.")
+    if 'dynamic_sparse' in effects(model): raise ValueError(
+        f"This model is masked already. Call {way_out()} first, which keeps its zeros, or `learn.release()` where a Learner holds it.")
     return mask_state(model, kw, **kw).attach(model).report
 
 sparsify.plan = plan_masks

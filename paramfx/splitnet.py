@@ -166,7 +166,7 @@ class SplitNet(EffectCallback):
 
     # -- the effect
     def _plan(self, model, learn):
-        if learn is None: raise ValueError("SplitNet: without a Learner there is no sample to find the channels with. Add it to a Learner, or call `split_plan` yourself.")
+        if learn is None: raise ValueError("SplitNet: without a Learner there is no sample to find the channels with. Add it to a Learner, or call `split_plan(model, x, splits)` yourself.")
         plan = split_plan(model, sample_batch(learn.dls), self.splits)
         for l in plan.layers:
             if model.get_submodule(l.name)._parameters.get('weight') is None: raise ValueError(f"{l.name}: its weight is computed or packed, so the penalty has nothing to act on. Make it an ordinary layer first, or leave it out.")
