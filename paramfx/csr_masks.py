@@ -8,6 +8,8 @@ Docs: https://paramfx.github.io/paramfx/csr_masks.html.md"""
 __all__ = ['COMPUTE', 'CSRMasked', 'plan_csr', 'use_csr', 'Compute']
 
 # %% ../nbs/39a_csr_masks.ipynb #58f4416e
+import warnings, zlib
+
 import torch
 from torch import nn
 from .core import Table, match_layers, opt_state, sample_batch, swap_params
@@ -20,7 +22,7 @@ from .state import effects
 # %% ../nbs/39a_csr_masks.ipynb #53ce19db
 class CSRMasked(Masked):
     "A CSR layer in the place of a `Masked` parameter; its values are all there is"
-    masks,groups,ever,pname,buf,size,bufs = False,None,None,'weight','weight_mask',1,['crow','col']
+    masks,groups,ever,pname,buf,size,bufs,places = False,None,None,'weight','weight_mask',1,['crow','col'],None
     def __init__(self,
         e:Masked, # Of a layer that can be one, see `why_not_csr`
         opt=None # Optimizer that trains it already
@@ -29,6 +31,7 @@ class CSRMasked(Masked):
         e.release()
         self.layer,self.name,self.module = e.layer,e.name,to_csr(e.module, mask)
         self.units = mask.numel()
+        self.note()
         swap_params(opt, {old: self.param}, lambda t,*args: t.reshape(-1)[self.module.flat])
 
     @property
@@ -47,7 +50,20 @@ class CSRMasked(Masked):
     tiled = False
 
     live = property(lambda self: len(self.param))
-    def refresh(self): pass # nothing is kept twice
+    def watched(self): return [self.module._buffers[k] for k in self.bufs]
+    def note(self):
+        super().note()
+        self.places = zlib.crc32(self.module.col.cpu().numpy().tobytes(), zlib.crc32(self.module.crow.cpu().numpy().tobytes()))
+    def loose(self): return 0
+    def refresh(self):
+        "Nothing is kept twice"
+        old = self.places
+        self.note()
+        return old in (None, self.places)
+    def catch_up(self):
+        "In an average over a rewire, each value is one of several weights"
+        if not self.refresh(): warnings.warn(f"{self.name}: its live weights stand at other places than when this copy was made. An average over them mixes "
+            "weights of different places: train with compute='dense' to average, or begin the average after the last rewire.")
     def release(self):
         if isinstance(self.module, CSR): to_dense(self.module)
     def unpack(self, opt=None):
@@ -77,6 +93,7 @@ class CSRMasked(Masked):
         zeros = self.param.new_zeros(len(grown))
         for t in states: t.data = moved(t, zeros.to(t.dtype))
         self.module.place_(flat, moved(self.param.detach(), zeros if values is None else values.reshape(-1)[grown]))
+        self.note()
 
     def dense_grad(self):
         t,self.module.tapped = self.module.tapped,None

@@ -57,6 +57,8 @@ def param_name(layer, pname):
     "Name of a parameter of a layer, which may be the network itself"
     return f'{layer}.{pname}' if layer else pname
 
+def _version(t): return 0 if t.is_inference() else t._version
+
 class Masked:
     "A parameter and its mask, kept exactly in step"
     masks = True # does it multiply by a mask, or hold nothing but what is live?
@@ -95,6 +97,25 @@ class Masked:
         self.live = int(self.mask.sum())
         self.float = (self.full if self.tiled else self.mask).to(self.weight.device, self.weight.dtype)
         self.weight.data.mul_(self.float)
+        self.note()
+
+    # -- masks that are changed from outside, as in an average that copies buffers
+    def note(self):
+        "What is here now is in step"
+        self.noted = [(t, _version(t)) for t in self.watched()]
+    def watched(self): return [self.mask]
+    @property
+    def late(self) -> bool:
+        "Has anybody written into the mask since?"
+        now = [(t, _version(t)) for t in self.watched()]
+        return len(now) != len(self.noted) or any(a is not b or v != w for (a,v),(b,w) in zip(now, self.noted))
+    def catch_up(self): self.refresh()
+    def loose(self) -> int:
+        "Weights outside of the mask that are not 0"
+        return int((self.weight.detach().ne(0) & ~self.full).sum())
+
+    def __getstate__(self): return vars(self) | dict(noted=[] if self.late else [t for t,_ in self.noted]) # a copy counts versions anew
+    def __setstate__(self, state): vars(self).update(state, noted=[(t, _version(t)) for t in state.get('noted', ())])
 
     @property
     def bufs(self) -> list:
@@ -146,6 +167,7 @@ class Masked:
         if opt is not None:
             for t in self.states(opt, only): self.fill_(t, dropped); self.fill_(t, grown)
         self.live += len(grown)-len(dropped)
+        self.note()
 
     def dense_grad(self):
         "Gradient of all weights, dead ones included; the weight itself where there is none"
@@ -245,7 +267,33 @@ class MaskStore:
         return state_dict
     def release(self):
         for e in self.items: e.release()
-    def burn_in(self): self.weights_()
+    def burn_in(self):
+        self.catch_up(strict=True)
+        self.weights_()
+    def catch_up(self,
+        strict=False # Raise where the masks keep more than they may? Else they are left alone
+    ):
+        "Put weights in step with masks that were written from outside, as those of an average are"
+        late = [e for e in self.items if e.late]
+        if not late or not all(isinstance(e.param, nn.Parameter) for e in late): return # `functional_call` lends others
+        try: self.check_budget({e.name: e.mask for e in self.items})
+        except ValueError:
+            if strict: raise ValueError(self._averaged(late)) from None
+            return
+        for e in late: e.catch_up()
+
+    def _averaged(self, late):
+        n = sum(int(e.mask.sum()) for e in self.items)
+        return (f"{late[0].name}: its mask was changed from outside, and the masks now keep {n:,} of {self.units:,} units, which this run never does: "
+                "masks were averaged along with the weights. Average the weights only, as `AveragedModel(model)` and timm's `ModelEmaV3(model)` do: the masks then follow by themselves.")
+
+    def loose(self) -> str:
+        "Why masking would change the network, empty where it would not"
+        n,e = max(((e.loose(), e) for e in self.masked), key=lambda o: o[0], default=(0, None))
+        if not n: return ''
+        return (f"{e.name}: {n:,} weights outside of its mask are not 0. They were changed from outside, as by an average of the parameters "
+                "alone, whose mask stayed what it was. Average a network whose masks follow, as `AveragedModel(model)` has them, "
+                "or mask the weights for good: `for st in effects(model).values(): st.holder.weights_()`.")
     def check(self, state_dict, prefix=''):
         "Refuse masks of another shape or budget, before anything is copied"
         found = {e.name: e.find(state_dict, prefix) for e in self.items}

@@ -114,6 +114,8 @@ def save_sparse(
     masks:dict=None # Parameter name -> bool tensor of what is live; None: masks in force, and exact zeros elsewhere
 ) -> Path: # `file`
     "Save what is alive in a network, and where; no optimizer state"
+    for _,st in effect_states(root_module(model)):
+        if isinstance(st.holder, MaskStore): st.holder.catch_up(strict=True)
     with torch.no_grad(): return write_sealed(file, _regions(_parts(root_module(model), dtype, masks)))
 
 # %% ../nbs/44e_sparse_files.ipynb #a4f8c652

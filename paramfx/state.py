@@ -8,10 +8,13 @@ Docs: https://paramfx.github.io/paramfx/state.html.md"""
 __all__ = ['root_module', 'effects', 'add_step', 'all_or_nothing', 'add_report', 'EffectState']
 
 # %% ../nbs/00b_state.ipynb #5ff8dfd1
+import warnings
 from contextlib import contextmanager
+from copy import copy, deepcopy
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner, get_model
 from .clock import Clock
@@ -71,11 +74,12 @@ def add_report(
 
 class EffectState:
     "What an effect must not lose: settings, counters, history and the masks it holds"
+    before_run,copied = None,False # hooks of the model that run before it; is it a copy, which has one of ours among them?
     def __init__(self,
         name:str, # Name of the effect, such as 'dynamic_sparse'
         settings:dict, # What it was built with
         clock:Clock=None, # Optimizer steps and position
-        holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`; perhaps run_state() and set_run_state(state)
+        holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`; perhaps run_state() and set_run_state(state), and catch_up() and loose() where somebody else may change it
         report=None, # What the transform did, for `learn.paramfx`
         **values # Further numbers to save
     ):
@@ -106,9 +110,26 @@ class EffectState:
         self.handles = [model.register_state_dict_pre_hook(self.before_save),
                         model.register_load_state_dict_pre_hook(self.before_load),
                         model.register_load_state_dict_post_hook(self.after_load)]
+        self.before_run = model._forward_pre_hooks
         return self
 
-    def before_save(self, module, prefix, keep_vars): getattr(module, self.key).copy_(self._numbers())
+    def __deepcopy__(self, memo):
+        "A copy may be fed from outside, as an average of weights is, so it looks after itself before it runs"
+        new = memo[id(self)] = copy(self)
+        vars(new).update(deepcopy(vars(self), memo))
+        if new.before_run is not None and not self.copied and hasattr(new.holder, 'catch_up'):
+            new.handles.append(handle := RemovableHandle(new.before_run))
+            new.before_run[handle.id],new.copied = new.catch_up,True
+        return new
+
+    def catch_up(self, *args):
+        if hasattr(self.holder, 'catch_up') and not torch.compiler.is_compiling(): self.holder.catch_up()
+
+    def before_save(self, module, prefix, keep_vars):
+        getattr(module, self.key).copy_(self._numbers())
+        self.catch_up()
+        loose = getattr(self.holder, 'loose', str)()
+        if loose: warnings.warn(f'{loose} Who loads this state dict under the same callback masks them.')
 
     def before_load(self, module, state_dict, prefix, *args):
         "A dense file keeps what is here; a file of another shape is refused before anything is copied"
@@ -122,6 +143,7 @@ class EffectState:
 
     def after_load(self, module, incompatible_keys):
         self._read(getattr(module, self.key))
+        for e in getattr(self.holder, 'sparse', ()): e.note() # masked ones have hooks of their own
         self.history[:] = [h for h in self.history if h.get('step', 0) < self.clock.steps] # what came after the file was written
         self.dirty = True
 
