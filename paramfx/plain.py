@@ -209,7 +209,11 @@ def _check_plain(new, old, sample, tol, kw):
     acting = [m for m in old.modules() if hasattr(m, 'acting')]
     with ExitStack() as stack:
         for m in acting: stack.enter_context(m.acting(**{k:v for k,v in kw.items() if _takes(m.acting, k)}))
-        if acting or not kw: check_same(new, old, sample, tol)
+        if not acting and kw: return
+        try: check_same(new, old, sample, tol)
+        except ValueError as e:
+            why = next((w for m in old.modules() for st in effects(m).values() if (w := getattr(st.holder, 'loose', str)())), '')
+            raise ValueError(f'{why} {e}') from e if why else e
 
 def _frozen(model, sample, fmt, tol, rows, stays):
     "For inference only: network, rows, rows of what could not be done"
