@@ -9,32 +9,167 @@ __all__ = ['still', 'whole', 'copy_model', 'state_keepers', 'forget_states', 'mo
            'show_shapes', 'run_model', 'fails_at', 'check_same']
 
 # %% ../nbs/00e_forward.ipynb #15d7d92c
-import inspect
+import copyreg, inspect, random, warnings
+from collections import OrderedDict, deque
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from operator import is_
+from functools import update_wrapper
+from types import CellType, FunctionType, ModuleType, SimpleNamespace
 
-import torch
+import numpy as np, torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from .core import rng_guard
 
+# %% ../nbs/00e_forward.ipynb #7c1e09ab
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, FunctionType, ModuleType, torch.dtype, torch.device, torch.Size))
+_GROWING = dict, list, set, deque, bytearray # a model may write into these in place
+_SMALL = 2**20 # numbers of parameters of torch's own layers that are kept, the smallest first
+_STATES = { # generators of random numbers that a model has for itself
+    random.Random: ('getstate', 'setstate'),
+    np.random.RandomState: ('get_state', 'set_state'),
+    torch.Generator: ('get_state', 'set_state')}
+
+def _is_plain(cls):
+    "Are its objects nothing but their attributes? What tells itself how it is copied (a Learner, a plan of slices) is left alone"
+    if issubclass(cls, SimpleNamespace): return True
+    if cls.__module__.partition('.')[0] == 'torch' or issubclass(cls, (type, FunctionType, ModuleType)) or cls in copyreg.dispatch_table: return False
+    default = all(getattr(cls, k, None) is getattr(object, k, None) for k in ('__reduce__', '__reduce_ex__', '__getstate__'))
+    return default and not hasattr(cls, '__deepcopy__')
+
+def _place(t):
+    "Where the numbers of a tensor lie"
+    try: return t.data_ptr(), t.shape, t.stride()
+    except (RuntimeError, NotImplementedError): return None # a sparse one, or one of a class of its own
+
+def _equal(a, b):
+    try: return torch.equal(a, b)
+    except (RuntimeError, NotImplementedError): return True # no such comparison, as on the meta device
+
+class _Kept:
+    "What a model is and holds, down to its lists, tensors and generators"
+    def __init__(self, model):
+        self.model,self.seen,self.held,self.mods,self.tensors,self.writers = model,{},[],[],[],set()
+        self.dicts,self.empty,todo = [],[],[model]
+        while todo:
+            o = todo.pop()
+            if isinstance(o, dict) and not o: # as most of a module's are
+                self.empty.append(o)
+                continue
+            if id(o) in self.seen: continue
+            self.seen[id(o)] = o
+            if isinstance(o, dict): self.dicts.append((o, [*o], parts := [*o.values()]))
+            else: parts = self.note(o)
+            todo += [v for v in parts if type(v) not in _ATOMS]
+        left = _SMALL
+        for t in sorted((t for t in self.tensors if isinstance(t, nn.Parameter) and id(t) not in self.writers), key=torch.Tensor.numel):
+            left -= t.numel()
+            if left >= 0: self.writers.add(id(t))
+        self.tensors = [self.values(t, not isinstance(t, nn.Parameter) or id(t) in self.writers) for t in self.tensors if not t.is_inference()]
+
+    def note(self, o):
+        "Keep what `o` holds itself; returns what there is to go on with"
+        if isinstance(o, nn.Module): return self.module(o)
+        if isinstance(o, _GROWING):
+            self.held.append((o, old := [*o]))
+            return () if isinstance(o, bytearray) else old
+        if isinstance(o, torch.Tensor): return self.tensor(o)
+        if isinstance(o, (tuple, frozenset)): return o
+        if isinstance(o, np.ndarray): self.held.append((o, o.copy()))
+        elif isinstance(o, np.random.Generator): self.held.append((o, o.bit_generator.state))
+        elif isinstance(o, tuple(_STATES)): self.held.append((o, getattr(o, self.calls(o)[0])()))
+        elif _is_plain(type(o)) and hasattr(o, '__dict__'): return [vars(o)]
+        return ()
+
+    def calls(self, o): return next(v for k,v in _STATES.items() if isinstance(o, k))
+
+    def module(self, m):
+        "Its class, its flag, and what stands in the class for all of its modules"
+        self.mods.append((m, type(m), m.training))
+        own = [c for c in type(m).__mro__ if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
+        if own and not own[0].__module__.startswith('paramfx.') or getattr(m, 'max_norm', None) is not None: # torch's other layers never write into their parameters
+            self.writers.update(map(id, m._parameters.values()))
+        return [vars(m), *(v for c in own for v in vars(c).values() if isinstance(v, (*_GROWING, torch.Tensor, np.ndarray)))]
+
+    def tensor(self, t):
+        if is_lazy(t): raise ValueError('The model has lazy layers: run one batch through it first.')
+        self.tensors.append(t)
+        return vars(t), t._backward_hooks, t._post_accumulate_grad_hooks
+
+    def values(self, t, copied):
+        "A tensor, the memory it lies in, a copy of what lies there, and what belongs to its gradient"
+        grad = (t.requires_grad, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) if t.is_leaf else None
+        data = t.detach()
+        return t, data, t._version, data.clone() if copied else None, grad
+
+    def put_back(self):
+        for m,cls,_ in self.mods:
+            if type(m) is not cls: m.__class__ = cls
+        for o in self.empty:
+            if o: self.redict(o, (), ())
+        for o,keys,values in self.dicts:
+            if len(o) != len(keys) or not all(map(is_, o, keys)) or not all(map(is_, o.values(), values)): self.redict(o, keys, values)
+        for o,old in self.held: self.refill(o, old)
+        for m,_,training in self.mods:
+            if m.training != training: m.training = training # a scripted module keeps its flag elsewhere
+        with torch.no_grad(): lost = {id(t) for t,*old in self.tensors if not self.restore(t, *old)}
+        if not lost: return
+        names = [n for n,p in self.model.named_parameters() if id(p) in lost]
+        warnings.warn(f"{', '.join(names[:3])}: a forward pass of this model writes into these parameters, and so has the one "
+                      "that looked at it. Look at a deepcopy of the model to keep them as they were.")
+
+    def redict(self, o, keys, values):
+        kind = OrderedDict if isinstance(o, OrderedDict) else dict # a class may have other ideas of its own
+        kind.clear(o)
+        for k,v in zip(keys, values): kind.__setitem__(o, k, v)
+
+    def refill(self, o, old):
+        "The old contents of what can be written into"
+        if isinstance(o, list):
+            if len(o) != len(old) or not all(map(is_, o, old)): list.__setitem__(o, slice(None), old)
+        elif isinstance(o, (set, deque)):
+            o.clear()
+            (o.update if isinstance(o, set) else o.extend)(old)
+        elif isinstance(o, bytearray): o[:] = bytes(old)
+        elif isinstance(o, np.ndarray):
+            if o.flags.writeable: o[...] = old
+        elif isinstance(o, np.random.Generator): o.bit_generator.state = old
+        else: getattr(o, self.calls(o)[1])(old)
+
+    def restore(self, t, data, version, old, grad):
+        "Put a tensor back; returns whether that could be done"
+        if grad is not None: self.regrad(t, *grad)
+        if _place(t) != _place(data): t.data = data
+        if old is None: return t._version == version
+        if t._version != version or not _equal(t, old): t.copy_(old)
+        return True
+
+    def regrad(self, t, wants, grad, hooks, after):
+        if t.requires_grad != wants: t.requires_grad_(wants)
+        if t.grad is not grad: t.grad = grad
+        if t._backward_hooks is not hooks: t._backward_hooks = hooks
+        if t._post_accumulate_grad_hooks is not after: t._post_accumulate_grad_hooks = after
+
+@contextmanager
+def untouched(
+    model:nn.Module, # Any network
+    dls=None # Loaders whose random states are put back, too
+):
+    "Whatever runs inside, `model` behaves afterwards as if nothing had"
+    kept = _Kept(model)
+    try:
+        with rng_guard(dls): yield model
+    finally: kept.put_back()
+
 # %% ../nbs/00e_forward.ipynb #05a5b568
 @contextmanager
 def still(model:nn.Module):
-    "Evaluation mode without gradients; attributes, buffers and random states are put back, after errors too"
-    before = [(m, m.training, dict(vars(m))) for m in model.modules()]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    try:
-        with rng_guard(), torch.no_grad(): yield model.eval()
-    finally:
-        for m,training,attrs in before:
-            vars(m).clear(); vars(m).update(attrs)
-            if m.training != training: m.training = training # a scripted module keeps its flag elsewhere
-        with torch.no_grad():
-            for b,version,old in buffers:
-                if b._version != version: b.copy_(old)
+    "Evaluation mode without gradients; what the model is and holds is put back, as are random states, after errors too"
+    with untouched(model), torch.no_grad(): yield model.eval()
 
 @contextmanager
 def whole(model:nn.Module):
@@ -54,9 +189,24 @@ def copy_model(
     memo:dict=None # As for `deepcopy`: id -> object to take instead of a copy
 ) -> nn.Module: # Of the same classes
     "A deep copy, also of models that keep computed weights or activations (as hooks do), which `deepcopy` refuses"
-    with _Detached(): new = deepcopy(model, {} if memo is None else memo)
+    memo = {} if memo is None else memo
+    with _Detached(): new = deepcopy(model, memo)
     for p,q in zip(model.parameters(), new.parameters()): vars(q).update(vars(p)) # torch copies a parameter without them
+    for m in new.modules():
+        for d in (vars(m), *(v for k,v in vars(m).items() if k.endswith('_hooks') and isinstance(v, dict))):
+            d.update({k: _rebound(f, memo) for k,f in d.items() if isinstance(f, FunctionType)})
     return new
+
+def _rebound(f, memo):
+    "A function, such as a hook, that has hold of what was copied (which `deepcopy` leaves as it is): the same function of the copies"
+    copied = lambda o: memo.get(id(o), o)
+    cells,defaults = f.__closure__ or (),f.__defaults__ or ()
+    held = [getattr(c, 'cell_contents', None) for c in cells]
+    if all(copied(o) is o for o in (*held, *defaults)): return f
+    cells = tuple(c if copied(o) is o else CellType(copied(o)) for c,o in zip(cells, held))
+    new = FunctionType(f.__code__, f.__globals__, f.__name__, tuple(map(copied, defaults)) or None, cells or None)
+    new.__kwdefaults__ = f.__kwdefaults__
+    return update_wrapper(new, f)
 
 def state_keepers(model:nn.Module) -> dict: # Name -> module
     "The modules with recurrent layers that can be reset, as fastai does before each text: they may keep states from batch to batch"

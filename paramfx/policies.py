@@ -15,7 +15,8 @@ from math import ceil
 import torch
 from fastcore.basics import store_attr
 from fastai.basics import Learner
-from .core import match_layers, rng_guard, stages, weighted_layers
+from .core import match_layers, stages, weighted_layers
+from .forward import untouched
 from .evolution import check_rate, fit_cut, masks_of, matrices, refuse_computed, wels_masks
 from .state import root_module
 from .units import generator
@@ -152,20 +153,14 @@ def saliency(
     "How much each weight matters to the loss; model, gradients and random states are left as they were"
     model,dl = root_module(learn.model),learn.dls.train
     ps = {n: p for n,(_,p) in matrices(model).items() if p.requires_grad}
-    total,training = {n: torch.zeros_like(p) for n,p in ps.items()},model.training
-    held = [(b, b.clone()) for b in model.buffers()]
-    with rng_guard(learn.dls):
+    total = {n: torch.zeros_like(p) for n,p in ps.items()}
+    with untouched(model, learn.dls):
         model.train()
-        try:
-            for _,b in zip(range(batches), dl):
-                n = learn.dls.n_inp
-                loss = learn.loss_func(model(*b[:n]), *b[n:])
-                for t,g in zip(total.values(), torch.autograd.grad(loss, list(ps.values()), allow_unused=True)):
-                    if g is not None: t += g.abs()
-        finally:
-            model.train(training)
-            with torch.no_grad():
-                for b,old in held: b.copy_(old)
+        for _,b in zip(range(batches), dl):
+            n = learn.dls.n_inp
+            loss = learn.loss_func(model(*b[:n]), *b[n:])
+            for t,g in zip(total.values(), torch.autograd.grad(loss, list(ps.values()), allow_unused=True)):
+                if g is not None: t += g.abs()
     return {n: (total[n]*ps[n].detach().abs()) for n in ps}
 
 # %% ../nbs/50a_policies.ipynb #184d9fa6
