@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from fastai.basics import Learner
 from .core import Table, rng_guard, sample_batch
 from .effects import EffectCallback
-from .forward import copy_model
+from .forward import copy_model, untouched
 from .state import effects, root_module
 from .report import cost, human
 
@@ -49,6 +49,9 @@ def plan(self:Learner,
 ) -> Table: # Rows of what is touched, then of what is left alone; `.before` and `.after` are `Report`s
     "Dry run: what `what` would do to this model, and what that would cost; nothing changes"
     what,model = _resolve(what, kwargs),root_module(self.model)
+    with untouched(model, self.dls): return _planned(self, model, what, kwargs)
+
+def _planned(self, model, what, kwargs):
     old = effects(model).get(getattr(what, 'name', None))
     if old is not None: what._check_settings(old)
     x = sample_batch(self.dls)
