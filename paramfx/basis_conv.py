@@ -13,7 +13,7 @@ from math import prod
 
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import for_caller, way_out
+from .core import for_caller, tell_export, way_out
 from .report import n_nonzero
 
 # %% ../nbs/20a_basis_conv.ipynb #41a830ea
@@ -148,6 +148,7 @@ class BasisConv2d(Sharing, nn.Conv2d):
         return min(t, c) >= 32*self.groups and 2*n*r*(k*self.groups+t) <= t*k*(n+r)
 
     def forward(self, x):
+        tell_export('Shared filters and their norms are')
         if self._live(): return self._in_layers(x)
         c,bias = self.scaled()
         if self._in_two(x): return F.conv2d(self.responses(x), c[..., None, None], bias, groups=self.groups)

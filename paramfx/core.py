@@ -10,7 +10,7 @@ __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pi
            'Table']
 
 # %% ../nbs/00_core.ipynb #9617bb53
-import json, random, sys
+import json, random, sys, warnings
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -307,6 +307,11 @@ def for_caller(
 def caller_model() -> str:
     "What the caller's network is called: code for a verb that there is on models only"
     return 'learn.model' if _on_learner() else 'model'
+
+def tell_export(what:str) -> None:
+    "Warn where a layer that is there for training only is being exported, as `torch.export` and `torch.onnx.export` do"
+    if not (getattr(torch.compiler, 'is_exporting', bool)() or torch.onnx.is_in_onnx_export()): return
+    warnings.warn(f'{what} exported as they are trained, with all that goes on the way out. Export what {way_out()} makes of the network.')
 
 def way_out() -> str:
     "The remedy of all that wants an ordinary network"

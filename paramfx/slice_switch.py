@@ -15,6 +15,7 @@ from threading import local
 
 import torch
 from torch.autograd.function import BackwardCFunction
+from .core import tell_export
 
 # %% ../nbs/29a_slice_switch.ipynb #e64a82c4
 _here = ContextVar('paramfx_slices', default=None) # {id of a plan: key}
@@ -30,7 +31,9 @@ class Switch:
         "The slice in force here"
         d = _here.get()
         key = self.current if d is None else d.get(id(self), self.current)
-        if torch.compiler.is_compiling(): return key
+        if torch.compiler.is_compiling():
+            tell_export('All widths of a sliced network are')
+            return key
         grad,again = torch.is_grad_enabled(),torch._C._current_graph_task_id() >= 0
         if grad: self.era = None
         if not again and getattr(_mine, 'last', None) == (id(self), key, -1 if grad else _node_no()): return key # nothing new

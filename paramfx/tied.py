@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from .core import Table, for_caller, swap_module, swap_params, way_out
+from .core import Table, for_caller, swap_module, swap_params, tell_export, way_out
 from .plain import recipe_verb
 from .sparse import candidates, plan_masks
 from .state import add_report, add_step, root_module
@@ -115,7 +115,9 @@ class Tied:
         return self
 
     @property
-    def weight(self): return read_bank(self.bank, self.idx, self.shape, self.sign_hash, self.scale)
+    def weight(self):
+        tell_export('Tied weights and their tables are')
+        return read_bank(self.bank, self.idx, self.shape, self.sign_hash, self.scale)
 
     def reset_parameters(self):
         bound = prod(self.shape[1:])**-.5
