@@ -296,3 +296,19 @@ def materialize(self:Learner,
     if not same: swap_model(self, new, cuts)
     if frozen_layers(new): for_inference(self)
     return add_report(self, 'materialize', rows)
+
+# %% ../nbs/03_plain.ipynb #03d7068b
+_fastai_export = Learner.export
+
+def _ours(learn):
+    "Names of the classes of this library that an exported Learner would need"
+    parts = [c for c in learn.cbs] + [m for m in learn.model.modules()] + [*effects(learn.model).values()]
+    return sorted({type(o).__name__ for o in parts if type(o).__module__.startswith('paramfx')})
+
+@patch
+def export(self:Learner, fname='export.pkl', **kwargs):
+    "Export the content of `self` without the items and the optimizer state for inference"
+    ours = _ours(self)
+    live = effects(self.model) or any(callable(getattr(m, 'plain', None)) for m in self.model.modules())
+    if ours: warnings.warn(f"{fname} will load only where paramfx is installed: it holds {', '.join(ours)}." + (f" Call {way_out()} first." if live else ''))
+    return _fastai_export(self, fname, **kwargs)
