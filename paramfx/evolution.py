@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastai.basics import Learner
 from .channels import trace_channels
-from .core import WEIGHTED, match_layers, rng_guard, sample_batch, weighted_layers
+from .core import WEIGHTED, as_shapes, match_layers, rng_guard, sample_batch, weighted_layers
 from .cuts import Cut, cut_arg
 import paramfx.plain # gives Learner materialize
 from .flow import PINNED
@@ -187,12 +187,12 @@ def check_masks(
     masks:dict # Parameter name -> bool tensor
 ):
     "Raise unless `masks` fit the parameters of `model`"
-    if not isinstance(masks, dict) or not masks: raise ValueError(f'masks: expected {{parameter name: bool tensor}}, got {masks!r:.80}.')
+    if not isinstance(masks, dict) or not masks: raise ValueError(f'masks: expected {{parameter name: bool tensor}}, got {as_shapes(masks)}.')
     own = dict(model.named_parameters(remove_duplicate=False))
     for n,m in masks.items():
         if n not in own: raise ValueError(f"{n}: the network has no such parameter. There are: {', '.join(list(own)[:20])}{', ...' if len(own) > 20 else ''}.")
         if not torch.is_tensor(m) or m.dtype != torch.bool or m.shape != own[n].shape: raise ValueError(
-            f"{n}: the mask has to be a bool tensor of shape {tuple(own[n].shape)}, not {tuple(m.shape) if torch.is_tensor(m) else m!r:.60}{f' of {m.dtype}' if torch.is_tensor(m) else ''}.")
+            f"{n}: the mask has to be a bool tensor of shape {tuple(own[n].shape)}, not {tuple(m.shape) if torch.is_tensor(m) else as_shapes(m)}{f' of {m.dtype}' if torch.is_tensor(m) else ''}.")
         if not m.all() and own[n].is_inference(): raise ValueError(f'{n}: it was made in inference mode and can never change. Go on with a deepcopy of the model.')
         owner,mod,_ = _owner(model, n)
         if not m.all() and _computes(owner): raise ValueError(

@@ -6,7 +6,7 @@ Docs: https://paramfx.github.io/paramfx/forward.html.md"""
 
 # %% auto #0
 __all__ = ['still', 'whole', 'copy_model', 'state_keepers', 'forget_states', 'model_inputs', 'pack_sample', 'unpack_sample',
-           'show_shapes', 'run_model', 'fails_at', 'check_same']
+           'show_shapes', 'only_tensor', 'run_model', 'fails_at', 'check_same']
 
 # %% ../nbs/00e_forward.ipynb #15d7d92c
 import copyreg, inspect, random, warnings
@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from .core import rng_guard
+from .core import as_shapes, rng_guard
 
 # %% ../nbs/00e_forward.ipynb #7c1e09ab
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, FunctionType, ModuleType, torch.dtype, torch.device, torch.Size))
@@ -226,7 +226,7 @@ def model_inputs(
     "The positional inputs of `model`, on its device"
     xs = tuple(sample) if isinstance(sample, (tuple,list)) else (sample,)
     if not (xs and all(isinstance(x, torch.Tensor) for x in xs)):
-        raise ValueError(f'sample must be a tensor or a tuple of tensors, not {sample!r:.80}')
+        raise ValueError(f'sample must be a tensor or a tuple of tensors, one for each positional input, not {as_shapes(sample)}')
     p = next(model.parameters(), None)
     return xs if p is None else tuple(x.to(p.device) for x in xs)
 
@@ -244,6 +244,11 @@ def unpack_sample(
     return tuple(torch.zeros(shape, dtype=kind if t.is_floating_point else t) for shape,t in types)
 
 def show_shapes(xs:tuple) -> str: return ', '.join(str(list(x.shape)) for x in xs)
+
+def only_tensor(out):
+    "The tensor that a model returns, also as the only one in a tuple or dict; None where there are several, or none"
+    ts = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    return ts[0] if len(ts) == 1 else None
 
 def run_model(
     model:nn.Module, # The network

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from itertools import zip_longest
 
 import torch
+from .core import as_shapes
 
 # %% ../nbs/20_ortho.ipynb #5d282da4
 def _gap(b, auto):
@@ -55,7 +56,7 @@ def _check(groups, unique, norm, joint, side):
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: say True or False.")
     if norm not in ('global', 'group', 'sum'): raise ValueError(f"norm={norm!r}: choose 'global', 'group' or 'sum'.")
     if side not in ('rows', 'auto'): raise ValueError(f"side={side!r}: choose 'rows' or 'auto'.")
-    if not isinstance(groups, (tuple, list)) or not groups: raise ValueError(f"groups={groups!r:.80}: give a list of (list of shared tensors, list of unique tensors), at least one.")
+    if not isinstance(groups, (tuple, list)) or not groups: raise ValueError(f"groups={as_shapes(groups)}: give a list of (list of shared tensors, list of unique tensors), at least one.")
     groups = [(list(g[0]), list(g[1])) if isinstance(g, (tuple, list)) and len(g) == 2 and all(isinstance(o, (tuple, list)) for o in g) else g for g in groups]
     for i,g in enumerate(groups): _check_group(i, g, joint)
     if not any(s or (u and unique) for s,u in groups): raise ValueError("groups: no filter to penalize in any of them. Give shared tensors, or unique ones with unique=True.")

@@ -32,10 +32,14 @@ def pin_names(model:nn.Module, pin) -> list:
     names = {id(m): n for n,m in model.named_modules() if n}
     return [names.get(id(p), p) for p in listify(pin)]
 
+def _is_quantized(cls):
+    "A layer of torch with whole numbers for weights; a float one is only there to be watched and adds what it gets"
+    return cls.__module__.startswith('torch.') and 'quantized' in cls.__module__ and not cls.__name__.endswith('FloatFunctional')
+
 def _hidden(m):
     "Why the weights of `m` cannot be cut, if so; and what to do about it"
     if isinstance(m, torch.jit.ScriptModule): return 'it is scripted', 'Trace the model before it is scripted'
-    if 'quantized' in type(m).__module__: return 'it is quantized', 'Cut the model before it is quantized'
+    if _is_quantized(type(m)): return 'it is quantized', 'Cut the model before it is quantized'
     if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None): return 'it is lazy and has no weights yet', 'Run the model once, then trace it'
     if nn.utils.parametrize.is_parametrized(m): return f"its {', '.join(m.parametrizations)} is parametrized", f"Call `torch.nn.utils.parametrize.remove_parametrizations({{}}, {next(iter(m.parametrizations))!r})`"
     if any(isinstance(h, nn.utils.prune.BasePruningMethod) for h in m._forward_pre_hooks.values()): return 'its weight is computed by torch.nn.utils.prune', "Call `torch.nn.utils.prune.remove({}, 'weight')`"

@@ -13,7 +13,7 @@ from torch import nn
 from .core import for_caller, swap_module
 from .cuts import Cut
 from .flow import Flow, get_ids, squash, varying
-from .forward import check_same, copy_model, still, unpack_sample
+from .forward import check_same, copy_model, only_tensor, still, unpack_sample
 from .spaces import Units, short_list
 from .split_groups import check_groups, side_groups
 from .split_model import SplitBlock, Splitting, split_layer, sub_layer
@@ -125,7 +125,7 @@ class Branch(nn.Module):
         for n,s in self.shapes.items():
             if n: self.net.get_submodule(n).value = have.get(n, torch.empty(s, device='meta'))
         xs = [torch.empty(s, device='meta') for s in self.shapes['']]
-        try: return self.net(*([have['']]+xs[1:] if '' in have else xs))
+        try: return only_tensor(self.net(*([have['']]+xs[1:] if '' in have else xs)))
         finally:
             for n in self.shapes:
                 if n: self.net.get_submodule(n).value = None
@@ -244,7 +244,7 @@ def branches(
     trunk = copy_model(model)
     for n in sorted(inner): trunk.set_submodule(n, Feature())
     for k in ('_split', '_recipe'): trunk.__dict__.pop(k, None)
-    with still(model): shape = model(*xs).shape
+    with still(model): shape = only_tensor(model(*xs)).shape
     res = Branches(Trunk(trunk, names).train(model.training), parts, 1 if shape[1] == len(s.groups[s.plan.classes]) else -1).to(xs[0].device)
     try: check_same(res, model, xs)
     except ValueError as e: raise ValueError(f'{type(model).__name__}: its branches, run alone, do not give what the network does; its code holds a number of channels, or runs parts of the trunk after split layers. {e}') from e

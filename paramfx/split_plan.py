@@ -15,8 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import store_attr
 from .channels import trace_channels
-from .core import CONVS, Table, caller_model, pick_layers, stages, way_out, weighted_layers
-from .forward import model_inputs, run_model, still
+from .core import CONVS, Table, as_shapes, caller_model, pick_layers, stages, way_out, weighted_layers
+from .forward import model_inputs, only_tensor, run_model, still
 from .spaces import short_list
 from .state import root_module
 
@@ -174,7 +174,10 @@ def _check_layers(model, names, cmap, order):
 
 def _check_output(cmap, names, model, out):
     "The classifier's output space"
-    if not isinstance(out, torch.Tensor): raise ValueError(f'{type(model).__name__}: it returns a {type(out).__name__}, and several outputs have no common class axis to split. Wrap it so that it returns the logits alone.')
+    found,out = out,only_tensor(out)
+    if out is None: raise ValueError(
+        f'{type(model).__name__}: it returns {as_shapes(found)}, not one tensor, so there is no common class axis to split. '
+        'Wrap it so that it returns the logits alone.')
     ends = [s for s in cmap if s.is_output]
     if len(ends) != 1 or not ends[0].producers: raise ValueError(f"{type(model).__name__}: its output is {f'of {len(ends)} spaces' if ends else 'not that of a layer whose channels can be followed'}, so there is no class axis. Wrap it so that it returns the logits of one classifier.")
     s = ends[0]
