@@ -101,6 +101,14 @@ def pick_layers(
     drop = match_layers(model, exclude, types) if exclude is not None else set()
     return {n:m for n,m in weighted_layers(model, types).items() if n in keep-drop}
 
+# %% ../nbs/00_core.ipynb #5a2e7c41
+def as_shapes(o) -> str:
+    "An object for a message: shapes in place of tensors, whose numbers tell nothing"
+    if hasattr(o, 'shape') and hasattr(o, 'dtype'): return f"{type(o).__name__}{list(o.shape)}"
+    if isinstance(o, dict): return '{' + ', '.join(f'{k!r}: {as_shapes(v)}' for k,v in o.items()) + '}'
+    if isinstance(o, (list, tuple)): return '(' + ', '.join(map(as_shapes, o)) + ')'
+    return f'{o!r:.80}'
+
 # %% ../nbs/00_core.ipynb #e68ab3b1
 def _loaders(dls): return [getattr(dl, 'dl', dl) for dl in getattr(dls, 'loaders', [])]
 def _rngs(dls): return [dl.rng for dl in _loaders(dls) if getattr(dl, 'rng', None) is not None]
