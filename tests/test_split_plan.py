@@ -214,7 +214,7 @@ BAD = {
     'added with other groups': (seq(conv(3, 16), Res(conv(16, 16), conv(16, 16, 1)), head(16)), {'1.a': 2, '1.b': 4, '2': 4}, r'1.b \(Conv2d\): its 4 groups are added to the 2 of 1.a'),
     'tied': (tied(), {'2': 2, '3': 2}, r'2 \(Conv2d\): its weight is tied: 1.weight, 2.weight'),
     'computed': (parametrized(), {'1': 2, '2': 2}, r'1 \(ParametrizedConv2d\).*parametrized'),
-    'two outputs': (Two(), {'a': 2, 'b': 2}, 'Two: it returns a tuple'),
+    'two outputs': (Two(), {'a': 2, 'b': 2}, r'Two: it returns \(Tensor\[.*, not one tensor'),
     'one number': (seq(conv(3, 8), head(8, 1)), {'1': 2}, '1.2: no class axis: 1 outputs'),
     'softmax at the end': (seq(conv(3, 8), head(8), nn.Softmax(1)), {'1': 2}, '1.2: no class axis: 10 outputs that are compared'),
     'shortcut padded with zeros': (zoo.build('cifar10/resnet20'), [2, 2], r'layer3.0.conv2: its channels cannot be split: layer3.0 \(BasicBlock\) combines them'),
