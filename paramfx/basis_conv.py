@@ -13,7 +13,7 @@ from math import prod
 
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import for_caller, tell_export, way_out
+from .core import ComputedWeight, for_caller, tell_export, way_out
 from .report import n_nonzero
 
 # %% ../nbs/20a_basis_conv.ipynb #41a830ea
@@ -64,7 +64,7 @@ def _rank(name, n, groups, low=0):
     if n%groups: raise ValueError(f"{name}={n}: {n} filters do not divide into {groups} groups. Give a multiple of {groups}.")
     return n
 
-class BasisConv2d(Sharing, nn.Conv2d):
+class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
     "`nn.Conv2d` whose filters are combined from a shared basis and from unique filters"
     def __init__(self,
         in_channels:int, # Channels of the input

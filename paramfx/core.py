@@ -325,6 +325,31 @@ def way_out() -> str:
     "The remedy of all that wants an ordinary network"
     return for_caller('learn.materialize()', 'model = materialize(model, x)')
 
+# %% ../nbs/00_core.ipynb #c7d10a44
+class ComputedWeight:
+    "Mixin of layers that calculate their `weight` from something else"
+    label = None # name in the network, where it is known
+    def _refuse(self, name):
+        if name == 'weight': raise TypeError(f"{self.label or self}: its weight is calculated from other tensors, so none can be put in its place, "
+                                             f"as quantization does. Make an ordinary network first: {way_out()}.")
+    def register_parameter(self, name, param):
+        self._refuse(name)
+        super().register_parameter(name, param)
+    def __setattr__(self, name, value):
+        self._refuse(name)
+        super().__setattr__(name, value)
+
+def check_kernels(
+    layer, # Sparse layer
+    dtype:torch.dtype, # Of its values
+    known:tuple # Types with kernels
+) -> None:
+    "Raise where a sparse layer was converted to a type in which it cannot multiply"
+    if dtype in known: return
+    name = str(dtype).removeprefix('torch.')
+    raise TypeError(f"{layer.label or layer}: there are no sparse kernels for {name}, and the network was converted to it. Make an ordinary network before: "
+        + for_caller(f'learn.model.float(); learn.materialize(); learn.model.to(torch.{name})', f'model = materialize(model.float(), x).to(torch.{name})') + ', or train and run it in float32, under autocast if need be.')
+
 # %% ../nbs/00_core.ipynb #49d08a78
 class Table(list):
     "Rows (dicts of exact values) that show as a markdown table; `title` comes above, `note` below"

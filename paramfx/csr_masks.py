@@ -30,7 +30,7 @@ class CSRMasked(Masked):
         old,mask = e.weight,e.mask
         e.release()
         self.layer,self.name,self.module = e.layer,e.name,to_csr(e.module, mask)
-        self.units = mask.numel()
+        self.units,self.module.label = mask.numel(),e.layer
         self.note()
         swap_params(opt, {old: self.param}, lambda t,*args: t.reshape(-1)[self.module.flat])
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from fastai.basics import Callback, Learner
-from .core import swap_module
+from .core import check_kernels, swap_module
 from .csr import CSR, csr_index, why_not_csr
 from .forward import copy_model
 from .state import add_step, root_module
@@ -23,6 +23,7 @@ from .state import add_step, root_module
 # %% ../nbs/02ba_frozen.ipynb #76c54bdc
 class Frozen(nn.Module):
     "A linear layer or 1x1 convolution with a sparse weight, for inference"
+    label = None # name in the network, where it is known
     chunk,wide,few = 32,1024,100 # columns at a time; pixels at a time; items with fewer pixels go together
     def __init__(self,
         layer:nn.Module # Linear layer or 1x1 convolution, CSR or not; it is left alone
@@ -45,6 +46,7 @@ class Frozen(nn.Module):
     def forward(self, x):
         if self.training and torch.is_grad_enabled(): raise RuntimeError(
             f'{self} is for inference and learns nothing: train the network that it was made of, or what `materialize` without `fmt` makes of this one. For inference call `eval()`.')
+        check_kernels(self, self.dtype, self.dtypes)
         kind = x.device.type
         with torch.no_grad():
             if not torch.is_autocast_enabled(kind): return self._apply_to(x.detach())
@@ -215,7 +217,7 @@ def freeze_layers(
     "A copy of `model` with frozen layers"
     new,old = copy_model(root_module(model)).eval(),root_module(model)
     for n,kind in kinds.items():
-        try: swap_module(new, n, frozen(old.get_submodule(n), kind))
+        try: swap_module(new, n, frozen(old.get_submodule(n), kind)).label = n
         except ValueError as e: raise ValueError(f'{n}: {e}') from e
     return add_step(new, 'freeze', 'paramfx.plain', dict(kinds=dict(kinds)), ', '.join(f'{n}: {k}' for n,k in kinds.items())) if kinds else new
 

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from .core import Table, for_caller, swap_module, swap_params, tell_export, way_out
+from .core import ComputedWeight, Table, for_caller, swap_module, swap_params, tell_export, way_out
 from .plain import recipe_verb
 from .sparse import candidates, plan_masks
 from .state import add_report, add_step, root_module
@@ -78,8 +78,9 @@ def _remade(old, cls, **params):
     new._parameters = params | {k:p for k,p in old._parameters.items() if k not in ('weight', 'bank')}
     return new
 
-class Tied:
+class Tied(ComputedWeight):
     "Mixin of layers whose weight is read from a bank"
+    label = property(lambda self: self.key)
     tied = ('key', 'seed', 'shape', 'sign_hash', 'scale', 'n_places')
 
     @classmethod
