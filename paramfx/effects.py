@@ -17,6 +17,7 @@ from fastcore.basics import class2attr, noop, patch, snake2camel
 from fastai.basics import Callback, CancelStepException, L, Learner, ValueMetric
 from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import LRFinder, SchedCos
+from .core import check_batches
 from .state import EffectState, effects, root_module
 
 # %% ../nbs/00c_effects.ipynb #3d6f69d5
@@ -294,6 +295,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in cbs)]
     if loose: raise ValueError(f"The model carries {', '.join(loose)}, and nothing on this Learner holds it in force. "
                                f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
+    if n_epoch > (start_epoch or 0): check_batches(self.dls)
     if n_epoch > (start_epoch or 0) and not _takes_part(LRFinder, cbs): _warn_without(self, cbs)
     try: _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
     finally:

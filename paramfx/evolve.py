@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from fastai.basics import SGD, CrossEntropyLossFlat, Learner
 import fastai.callback.schedule # gives Learner fit_one_cycle
 import paramfx.evolve_plots # gives EvolveLog plot
-from .core import rng_guard, rng_state, set_rng_state
+from .core import check_batches, rng_guard, rng_state, set_rng_state
 from .effects import EffectCallback
 from .forgetting import Forgetting, told
 from .forward import copy_model
@@ -78,6 +78,7 @@ def evolve(self:Learner,
     "Train in generations, between which a part of the weights begins anew (Taha and others 2021)"
     for name,v in (('generations', generations), ('epochs', epochs), ('rewind_epoch', rewind_epoch)): _whole(name, v)
     knobs = {k: kwargs.pop(k) for k in [*kwargs] if k in _KNOBS}
+    check_batches(self.dls)
     forget = Forgetting(policy, split_rate, reinit, seed, **knobs)
     if forget.reinit == 'rewind' and rewind_epoch > epochs: raise ValueError(f'rewind_epoch={rewind_epoch}: a generation has {epochs} epochs only.')
     fit,slim = _fitter(self, fit_method, lr, kwargs),_check_evolve(self, forget.policy, eval_slim, keep_best, distill, long_run)

@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from fastai.basics import Learner
 import fastai.callback.schedule # gives Learner fine_tune
 from .clock import Clock
-from .core import Table, opt_state
+from .core import Table, check_batches, opt_state
 from .effects import EffectCallback, finding_lr
 from .forgetting import Forgetting, told
 from .plain import recipe_verb
@@ -212,6 +212,7 @@ _fine_tune,_unfreeze = Learner.fine_tune,Learner.unfreeze
 @delegates(Learner.fit_one_cycle)
 def fine_tune(self:Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=0.3, div=5.0, **kwargs):
     "Fine tune with `Learner.freeze` for `freeze_epochs`, then with `Learner.unfreeze` for `epochs`, using discriminative LR."
+    check_batches(self.dls) # before anything is frozen
     self.__dict__['_stage_of_many'] = True
     try: return _fine_tune(self, epochs, base_lr=base_lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=pct_start, div=div, **kwargs)
     finally: self.__dict__.pop('_stage_of_many', None)
