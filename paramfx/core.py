@@ -6,8 +6,8 @@ Docs: https://paramfx.github.io/paramfx/core.html.md"""
 
 # %% auto #0
 __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'stages', 'match_layers', 'pick_layers', 'rng_state', 'set_rng_state',
-           'rng_guard', 'sample_batch', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'spare_roots',
-           'Table']
+           'rng_guard', 'sample_batch', 'check_batches', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed',
+           'spare_roots', 'Table']
 
 # %% ../nbs/00_core.ipynb #9617bb53
 import json, random, sys, warnings
@@ -18,7 +18,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, store_attr
 from fastai import optimizer
-from fastai.basics import L, Learner, OptimWrapper, apply
+from fastai.basics import DataLoader, L, Learner, OptimWrapper, apply
 
 # %% ../nbs/00_core.ipynb #73fda789
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -157,6 +157,19 @@ def sample_batch(
     with rng_guard(_One(dl)): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
     return tuple(apply(lambda t: t[:n], b[:n_inp])) # inputs may be nested, as in a siamese network
+
+def check_batches(dls):
+    "Raise where an epoch over the training loader would be none; fastai says nothing of it"
+    dl = getattr(dls, 'train', None)
+    try: empty = dl is not None and not len(dl)
+    except TypeError: return # its length is not known
+    if not empty: return
+    n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    if n is None: n = len(dl.dataset) if hasattr(dl.dataset, '__len__') else 0
+    if not n: raise ValueError("The training loader holds no items, so there is nothing to train on. Give `learn.dls` a training set.")
+    ours = "set `learn.dls.train.drop_last = False`, or " if isinstance(dl, DataLoader) else ''
+    raise ValueError(f"The training loader has no batch: it holds {n} items, its batch size is {bs}, and an incomplete batch is dropped. "
+                     f"To train on them, {ours}make the loaders with a batch size of {n} or less.")
 
 # %% ../nbs/00_core.ipynb #89d54b4d
 def opt_state(
