@@ -118,7 +118,7 @@ def kept(model, file, go):
         learn, seconds = go()
         if file is not None: torch.save((learn.model.state_dict(), seconds), file)
         return learn.model, seconds
-    state, seconds = torch.load(file)
+    state, seconds = torch.load(file, weights_only=True)
     model.load_state_dict(state)
     return model, seconds
 

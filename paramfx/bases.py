@@ -22,7 +22,7 @@ from fastai.basics import Learner, OptimWrapper
 from .basis_conv import BasisConv2d, SharedConv2d, sharing_layers
 from .basis_init import calibrate, kaiming_coeff, ortho_filters, svd_filters
 from .basis_plan import BasisGroup, basis_names, check_ranks, find_groups
-from .core import CONVS, Table, rng_guard, sample_batch, swap_module, way_out
+from .core import CONVS, Table, left_out, rng_guard, sample_batch, swap_module, tell_reasons, tell_unknown, way_out
 from .ortho import ortho_penalty
 from .ortho_reg import OrthoReg, check_once, param_lists
 from .plain import recipe_verb
@@ -70,19 +70,15 @@ def _table(model, sample, found, skip, mode, norm):
         a,b = (sum(r[f'params_{k}'] for r in mine) for k in ('before', 'after'))
         if b >= a: warnings.warn(f"{g.stage}: {g.shared} shared and {g.unique} unique filters in {len(mine)} layers need {b:,} parameters, ordinary ones {a:,}. Give lower ranks.")
     note = f"{len(rows)} layers share {len(found)} bases; parameters {params:,} -> {params+gain('params'):,}, multiply-adds {all_macs:,} -> {all_macs+gain('macs'):,}"
-    return Table(rows + [dict(layer=n, note=r) for n,r in skip.items()], note=note)
+    taken = [f"{r['layer']}.weight" for r in rows]
+    why = lambda x: x.note or f'{type(x.module).__name__}: only convolutions share filters'
+    return Table(rows+left_out(model, taken, skip, why), note=note)
 
 def _apart(model, splitter):
     "id of each parameter -> number of its parameter group"
     ps = L(splitter(model)) if splitter is not None else []
     if len(ps) and isinstance(ps[0], torch.Tensor): ps = [ps]
     return {id(p): i for i,g in enumerate(ps) for p in g}
-
-def _reasons(skip, most=4):
-    "Why layers are left alone, what concerns most of them first"
-    by = {}
-    for n,r in skip.items(): by.setdefault(r, []).append(n)
-    return '; '.join(f"{', '.join(ns[:most])}{f' and {len(ns)-most} more' if len(ns) > most else ''} ({r})" for r,ns in sorted(by.items(), key=lambda o: -len(o[1])))
 
 def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, basis_norm, init, groups, batches, sweeps, splitter):
     "Groups and report; raises where nothing can be shared"
@@ -91,7 +87,9 @@ def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode,
     _check_init(model, mode, basis_norm, init, batches, sweeps)
     if mode == 'basis': check_ranks(shared_rank, unique_rank)
     found,skip = find_groups(model, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, groups, _apart(model, splitter))
-    if not found: raise ValueError(f"Nothing to share: {_reasons(skip) or 'the model has no convolution'}. Name layers by groups={{name: [layers]}}, or change the ranks.")
+    why = tell_reasons([dict(layer=n, note=r) for n,r in skip.items()])
+    why = why or f'the model has no convolution. {tell_unknown(model)}'.strip(' .')
+    if not found: raise ValueError(f"Nothing to share: {why}. Name layers by groups={{name: [layers]}}, or change the ranks.")
     if n_bases == 2 and not any(g.slot for g in found): warnings.warn("n_bases=2: no block has a second layer that shares, so each stage has one basis. Use n_bases=1.")
     if mode == 'basis' and init == 'svd' and basis_norm is True: warnings.warn("basis_norm=True: a new batch norm between filters and coefficients changes what init='svd' has converted. Use basis_norm='calibrated' or False.")
     return found,_table(model, sample, found, skip, mode, bool(basis_norm))

@@ -13,7 +13,7 @@ from math import ceil
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, patch, store_attr
-from .core import Table
+from .core import Table, all_matrices
 from .forward import forget_states, model_inputs, run_model, still, whole
 from .cuts import Cut
 from .flow import Flow, TraceError
@@ -25,6 +25,7 @@ from .state import root_module
 # %% ../nbs/01_channels.ipynb #95115b53
 class ChannelMap:
     "Spaces of a model, and where their units lie in its tensors"
+    outside = () # matrices of unknown classes that stay whole
     def __init__(self,
         spaces:list, # `Space`s in the order in which the model makes them
         bindings:dict, # (module, tensor, dimension) -> (kind, unit number of each index, -1 where it is raw)
@@ -81,10 +82,15 @@ class ChannelMap:
         "A row per space"
         size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
         rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers), readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
-        more = ''.join(f'. {what}: {short_list(names)}' for what,names in (('Did not run, so stay as they are', self.unseen), ('Weights computed, so stay whole', self.computed)) if names)
+        lists = {'Did not run, so stay as they are': self.unseen, 'Weights computed, so stay whole': self.computed,
+                 'Outside of layers, so stay whole': self.outside}
+        more = ''.join(f'. {what}: {short_list(names)}' for what,names in lists.items() if names)
         return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold {100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
+    def _unknown(self):
+        "For errors: what no known class of layer holds"
+        return f' ({short_list(self.outside)}: held by no known class of layer)' if self.outside else ''
 
     def plot(self, ax=None, **kwargs):
         "Draw which spaces each layer reads and produces, as wide as it has channels"
@@ -128,7 +134,13 @@ def _map(rec, boxes, model, sample):
     sample = tuple(x.detach().cpu().clone() for x in model_inputs(model, sample))
     mine = {n: [id(t) for t in m._parameters.values() if t is not None] for n,m in model.named_modules()}
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
-    return ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes], sorted(rec.computed), list(held), counts, rec.embeddings)
+    cmap = ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes],
+                      sorted(rec.computed), list(held), counts, rec.embeddings)
+    free = np.array([*(s.cuttable for s in cmap), False]) # the last entry is that of raw channels
+    cut = [(m, t) for (m,t,_),(_,lab) in number.items() if free[cmap.space_of[lab]].any()]
+    followed = {id(model.get_submodule(m)._parameters.get(t)) for m,t in cut}
+    cmap.outside = [x.name for x in all_matrices(model) if x.is_unknown and id(x.param) not in followed]
+    return cmap
 
 # %% ../nbs/01_channels.ipynb #46fd1f51
 @patch
@@ -147,7 +159,7 @@ def cut(self:ChannelMap,
     stuck = [s for s in chosen if not s.cuttable]
     if stuck and (whole == 'raise' or not any(s.cuttable for s in chosen)): raise ValueError(
         f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if len(stuck) > 1 else '') + '. ' +
-        ("Cut the others with whole='keep', or name them with only=[...]." if any(s.cuttable for s in chosen) else 'Nothing else is left to cut.'))
-    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join([f'{s.name}: {s.why}' for s in self] + [f'{n}: its weight is computed' for n in self.computed[:3]]) or 'the model has no layer whose channels could go') + '.')
+        ("Cut the others with whole='keep', or name them with only=[...]." if any(s.cuttable for s in chosen) else f'Nothing else is left to cut{self._unknown()}.'))
+    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join([f'{s.name}: {s.why}' for s in self] + [f'{n}: its weight is computed' for n in self.computed[:3]]) or 'the model has no layer whose channels could go') + f'{self._unknown()}.')
     rule = keep if callable(keep) else lambda s: np.arange(ceil(round(s.size*keep, 9)))
     return Cut(self, {s.name: rule(s) for s in chosen if s.cuttable})

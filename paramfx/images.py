@@ -9,7 +9,7 @@ __all__ = ['IMAGENET', 'crop_flip', 'CropFlip', 'ReadImage', 'read_images', 'Ima
            'folder_dls']
 
 # %% ../nbs/06a_images.ipynb #337dc4e4
-import os, pickle
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.basics import DataLoaders, DisplayedTransform, Tensor, TensorImage, delegates, store_attr, torch
 from fastai.data.transforms import get_image_files
 from .data import tensor_dls
-from .loading import as_bytes, check_loader, find_data, list_tfms, reading
+from .loading import as_bytes, check_loader, find_data, list_tfms, read_pickle, reading
 
 # %% ../nbs/06a_images.ipynb #3b36daf7
 def _reflect(i, n): return (n-1) - ((n-1) - i.abs()).abs()
@@ -146,8 +146,7 @@ _CIFAR = {10: ([.4914,.4822,.4465], [.2470,.2435,.2616]), 100: ([.5071,.4865,.44
 
 def _pickles(folder, n_classes):
     "Class names, and the arrays of training and test set, as torchvision stores them"
-    def load(fn):
-        with reading(folder/fn): return pickle.loads((folder/fn).read_bytes(), encoding='latin1')
+    def load(fn): return read_pickle(folder/fn)
     def arrays(fns):
         ds = [load(o) for o in fns]
         x = np.concatenate([o['data'] for o in ds]).reshape(-1,3,32,32)

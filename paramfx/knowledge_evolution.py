@@ -16,8 +16,9 @@ from fastcore.meta import delegates
 from fastai.basics import Learner
 import fastai.callback.schedule # gives Learner fine_tune
 from .clock import Clock
-from .core import Table, check_batches, opt_state
+from .core import Table, all_matrices, check_batches, left_out, opt_state
 from .effects import EffectCallback, finding_lr
+from .evolution import SPLIT, embedded
 from .forgetting import Forgetting, told
 from .plain import recipe_verb
 from .state import EffectState, effects, root_module
@@ -63,6 +64,13 @@ def clear_opt(
             if torch.is_tensor(t) and t.shape == p.shape and t is not p: t.mul_(m.to(t.device))
 
 # %% ../nbs/50e_knowledge_evolution.ipynb #e3c753ba
+def _rest(model, masks):
+    "Rows of the matrices that no mask speaks of"
+    told = {id(model.get_parameter(n)) for n in masks}
+    taken = [x.name for x in all_matrices(model, SPLIT) if id(x.param) in told]
+    rows = left_out(model, taken, None, 'the policy leaves it alone', SPLIT)
+    return [dict(parameter=r['layer'], shape=r['shape'], note=f"kept: {r['note']}") for r in rows]
+
 class KnowledgeEvolution(EffectCallback):
     "Each fit is a generation; between two of them a part of the weights begins anew"
     def __init__(self,
@@ -100,9 +108,15 @@ class KnowledgeEvolution(EffectCallback):
         "Rows of what is kept; raises where the policy does not fit the model"
         if learn is None: raise ValueError('KnowledgeEvolution: without a Learner there is no sample and no data. Add it to a Learner, as in Learner(..., cbs=KnowledgeEvolution()).')
         forget = self._forgetting().start(learn, self.generations)
-        rows = [dict(parameter=n, kept=int(m.sum()), of=m.numel()) for n,m in forget.masks(learn, 1).items()]
+        masks = forget.masks(learn, 1)
+        shape = lambda m: 'x'.join(map(str, m.shape))
+        rows = [dict(parameter=n, shape=shape(m), kept=int(m.sum()), of=m.numel()) for n,m in masks.items()]
+        emb = embedded(model)
+        for r in rows:
+            e = emb.get(id(model.get_parameter(r['parameter'])))
+            if e is not None and r['kept'] == r['of']: r['note'] = f'the embedding {e}, left alone'
         kept,total = sum(r['kept'] for r in rows),sum(r['of'] for r in rows)
-        return Table(rows, note=f'{kept:,} of {total:,} weights are kept between two generations ({100*kept/total:.1f} %)' + ('' if forget.static else '; the choice changes'))
+        return Table(rows+_rest(model, masks), note=f'{kept:,} of {total:,} weights are kept between two generations ({100*kept/total:.1f} %)' + ('' if forget.static else '; the choice changes'))
 
     def convert(self, model, learn=None):
         rows = self.plan(model, learn)

@@ -63,6 +63,9 @@ def _swap_plain(model, kw):
                               (f"Those to replace: {', '.join(mods)}." if mods else 'None has to be replaced; leave it out.'))
     own = {id(m): {**(m.plain_args() if hasattr(m, 'plain_args') else {}), **kw} for m in mods.values()} # what each goes by where nothing is said
     done,shared = {},_shared(mods.values())
+    plans = [(n, v) for n,m in model.named_modules() for v in vars(m).values() if hasattr(v, 'follow')]
+    taken = lambda f: {k:o for k,o in kw.items() if _takes(f, k)}
+    late = [(n, v.follow(**taken(v.follow))) for n,v in plans] # functions of what comes of the module
     for n,m in reversed(mods.items()):
         if id(m) not in done: done[id(m)] = m.plain(**{k:v for k,v in own[id(m)].items() if _takes(m.plain, k)}).train(m.training)
         if n: model.set_submodule(n, done[id(m)])
@@ -70,6 +73,7 @@ def _swap_plain(model, kw):
     new = done.get(id(model), model)
     for m in new.modules() if mods else ():
         for k in [k for k,v in vars(m).items() if getattr(v, 'until_plain', False)]: del vars(m)[k]
+    for n,f in late: f(new.get_submodule(n))
     for k in ('_recipe', '_pending'):
         if new is not model and k in model.__dict__: new.__dict__[k] = model.__dict__[k]
     if mods: add_step(new, 'plain', 'paramfx.plain', {k:v for o in own.values() for k,v in o.items()}, ', '.join(mods))

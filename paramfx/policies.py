@@ -17,7 +17,7 @@ from fastcore.basics import store_attr
 from fastai.basics import Learner
 from .core import match_layers, stages, weighted_layers
 from .forward import untouched
-from .evolution import check_rate, fit_cut, masks_of, matrices, refuse_computed, wels_masks
+from .evolution import check_rate, embedded, fit_cut, masks_of, matrices, refuse_computed, spare_embeddings, wels_masks
 from .state import root_module
 from .units import generator
 
@@ -73,7 +73,9 @@ class LLF(Policy):
         first = names.index(min(match_layers(model, own), key=names.index))
         every = [n for n,m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
         return [n for n in every[every.index(names[first]):] if n in names or self.reset_norm]
-    def __call__(self, model, sample, gen): return _whole_layers(model, self.layers(model))
+    def __call__(self, model, sample, gen):
+        own = () if self.from_layer is None or isinstance(self, Head) else match_layers(model, self.from_layer)
+        return _whole_layers(model, self.layers(model), own)
     def norms(self, model): return [m for m in map(model.get_submodule, self.layers(model)) if hasattr(m, 'reset_running_stats')] if self.reset_norm else []
 
 class Head(LLF):
@@ -104,11 +106,19 @@ def _last_stage(model):
     names = [k for k in stages(model) if k[5:].isdigit()]
     return names[-1] if names else 'fc'
 
-def _whole_layers(model, gone):
-    "Masks that forget whole modules, biases included"
+def _whole_layers(model, gone, asked=()):
+    "Masks that forget whole modules, biases included; embeddings only where all `asked` for are layers that share them"
     refuse_computed(model, gone)
     gone = {id(p) for n in gone for p in model.get_submodule(n).parameters(recurse=False)}
-    held = {id(p) for _,p in matrices(model).values()}
+    found,emb = matrices(model),embedded(model)
+    named = [{id(p) for p in model.get_submodule(n).parameters(recurse=False)} & emb.keys() for n in asked]
+    gone_names = [n for n,(_,p) in found.items() if id(p) in gone]
+    if not (named and all(named)) and gone_names:
+        layer = found[gone_names[0]][0]
+        ask = f"Name the layer that shares it, as in policy=LLF({layer!r}), or choose an earlier from_layer."
+        free = {*spare_embeddings(model, gone_names, ask)}
+        gone -= {id(found[n][1]) for n in gone_names if n not in free}
+    held = {id(p) for _,p in found.values()}
     return {n: torch.full(p.shape, id(p) not in gone) for n,p in model.named_parameters() if id(p) in gone | held}
 
 # %% ../nbs/50a_policies.ipynb #c3e16371
@@ -128,7 +138,9 @@ class Magnitude(Policy):
     def __call__(self, model, sample, gen):
         rate = self.split_rate if self.holds(gen) else 1
         refuse_computed(model, weighted_layers(model))
-        return {n: top_mask(p.detach().abs(), rate) for n,(_,p) in matrices(model).items()}
+        found = matrices(model)
+        free = {*spare_embeddings(model, found, _OTHER)}
+        return {n: top_mask(p.detach().abs(), rate if n in free else 1) for n,(_,p) in found.items()}
 
 class Snip(Policy):
     "Keep the weights that matter most to the loss, chosen anew for each generation (SKE, 2024; saliency of Lee and others 2019)"
@@ -146,13 +158,16 @@ class Snip(Policy):
         kept = {n: torch.ones(p.shape, dtype=torch.bool) for n,(_,p) in matrices(model).items()} # frozen ones have no score
         return kept | {n: m.view(s.shape) for (n,s),m in zip(scores.items(), flat)}
 
+_OTHER = "Policies 'wels' and 'llf' can be asked for it by name."
+
 def saliency(
     learn:Learner, # Model, training data and loss
     batches:int=4 # Training batches
 ) -> dict: # Parameter name -> |w| * sum of |gradient|
     "How much each weight matters to the loss; model, gradients and random states are left as they were"
     model,dl = root_module(learn.model),learn.dls.train
-    ps = {n: p for n,(_,p) in matrices(model).items() if p.requires_grad}
+    found = matrices(model)
+    ps = {n: found[n][1] for n in spare_embeddings(model, found, _OTHER) if found[n][1].requires_grad}
     total = {n: torch.zeros_like(p) for n,p in ps.items()}
     with untouched(model, learn.dls):
         model.train()

@@ -21,7 +21,7 @@ from .losses import picked
 from .plain import recipe_verb
 from .slice_passes import AtRate, RateMetric, autocast_as, autocast_now, distiller, measure_norms, no_sync, read_batches
 from .slice_parts import check_norms, sliced_norms
-from .slice_plan import check_rate, slice_plan
+from .slice_plan import check_rate, slice_plan, slice_rows
 from .slice_rates import RateSchedule, check_schedule
 from .sliced import Sliced
 from .slicing import plan_slices, slice_model, unslice
@@ -108,8 +108,9 @@ class SliceTrain(EffectCallback):
         if learn is None: raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no sample. Call `slice_model(model, x)` first.")
         return sample_batch(learn.dls)
 
-    def _agree(self, plan):
+    def _agree(self, model):
         "Raise where the model is sliced in another way than the settings say"
+        plan = slice_plan(model)
         rates = plan.rates if self.rates is None else sorted({check_rate(r) for r in self.rates}, reverse=True)
         if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
                                              f"Give these rates or none, or call `unslice({caller_model()})` first.")
@@ -117,16 +118,18 @@ class SliceTrain(EffectCallback):
             v = getattr(self, k)
             if v != default and (k in _ONCE or v != getattr(plan, k)): raise ValueError(f"{k}={v!r}: this model is sliced already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
                 f"Leave {k} out, or call `unslice({caller_model()})` first.")
-        return Table([dict(rate=r, smallest=min(plan.keys[r].values(), default=None)) for r in plan.rates], note='sliced already')
+        rows = [dict(rate=r, smallest=min(plan.keys[r].values(), default=None)) for r in plan.rates]
+        part = next(m for m in model.modules() if m.__dict__.get('_slicing') is plan)
+        return Table(rows+slice_rows(plan, part), note='sliced already')
 
     def _convert_args(self): return dict(rates=_RATES if self.rates is None else self.rates, **{k: getattr(self, k) for k in _CONVERT})
 
     def plan(self, model, learn=None):
         "Rows of the rates; raises where the model cannot be sliced or trained like this"
         if learn is not None: distiller(learn.loss_func, self.distill)
-        if _is_sliced(model): rows = self._agree(slice_plan(model))
+        if _is_sliced(model): rows = self._agree(model)
         else: rows = plan_slices(model, self._sample(learn), **self._convert_args())
-        self._schedule([r['rate'] for r in rows])
+        self._schedule([r['rate'] for r in rows if 'rate' in r])
         return rows
 
     def convert(self, model, learn=None):

@@ -23,7 +23,7 @@ from .core import Table, caller_model, sample_batch, swap_module, way_out
 from .forward import copy_model, model_inputs, pack_sample, state_keepers, still, unpack_sample
 from .plain import recipe_verb
 from .slice_parts import TRIAL, add_slice, drop_slice, put_slices
-from .slice_plan import SlicePlan, check_grads, check_rate, check_whole, choose_spaces, named_spaces, slice_count, slice_plan, sort_channels
+from .slice_plan import SlicePlan, check_grads, check_rate, check_whole, choose_spaces, named_spaces, slice_count, slice_plan, slice_rows, sort_channels
 from .slice_rates import rate_schedule
 from .sliced import Sliced, make_whole
 from .spaces import pin_names, short_list
@@ -103,13 +103,13 @@ def _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale
     rows,full = [],sum(p.numel() for p in trial.parameters())
     for r in rates:
         counts = plan.counts(r)
-        left = full if r == 1 else sum(p.numel() for p in plan.cut(counts).apply(trial).parameters())
+        left = full if r == 1 else sum(p.numel() for p in plan.cut(counts).apply(trial, follow=False).parameters())
         rows.append(dict(rate=r, params=left, share=left/full, smallest=min(counts.values())))
     plan.states = _carried(trial, sample)
     cmap.sample = tuple(x.new_zeros(()).expand(x.shape) for x in cmap.sample) # only its shape is needed from here on
     off = [r for r in rates if groups and abs(r*groups-round(r*groups)) > 1e-6]
     if off: warnings.warn(f"rates {', '.join(f'{r:g}' for r in off)} are no whole numbers of {groups} groups: the nearest whole group is taken.")
-    return plan,Table(rows, note=f"{len(plan.spaces)} of {len(cmap)} spaces are sliced")
+    return plan,Table(rows+slice_rows(plan, trial), note=f"{len(plan.spaces)} of {len(cmap)} spaces are sliced")
 
 def plan_slices(
     model:nn.Module, # Network; it is not changed
@@ -124,7 +124,7 @@ def plan_slices(
     sort:str=None, # Order of channels before: 'l1', 'taylor' (needs gradients), or None for as they are
     embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
     pin=None # Modules that the trace shall not enter, with all they read and produce left whole, as in `trace_channels`
-) -> Table: # A row per rate
+) -> Table: # A row per rate, then a row per matrix: what the lowest rate leaves of it, or why it stays whole
     "What `slice_model` would do; raises where it could not be done"
     return _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings, pin)[1]
 
@@ -143,7 +143,7 @@ def slice_model(
     embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
     pin=None, # Modules that the trace shall not enter, with all they read and produce left whole, as in `trace_channels`
     opt=None # Optimizer that trains it already: its state is sorted, too
-) -> Table: # A row per rate
+) -> Table: # A row per rate, then a row per matrix
     "Let `model` run at any of `rates`: `set_rate` and `at_rate` choose"
     model = root_module(model)
     kw = dict(rates=rates, groups=groups, norm=norm, only=only, exclude=exclude, divisor=divisor, rescale=rescale, embeddings=embeddings, pin=pin_names(model, pin))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import store_attr
 from .channels import trace_channels
-from .core import CONVS, Table, as_shapes, caller_model, pick_layers, stages, way_out, weighted_layers
+from .core import CONVS, Table, all_matrices, as_shapes, caller_model, left_out, pick_layers, stages, way_out, weighted_layers
 from .forward import model_inputs, only_tensor, run_model, still
 from .spaces import short_list
 from .state import root_module
@@ -45,6 +45,7 @@ class SplitLayer(NamedTuple):
 
 class SplitPlan:
     "What is split, and what has to be assigned for it"
+    matrices = () # of plans that an older version has written
     def __init__(self,
         cmap, # `ChannelMap` of the model
         layers:list, # `SplitLayer`s in the order in which they run
@@ -52,6 +53,7 @@ class SplitPlan:
         splits:dict, # Layer -> groups
         depthwise:list, # Names of layers inside that read each channel alone: they have no weight to penalize
         classes:str, # The classifier's output space
+        matrices:list=() # Rows of all matrices: groups, or why they are not split
     ):
         store_attr()
         self.levels = sorted({l.groups for l in layers}, reverse=True)
@@ -84,11 +86,11 @@ class SplitPlan:
 
     @property
     def table(self) -> Table:
-        "A row per assignment"
+        "A row per assignment, then a row per matrix"
         reads = lambda s, side: [l.name for l in self.layers if s in {p.space for p in getattr(l, side)}]
         note = f"{len(self.layers)} layers in {' and '.join(map(str, self.levels[::-1]))} groups" + (f"; reads each channel alone: {short_list(self.depthwise)}" if self.depthwise else '')
         return Table([dict(assigned=s, units=u, groups=g, merged=', '.join(map(str, self.merged.get(s, []))), produced=short_list(reads(s, 'outputs')) or 'by the trunk',
-                           read=short_list(reads(s, 'inputs')) or 'the classes') for s,(u,g) in self.free.items()], note=note)
+                           read=short_list(reads(s, 'inputs')) or 'the classes') for s,(u,g) in self.free.items()]+[*self.matrices], note=note)
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
 
@@ -247,6 +249,13 @@ def _free(model, cmap, sides, splits):
         if g > u: raise ValueError(f"{s}: {g} groups of {u} {'unit' if u == 1 else 'units'}{f' (its {cmap[s].channels} channels are bound to each other)' if s != 'input' and cmap[s].channels > u else ''}. Use at most {u}.")
     return res
 
+def _matrix_rows(model, splits, alone):
+    "Every matrix: its groups, or why it is not split"
+    taken = [x for x in all_matrices(model) if x.layer in splits and not x.note]
+    skip = {n: 'reads each channel alone' for n in alone}
+    rest = left_out(model, [x.name for x in taken], skip, lambda x: x.note or 'not in splits')
+    return [dict(layer=x.name, shape=x.shape, groups=splits[x.layer]) for x in taken]+rest
+
 def split_plan(
     model:nn.Module, # Any network; it is left as it was
     sample, # Input tensor, or a tuple of the positional inputs; small images will do
@@ -267,7 +276,8 @@ def split_plan(
     _check_order(model, cmap, splits, order)
     sides = _sides(model, cmap, splits)
     free = _free(model, cmap, sides, splits)
-    plan = SplitPlan(cmap, [SplitLayer(n, *sides[n], splits[n]) for n in splits], free, splits, alone, classes)
+    layers = [SplitLayer(n, *sides[n], splits[n]) for n in splits]
+    plan = SplitPlan(cmap, layers, free, splits, alone, classes, _matrix_rows(model, splits, alone))
     part = lambda g, s, i: Part(s, torch.from_numpy(np.ascontiguousarray(i)).long(), plan.merges(free[s][1], g))
     plan.layers = [SplitLayer(l.name, [part(l.groups, *o) for o in l.inputs], [part(l.groups, *o) for o in l.outputs], l.groups) for l in plan.layers]
     return plan

@@ -9,6 +9,7 @@ __all__ = ['TIED', 'tied_index', 'read_bank', 'Tied', 'TiedLinear', 'TiedConv1d'
            'tie_weights']
 
 # %% ../nbs/43_tied.ipynb #a40a0135
+import warnings
 from copy import copy
 from math import prod
 from numbers import Integral
@@ -19,9 +20,9 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from .core import ComputedWeight, Table, for_caller, swap_module, swap_params, tell_export, way_out
+from .core import ComputedWeight, Table, for_caller, swap_module, swap_params, tell_export, tell_unknown, way_out
 from .plain import recipe_verb
-from .sparse import candidates, plan_masks
+from .sparse import candidates, nothing_to, plan_masks
 from .state import add_report, add_step, root_module
 from .units import generator
 
@@ -178,14 +179,14 @@ def _choose(model, include, exclude):
         if type(m) not in TIED: return f'only Linear and Conv1d to Conv3d are tied, not {type(m).__name__}'
         if others: return f'shared with {others[0]}'
         if hasattr(m, 'weight_mask'): return f'masked: call {way_out()} first'
-    reasons = [(n, why(n, m, p)) for n,m,p in take]
+    reasons = [(n, 'x'.join(map(str, m._parameters[p].shape)), why(n, m, p)) for n,m,p in take]
     def note(r):
         m = mods.get(r['layer'])
         if isinstance(m, Tied): return 'tied already'
         if m is not None and any(map(is_lazy, m._parameters.values())): return 'lazy: run one batch through the model first'
         return r['note'].replace('mask it', 'tie it')
-    rows = [dict(layer=r['layer'], note=note(r)) for r in skip]
-    return [n for n,r in reasons if r is None],rows+[dict(layer=n, note=r) for n,r in reasons if r]
+    rows = [r | dict(note=note(r)) for r in skip]
+    return [n for n,_,r in reasons if r is None],rows+[dict(layer=n, shape=s, note=r) for n,s,r in reasons if r]
 
 def plan_tied(
     model:nn.Module, # Network; it is not changed
@@ -204,8 +205,7 @@ def plan_tied(
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: give True or False.")
     if not isinstance(seed, Integral): raise ValueError(f"seed={seed!r}: give a whole number.")
     names,skip = _choose(model, include, exclude)
-    if not names: raise ValueError("Nothing to tie: no layer is selected. Layers left out: " +
-        ('; '.join(f"{r['layer']} ({r['note']})" for r in skip) or 'none, the model has no weighted layer') + ". Change include= or exclude=.")
+    if not names: raise ValueError(nothing_to('tie', model, skip))
     if '' in names: raise ValueError(f"The model is a single {type(model).__name__}, which cannot be replaced in place. Wrap it: nn.Sequential(layer).")
     chosen = plan_masks(model, sparsity, granularity, include=lambda n,m: n in names)
     rows = [dict(layer=r['layer'].rpartition('.')[0], shape=r['shape'], units=r['units'], bank=round((1-r['sparsity'])*r['units'])) for r in chosen if 'live' in r]
@@ -229,6 +229,8 @@ def tie_weights(
     table = plan_tied(model, **kw)
     kw.update(seed=int(seed), sparsity={k:float(v) for k,v in sparsity.items()} if isinstance(sparsity, dict) else float(sparsity)) # plain data, for a recipe
     rows = [r for r in table if 'bank' in r]
+    unknown = tell_unknown(model, [f"{r['layer']}.weight" for r in rows])
+    if unknown: warnings.warn(f'{unknown} They stay as they are.')
     for r in rows:
         n,old = r['layer'],model.get_submodule(r['layer'])
         swap_module(model, n, TIED[type(old)].of(old, r['bank'], r['units'], n, *[kw[k] for k in ('seed', 'sign_hash', 'rescale_grad')]))

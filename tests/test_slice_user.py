@@ -91,7 +91,7 @@ def test_plan_says_what_the_callback_does(mk):
     learn = mk()
     state = snapshot(learn.model)
     rows = learn.plan(SliceTrain(RATES))
-    assert [r['rate'] for r in rows] == [*RATES] and not same(snapshot(learn.model), state)
+    assert [r['rate'] for r in rows if 'rate' in r] == [*RATES] and not same(snapshot(learn.model), state)
     assert not any(isinstance(m, Sliced) for m in learn.model.modules())
 
 

@@ -255,7 +255,7 @@ def test_plan_is_what_happens_and_changes_nothing():
 def test_dict_leaves_out_what_it_does_not_name():
     net = small_net()
     table = tie_weights(net, {'1.2': .9})
-    assert list(tied_layers(net)) == ['1.2'] and dict(layer='0.3.weight', note='no sparsity given for it') in table
+    assert list(tied_layers(net)) == ['1.2'] and dict(layer='0.3.weight', shape='12x8x3x3', note='no sparsity given for it') in table
 
 
 class Own(nn.Linear):
