@@ -17,6 +17,7 @@ from .core import CONVS, sample_batch, swap_module, way_out
 from .cuts import Cut
 from .forward import check_same, copy_model, pack_sample, unpack_sample
 from .plain import materialize, recipe_verb, swap_model
+from .spaces import pin_names
 from .split_groups import check_groups, class_groups, feature_groups, side_groups
 from .split_plan import split_plan
 from .state import add_report, add_step, effects, root_module
@@ -114,7 +115,7 @@ class Splitting:
             m = split_layer(new.get_submodule(l.name), *self.sorted(l))
             if l.name: swap_module(new, l.name, m)
             else: m.__dict__['_recipe'] = new.__dict__['_recipe']; new = m
-        new.__dict__['_split'] = dict(splits=dict(self.plan.splits), groups={s: g.tolist() for s,g in self.groups.items()}, sample=pack_sample(self.plan.cmap.sample))
+        new.__dict__['_split'] = dict(splits=dict(self.plan.splits), groups={s: g.tolist() for s,g in self.groups.items()}, sample=pack_sample(self.plan.cmap.sample), pin=list(self.plan.cmap.pin))
         return add_step(new, 'split', 'paramfx.split_model', new.__dict__['_split'], ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}" for s,g in self.groups.items()))
 
     def check(self, new, model):
@@ -126,9 +127,9 @@ class Splitting:
         except ValueError: # of rounding, or of a fault? float64 tells
             check_same(copy_model(new).double(), copy_model(twin).double(), tuple(x.double() if x.is_floating_point() else x for x in xs))
 
-def _splits_of(model, sample, groups):
+def _splits_of(model, sample, groups, pin):
     "Layers whose inputs and outputs have groups, and how many"
-    cmap = trace_channels(model, sample)
+    cmap = trace_channels(model, sample, pin_names(model, pin))
     given = {('input' if k == 'input' else cmap[k].name): int(torch.as_tensor(g).max())+1 for k,g in groups.items()}
     res = {}
     for n,m in model.named_modules():
@@ -152,13 +153,13 @@ def check_groups_of_classes(plan, top):
     if empty: raise ValueError(f'classes: group {empty[0]} of {n} has no class, so its branch would do nothing. Give it one, or split into fewer groups.')
     return top
 
-def _make(model, sample, groups, splits, classes, seed):
+def _make(model, sample, groups, splits, classes, seed, pin=None):
     "Splitting and split model"
     model = root_module(model)
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first, or `learn.split()` where a Learner holds it.")
     if '_split' in model.__dict__: raise ValueError('The model is split already. Split the dense one in another way instead.')
     if splits is None and groups is None: raise ValueError("splits: say which layers are split, such as splits={'layer4': 2, 'fc': 2}.")
-    plan = split_plan(model, sample, _splits_of(model, sample, groups) if splits is None else splits)
+    plan = split_plan(model, sample, _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
     s = Splitting(plan, _groups_for(model, plan, groups, classes, seed))
     new = s.split(model)
     s.check(new, model)
@@ -170,10 +171,11 @@ def split_model(
     groups:dict=None, # Space (`split_plan(...).free`), or a layer that produces it -> group of each of its units
     splits=None, # What is split, as in `split_plan`; None: the layers whose inputs and outputs have groups
     classes=None, # In place of groups: 'random', 'cluster' (of the classifier's weights) or {class: group}; features go where their weights lead, by 'random' anywhere
-    seed:int=0 # For 'random' and 'cluster'
+    seed:int=0, # For 'random' and 'cluster'
+    pin=None # Modules that the trace shall not enter, left whole, as in `trace_channels`
 ) -> nn.Module: # Ordinary layers and `SplitBlock`s, with the outputs of the masked network
     "Cut the top of a network into branches that share no connection"
-    return _make(model, sample, groups, splits, classes, seed)[1]
+    return _make(model, sample, groups, splits, classes, seed, pin)[1]
 
 def masked_model(
     model:nn.Module, # Dense network; it is left alone
@@ -181,16 +183,17 @@ def masked_model(
     groups:dict=None, # As for `split_model`
     splits=None, # As for `split_model`
     classes=None, # As for `split_model`
-    seed:int=0 # As for `split_model`
+    seed:int=0, # As for `split_model`
+    pin=None # As for `split_model`
 ) -> nn.Module: # Of the size of `model`
     "The full-size twin of `split_model`: connections between different groups are zero"
     model = root_module(model)
-    plan = split_plan(model, sample, _splits_of(model, sample, groups) if splits is None else splits)
+    plan = split_plan(model, sample, _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
     return Splitting(plan, _groups_for(model, plan, groups, classes, seed)).masked(model)
 
 @recipe_verb('split')
-def _split_again(model, splits, groups, sample):
-    plan = split_plan(model, unpack_sample(model, sample), splits)
+def _split_again(model, splits, groups, sample, pin=None):
+    plan = split_plan(model, unpack_sample(model, sample), splits, pin)
     return Splitting(plan, check_groups(plan, {s: torch.tensor(g) for s,g in groups.items()})).split(model)
 
 # %% ../nbs/10c_split_model.ipynb #8bf85e2f
@@ -219,15 +222,17 @@ def split(self:Learner,
     splits=None, # As for `split_model`; None: those that were learned
     classes=None, # As for `split_model`, also by the names in `dls.vocab`
     sample=None, # Input to trace and to compare with; None: from the loaders
-    seed:int=0 # For 'random' and 'cluster'
+    seed:int=0, # For 'random' and 'cluster'
+    pin=None # As for `split_model`; None: what `SplitNet` was given
 ) -> Learner: # Itself
     "Replace the model by its split form; effects end, and the next fit makes a new optimizer"
     sample,classes = sample_batch(self.dls) if sample is None else sample,_numbered(self.dls, classes)
     if groups is None and classes is None:
         learned,groups = _learned(self.model)
         splits = learned if splits is None else splits
+    if pin is None: pin = next((st.settings['pin'] for st in effects(self.model).values() if hasattr(st.holder, 'groups') and 'pin' in st.settings), None)
     old = materialize(self.model, sample, dead=False) if effects(self.model) else root_module(self.model)
-    s,new = _make(old, sample, groups, splits, classes, seed)
+    s,new = _make(old, sample, groups, splits, classes, seed, pin)
     self.release()
     self.opt = None # its state is that of other parameters
     return add_report(swap_model(self, new), 'split', _rows(s, old, new))

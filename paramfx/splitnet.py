@@ -153,7 +153,8 @@ class SplitNet(EffectCallback):
         equal_groups:bool=False, # Hard groups of the same size?
         freeze_bn_scale:bool=False, # Keep the scales of the split part's batch norms at 1, for training from scratch?
         every:int=1, # Steps from one with the penalty, then as many times as large, to the next
-        seed:int=0 # Of the initial logits
+        seed:int=0, # Of the initial logits
+        pin=None # Modules that the trace shall not enter, left whole
     ):
         store_attr()
         for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance'): _check_number(k, getattr(self, k), 0, False, 'the factor of a penalty is 0 or more')
@@ -167,7 +168,7 @@ class SplitNet(EffectCallback):
     # -- the effect
     def _plan(self, model, learn):
         if learn is None: raise ValueError("SplitNet: without a Learner there is no sample to find the channels with. Add it to a Learner, or call `split_plan(model, x, splits)` yourself.")
-        plan = split_plan(model, sample_batch(learn.dls), self.splits)
+        plan = split_plan(model, sample_batch(learn.dls), self.splits, self.pin)
         for l in plan.layers:
             if model.get_submodule(l.name)._parameters.get('weight') is None: raise ValueError(f"{l.name}: its weight is computed or packed, so the penalty has nothing to act on. Make it an ordinary layer first, or leave it out.")
         return plan

@@ -197,7 +197,7 @@ class Fft(nn.Module):
 
 
 @pytest.mark.parametrize('call,again', [
-    ('slice_model(model, x{})', 'set_rate(model, .5)(x)'), ('learn.slice({})', 'learn.fit(1)'), ('learn.add_cb(SliceTrain({}))', 'learn.fit(1)')])
+    ('slice_model(model, x{})', 'set_rate(model, .5)(x)'), ('learn.slice({})', 'learn.fit(1, cbs=SliceTrain())'), ('learn.add_cb(SliceTrain({}))', 'learn.fit(1)')])
 def test_a_module_without_a_rule_is_pinned_as_the_message_says(call, again, tmp_path):
     ns = space(Odd, tmp_path)
     told = run(call.format(''), ns)
@@ -207,4 +207,18 @@ def test_a_module_without_a_rule_is_pinned_as_the_message_says(call, again, tmp_
     model = ns['model'] if 'slice_model' in call else ns['learn'].model
     assert {*slice_plan(model).spaces} == {'b'}
     run(f"save_recipe({'model' if 'slice_model' in call else 'learn.model'}, file)", ns)
+    assert run('load_recipe(file, fresh())', ns) is None
+
+
+@pytest.mark.parametrize('call,again', [
+    ("split = split_model(model, x, splits={{'b': 2, 'c': 2}}, classes='random'{})", 'branches(split)(x)'),
+    ("learn.split(splits={{'b': 2, 'c': 2}}, classes='random'{})", 'learn.fit(1)'),
+    ("learn.add_cb(SplitNet({{'b': 2, 'c': 2}}, equal_groups=True{}))", 'learn.fit(1); learn.split(); learn.fit(1)')])
+def test_what_a_split_cannot_follow_is_pinned_as_the_message_says(call, again, tmp_path):
+    ns = space(Odd, tmp_path)
+    told = run(call.format(''), ns)
+    pin = re.search(r'pin=\[.*?\]', told)[0]
+    assert run(call.format(f', {pin}'), ns) is None
+    assert run(again, ns) is None
+    run(f"save_recipe({'split' if 'split_model' in call else 'learn.model'}, file)", ns)
     assert run('load_recipe(file, fresh())', ns) is None
