@@ -14,7 +14,7 @@ from .core import for_caller, swap_module
 from .cuts import Cut
 from .flow import Flow, get_ids, squash, varying
 from .forward import check_same, copy_model, only_tensor, still, unpack_sample
-from .spaces import Units, short_list
+from .spaces import Units, pinned_modules, short_list
 from .split_groups import check_groups, side_groups
 from .split_model import SplitBlock, Splitting, split_layer, sub_layer
 from .split_plan import split_plan
@@ -48,7 +48,7 @@ def _dense(model):
     info,new = model._split,copy_model(model)
     for n in info['splits']: swap_module(new, n, _empty(model.get_submodule(n)))
     for k in ('_split', '_recipe'): new.__dict__.pop(k)
-    plan = split_plan(new, unpack_sample(new, info['sample']), info['splits'])
+    plan = split_plan(new, unpack_sample(new, info['sample']), info['splits'], info.get('pin'))
     groups = check_groups(plan, {s: torch.tensor(g) for s,g in info['groups'].items()})
     groups = {s: g.sort()[0] if s != 'input' and plan.cmap[s].cuttable else g for s,g in groups.items()}
     s = Splitting(plan, groups)
@@ -141,12 +141,12 @@ def _inner(model, xs, plan):
     bound = {m for (m,_,_),(_,lab) in cmap.bindings.items() for i in set(cmap.space_of[lab].tolist()) if i >= 0 and cmap.spaces[i].name in made}
     return {m for m in bound if order.get(m, -1) >= first}
 
-def _channels(model, xs, tops):
+def _channels(model, xs, tops, pin):
     "Shapes of what the modules of the trunk put out, and the units in it, as the trace numbers them"
     outs = {}
     hooks = [model.get_submodule(n).register_forward_hook(lambda m, args, out, n=n: outs.setdefault(n, []).append(out)) for n in tops]
     try:
-        with still(model), (flow := Flow(model)): flow.output(model(*flow.inputs(xs)))
+        with still(model), (flow := Flow(model, pinned_modules(model, pin))): flow.output(model(*flow.inputs(xs)))
     finally:
         for h in hooks: h.remove()
     units = Units(flow.rec)
@@ -233,7 +233,7 @@ def branches(
     g = torch.Generator().manual_seed(0)
     xs = tuple(torch.randn(x.shape, generator=g).to(next(model.parameters())) if x.is_floating_point() else x.to(next(model.parameters()).device) for x in xs)
     inner = _inner(dense, xs, s.plan)
-    shapes,labels = _channels(dense, xs, _tops(dense, inner))
+    shapes,labels = _channels(dense, xs, _tops(dense, inner), s.plan.cmap.pin)
     shapes = {'': [x.shape for x in xs]}|shapes
     names = _needed(dense, xs, shapes)
     parts = []

@@ -17,7 +17,7 @@ from fastcore.basics import store_attr
 from .channels import trace_channels
 from .core import CONVS, Table, all_matrices, as_shapes, caller_model, left_out, pick_layers, stages, way_out, weighted_layers
 from .forward import model_inputs, only_tensor, run_model, still
-from .spaces import short_list
+from .spaces import pin_names, short_list
 from .state import root_module
 
 # %% ../nbs/10b_split_plan.ipynb #06e58769
@@ -259,14 +259,15 @@ def _matrix_rows(model, splits, alone):
 def split_plan(
     model:nn.Module, # Any network; it is left as it was
     sample, # Input tensor, or a tuple of the positional inputs; small images will do
-    splits # {layer, module, glob or position: groups}, or [..., last stage, classifier]: groups counted from the output
+    splits, # {layer, module, glob or position: groups}, or [..., last stage, classifier]: groups counted from the output
+    pin=None # Modules that the trace shall not enter, left whole, as in `trace_channels`
 ) -> SplitPlan: # What has to be assigned
     "Find out which units of the split layers need a group; raises where the network cannot be split like that"
     model = root_module(model)
     splits = _named(model, splits)
     for n in splits: # before the trace, which may not follow them
         if not isinstance(model.get_submodule(n), (*CONVS[:3], nn.Linear)): _check_layers(model, [n], None, ())
-    cmap = trace_channels(model, sample)
+    cmap = trace_channels(model, sample, pin_names(model, pin))
     order,gates,out = _watch(model, sample, splits)
     _check_layers(model, splits, cmap, order)
     alone = [n for n in splits if _depthwise(model.get_submodule(n))]
