@@ -27,7 +27,7 @@ from .ortho import ortho_penalty
 from .ortho_reg import OrthoReg, check_once, param_lists
 from .plain import recipe_verb
 from .report import layer_macs, n_params
-from .state import add_report, add_step, all_or_nothing, effects, root_module
+from .state import add_report, add_step, all_or_nothing, effects, has_trained, lost_share, root_module, told_loss
 
 # %% ../nbs/20b_bases.ipynb #4eb35d6a
 _all_ = ['BasisConv2d', 'SharedConv2d', 'OrthoReg', 'ortho_penalty', 'sharing_layers'] # from here as well
@@ -164,8 +164,19 @@ def share_bases(
     model = root_module(model)
     found,table = _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, basis_norm, init, groups, batches, sweeps, splitter)
     if basis_norm == 'calibrated' and batches is None: batches = [sample]
-    _put(model, found, _built(model, found, mode, bool(basis_norm), init, sweeps), mode, bool(basis_norm), batches)
+    new = _built(model, found, mode, bool(basis_norm), init, sweeps)
+    lost = _errors(model, table, new) if init == 'svd' else None
+    _put(model, found, new, mode, bool(basis_norm), batches)
+    if lost: warnings.warn(f"share_bases: {lost}")
     return table
+
+def _errors(model, table, new):
+    "Note in `table` what each layer loses; what all of them lose, in words"
+    pairs = {n: (model.get_submodule(n).weight, m.weight) for n,m in new.items()}
+    for r in table:
+        if r['layer'] in pairs: r['lost'] = lost_share([pairs[r['layer']]])
+    worst = max((r for r in table if 'lost' in r), key=lambda r: r['lost'])
+    return told_loss(lost_share(pairs.values()), f"{worst['layer']} loses most, {100*worst['lost']:.3g} %. Give higher ranks, or measure the norms anew and train on.")
 
 @delegates(share_bases)
 def plan_bases(
@@ -220,7 +231,10 @@ def share_bases(self:Learner,
     split = self.splitter if self.opt is None else lambda m: param_lists(self.opt)
     with all_or_nothing(root_module(self.model)):
         rows = share_bases(self.model, sample_batch(self.dls) if sample is None else sample, splitter=split, **kwargs)
+        anew = kwargs.get('init') != 'svd' and has_trained(self)
         renew_opt(self)
+    n = len([r for r in rows if 'params_after' in r])
+    if anew: warnings.warn(f"share_bases: {n} trained layers begin anew, from random filters: init='orthogonal' is for training from scratch. Use init='svd' to keep what was learned.")
     return add_report(self, 'share_bases', rows)
 
 Learner.share_bases.effect = share_bases # what `learn.plan` looks at

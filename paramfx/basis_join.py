@@ -8,6 +8,7 @@ Docs: https://paramfx.github.io/paramfx/basis_join.html.md"""
 __all__ = ['Joined', 'join_bases', 'plan_join']
 
 # %% ../nbs/20d_basis_join.ipynb #d31318ab
+import warnings
 from numbers import Integral
 
 import torch
@@ -24,7 +25,7 @@ from .forward import copy_model
 from .ortho_reg import param_lists
 from .plain import recipe_verb
 from .report import count_macs, n_params
-from .state import add_report, add_step, all_or_nothing, effects, root_module
+from .state import add_report, add_step, all_or_nothing, effects, has_trained, root_module
 
 # %% ../nbs/20d_basis_join.ipynb #0354213e
 class Joined(nn.Module):
@@ -154,7 +155,10 @@ def join_bases(self:Learner,
     _check_groups(self, kwargs.get('skip_first', True))
     with all_or_nothing(root_module(self.model)):
         rows = join_bases(self.model, sample_batch(self.dls) if sample is None else sample, **kwargs)
+        anew = has_trained(self)
         renew_opt(self)
+    blocks = sum(r['blocks'] for r in rows)
+    if anew: warnings.warn(f"join_bases: the convolutions of {blocks} trained blocks begin anew. It is for training from scratch; `learn.share_bases(init='svd')` keeps what was learned.")
     return add_report(self, 'join_bases', rows)
 
 Learner.join_bases.effect = join_bases # what `learn.plan` looks at

@@ -248,6 +248,22 @@ def apply(self:Cut,
     return new
 
 @patch
+def lost(self:Cut,
+    model:nn.Module # The model that was traced, or another of the same shape
+) -> float: # In [0, 1]
+    "Share of the squared weight that goes, of what the channels that stay read"
+    tensors,dims,kept,total = _tensors(root_module(model), self.cmap),{},0.,0.
+    for (m,t,d),(kind,lab) in self.cmap.bindings.items(): dims.setdefault((m, t), []).append((d, 'cols' in kind, torch.from_numpy(self.live[lab])))
+    for key,sides in dims.items():
+        w = tensors[key].detach().abs().double().square()
+        if all(live.all() for _,reads,live in sides if reads): continue
+        for reads in (False, True): # what is computed of channels that go does not count
+            for d,_,live in (s for s in sides if s[1] == reads): w = w.index_select(d, live.nonzero().flatten().to(w.device))
+            if reads: kept += float(w.sum())
+            else: total += float(w.sum())
+    return 1-kept/total if total else 0.
+
+@patch
 def _step(self:Cut):
     "This cut as plain data"
     keep = {n: k.tolist() for n,k in self.keep.items()}

@@ -91,6 +91,7 @@ def evolve(self:Learner,
         read_evolution(run.path, config)
     forget.start(self, generations, sample)
     joined = [c for c in L(cbs) if isinstance(c, EffectCallback)]
+    run.rehearse(joined)
     self.add_cbs(joined)
     return _evolve(run, resume, [c for c in L(cbs) if c not in joined], long_run)
 

@@ -20,6 +20,7 @@ from .effects import finding_lr
 from .masks import MaskStore
 from .moves import drop_in_groups, grow_values, keep_global, unmoved
 from .sparse import MaskedEffect, check_options, mask_state, plan_masks
+from .state import has_trained, told_loss
 from .units import check_sparsity, generator, unit_scores
 
 # %% ../nbs/40b_exchange.ipynb #9d9b48e0
@@ -140,7 +141,13 @@ class Exchange(Compute, MaskedEffect):
         if frozen and self.init_mask == 'random' and any(r.get('sparsity') for r in table): warn(
             f"DynamicSparse: {len(frozen)} frozen parameters ({frozen[0]}, ...) are masked at random, which ruins pretrained weights. "
             "Use init_mask='magnitude', or exclude them.")
+        squares = lambda ns: sum(float(params[n].detach().double().square().sum()) for n in ns)
+        names = [r['layer'] for r in table if 'live' in r] if learn is not None and not frozen and has_trained(learn) else []
+        before = squares(names)
         st = mask_state(model, self.settings, Clock(self.span, self.epochs), **self.first_masks())
+        lost = told_loss(1-squares(names)/before if before else 0., "Masks act at once: " + (
+            "init_mask='magnitude' keeps the largest weights, and " if self.init_mask == 'random' else '') + "`learn.prune` takes weights out step by step.")
+        if lost: warn(f"DynamicSparse: {lost}")
         use_csr(st, [r['layer'].rpartition('.')[0] for r in table if r.get('compute') == 'csr'], getattr(learn, 'opt', None))
         st.report,store = table,st.holder
         if self.how is not None and self.how.shrinks:

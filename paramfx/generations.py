@@ -24,6 +24,7 @@ from .core import Table, rng_guard, rng_state, set_rng_state
 from .effects import EffectCallback, EffectKeeper
 from .forward import copy_model
 from .losses import Distill
+from .evolution import named_rates
 from .persist import atomic_path, effect_runs, gather_ranks, set_effect_runs
 from .plain import materialize
 from .state import effects, root_module
@@ -126,13 +127,28 @@ class Evolution:
         ratio = self.forget.ratio(learn, gen) if self.forget.static else None
         return row | (self.counts or dict(kept=sum(m.numel() for m in self.forget.masks(learn, 1).values()), reset=0)) | dict(reset_norm=ratio, seconds=round(seconds, 2))
 
-    def slim(self):
-        "The fit part as it is now"
-        model,p = root_module(self.learn.model),self.forget.policy
+    def slim(self, model=None):
+        "The fit part as it is now, made as `learn.extract_slim` makes it"
+        model,p = root_module(self.learn.model) if model is None else model,self.forget.policy
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            whole = materialize(model, self.forget.sample, dead=False) if effects(model) or '_slicing' in model.__dict__ else model
-            return p.cut.apply(whole)
+            return materialize(model, self.forget.sample, split_rate=named_rates(p.cut), pin=p.pin, dead=False)
+
+    def rehearse(self, joined):
+        "Raise where a generation could not be forgotten or evaluated under the effects that `joined` bring; before anything is trained"
+        learn,twin = self.learn,copy_model(root_module(self.learn.model))
+        with rng_guard(learn.dls), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            for cb in joined:
+                if cb.name not in effects(twin): cb.convert(twin, learn).attach(twin)
+            self._check_parameters(twin)
+            if self.eval_slim: self.slim(twin)
+
+    def _check_parameters(self, twin):
+        own = dict(twin.named_parameters(remove_duplicate=False))
+        lost = [n for n,m in self.forget.masks(self.learn, 1).items() if not m.all() and (n not in own or own[n].shape != m.shape)]
+        if lost: raise ValueError(f"{lost[0]}: under {', '.join(effects(twin))} the network has no such parameter any more, so nothing of it could begin anew. "
+                                  "Let the effect leave layers what they are (`DynamicSparse`: compute='dense'), or add it after the evolution.")
 
     def keep(self, gen):
         "Keep the best generation so far, where it was asked for"

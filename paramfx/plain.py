@@ -25,9 +25,10 @@ from .cuts import CUTS
 from .forward import check_same, copy_model, unpack_sample
 from .frozen import for_inference, freeze_layers, frozen_layers
 from .dead import cut_dead, has_dead
+from .effects import EffectCallback
 from .persist import atomic_path, burn_in
 from .spaces import pin_names, pinned_modules
-from .state import add_report, add_step, effects, root_module
+from .state import add_report, add_step, effects, root_module, told_loss
 
 # %% ../nbs/03_plain.ipynb #0bfb3bd6
 def defer(
@@ -185,12 +186,13 @@ def load_recipe(
 
 # %% ../nbs/03_plain.ipynb #bd1535d6
 def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
-    "The plain network, the cuts on the way, a row per thing that was done, and those of the rows that tell what could not be done"
+    "The plain network, the cuts on the way, a row per thing that was done; those of the rows that tell what could not be done, and what is lost"
     if fmt is not None: check_fmt(fmt)
     old,late = root_module(model),{k: kw.pop(k) for k in [*kw] if k in CUTS}
     new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')
     if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. Put what `materialize(part, x)` returns in its place first.")
+    rows += (lost := _unready(new, kw))
     for m,part in list(new.named_modules()):
         for n,c in burn_in(part).items(): rows.append(dict(what=f'{m}.{n}'.lstrip('.'), how=f'burnt in: {c}'))
     new,names = _swap_plain(new, kw)
@@ -199,14 +201,31 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     if names: rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}", how='replaced by plain ones: ' + ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')))
     _check_plain(new, old, sample, tol, kw)
     for cut in chain(new.__dict__.pop('_pending', []), ((CUTS[k], v) for k,v in late.items())):
+        remedy = getattr(cut[0], 'remedy', '') if isinstance(cut, tuple) else ''
         if not isinstance(cut, Cut): cut = cut[0](new, sample, cut[1], pin)
+        how = told_loss(cut.lost(new), remedy or 'Train it on.')
         new = cut.apply(new)
-        cuts.append(cut); rows.append(dict(what='cut', how=repr(cut)))
+        cuts.append(cut); rows.append(dict(what='cut', how=f"{cut!r}{f': {how}' if how else ''}"))
+        if how: lost.append(dict(what='cut', how=how))
     if dead and has_dead(new):
         new,more,found,stays = _without_dead(new, sample, tol, pin)
         cuts,rows = cuts+more,rows+found
     if fmt is not None: new,rows,stays = _frozen(new, sample, fmt, tol, rows, stays)
-    return new,cuts,rows,stays
+    return new,cuts,rows,stays,lost
+
+def _unready(model, kw):
+    "Rows of what would end before it is through: effects, and slices that were never trained"
+    rows,plans = [],{}
+    for part in model.modules():
+        for n in part.__dict__.get('_effects', ()):
+            cls = EffectCallback.kinds.get(n)
+            rows.append(dict(what=cls and cls.__name__, how=cls and cls.unfinished(part)))
+        for v in vars(part).values():
+            if getattr(v, 'until_plain', False): plans.setdefault(id(v), (v, part)) # layers inside hold it, too
+    asked = ', '.join(f'{k}={a!r}' for k,a in kw.items()) or 'materialize'
+    for v,part in plans.values():
+        rows.append(dict(what=asked, how=v.unfinished(part, effects(model), **{k: a for k,a in kw.items() if _takes(v.unfinished, k)})))
+    return [r for r in rows if r['how']]
 
 def _check_plain(new, old, sample, tol, kw):
     "Compare with the model, in which modules that tell how act as `plain` was asked to"
@@ -251,8 +270,8 @@ def materialize(
     **kw # Passed to the `plain` methods that take them, such as `rate=`, or asking for a cut, as `split_rate=` does
 ) -> nn.Module: # An ordinary network; with `fmt` one that is only used
     "What `model` stands for, as an ordinary network with the same outputs"
-    new,_,rows,stays = _materialize(model, sample, tol, dead, pin, fmt, **kw)
-    for r in stays: warnings.warn(f"{r['what']}: {r['how']}")
+    new,_,rows,stays,lost = _materialize(model, sample, tol, dead, pin, fmt, **kw)
+    for r in stays+lost: warnings.warn(f"{r['what']}: {r['how']}")
     return new
 
 # %% ../nbs/03_plain.ipynb #900b038d
@@ -293,7 +312,8 @@ def materialize(self:Learner,
 ) -> Learner: # Itself
     "Make what the effects stand for permanent and end them: an ordinary network with the same outputs"
     old = root_module(self.model)
-    new,cuts,rows,_ = _materialize(old, sample_batch(self.dls) if sample is None else sample, **kwargs)
+    new,cuts,rows,_,lost = _materialize(old, sample_batch(self.dls) if sample is None else sample, **kwargs)
+    for r in lost: warnings.warn(f"{r['what']}: {r['how']}")
     same = _same_shape(old, new) and not cuts
     for m in list(old.modules()) if same else []: burn_in(m)
     self.release()

@@ -70,9 +70,10 @@ class LLF(Policy):
     def layers(self, model):
         "Names of the modules with parameters that are forgotten, in order of definition"
         names,own = list(weighted_layers(model)),self.from_layer or _last_stage(model)
-        first = names.index(min(match_layers(model, own), key=names.index))
-        every = [n for n,m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        return [n for n in every[every.index(names[first]):] if n in names or self.reset_norm]
+        first = names[min(map(names.index, match_layers(model, own)))]
+        every = [n for n,_ in model.named_modules()]
+        held = [n for n in every[every.index(first):] if any(True for _ in model.get_submodule(n).parameters(recurse=False))]
+        return [n for n in held if n in names or self.reset_norm]
     def __call__(self, model, sample, gen):
         own = () if self.from_layer is None or isinstance(self, Head) else match_layers(model, self.from_layer)
         return _whole_layers(model, self.layers(model), own)

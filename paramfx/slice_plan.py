@@ -18,9 +18,9 @@ from fastcore.basics import listify, store_attr
 from .core import caller_model, for_caller, match_layers, opt_state, tell_unknown
 from .cuts import Cut, tell_stale
 from .flow import EMBEDDING, PINNED
-from .sliced import Switch
+from .sliced import Sliced, Switch
 from .spaces import short_list
-from .state import root_module
+from .state import root_module, told_loss
 
 # %% ../nbs/30a_slice_plan.ipynb #d827c139
 def check_rate(rate) -> float:
@@ -99,6 +99,16 @@ class SlicePlan(Switch):
         if key in self.keys: return key
         self.check_low(key)
         raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Add it with {_name_call(key)}.")
+
+    def unfinished(self, model, effects=(), rate=None) -> str:
+        "What is lost with a slice that is narrower than any that was trained, for `materialize`"
+        key,st = self.find(rate),dict(effects).get('slice_train')
+        ran = {k for m in model.modules() if isinstance(m, Sliced) for k,p in m._parts.items() if p.trained}
+        known = {1., *ran, *(self.rates if st is not None and st.clock.steps else ())} & self.keys.keys()
+        least = lambda n: min(self.keys[k].get(n, self.cmap[n].size) for k in known)
+        if all(k >= least(n) for n,k in self.keys[key].items()): return None
+        with self.at(1.): share = self.cut(self.keys[key]).lost(model)
+        return told_loss(share, f"Slice {key} was never trained, nor a narrower one: train with cbs=SliceTrain() before, or this network afterwards.")
 
     def __getstate__(self): return super().__getstate__()|dict(measuring=False)
     def __repr__(self): return f"SlicePlan(rates {', '.join(f'{r:g}' for r in self.rates)}; norm {self.norm}; {len(self.spaces)} spaces; now {self.current})"

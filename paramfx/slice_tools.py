@@ -8,6 +8,7 @@ Docs: https://paramfx.github.io/paramfx/slice_tools.html.md"""
 __all__ = ['COSTS', 'bar', 'recalibrate', 'score', 'validate_rates', 'SliceParams', 'pick_rate', 'SliceReport', 'slice_report']
 
 # %% ../nbs/32_slice_tools.ipynb #12c8aa4f
+import warnings
 from copy import deepcopy
 from math import prod
 from numbers import Integral, Real
@@ -206,7 +207,9 @@ def slice_report(
     keys,rows = _keys(plan, rates),[]
     if repeats < 1: raise ValueError(f"repeats={repeats}: give at least one.")
     for k in bar(keys):
-        net = materialize(model, sample, rate=k, dead=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # what it costs does not depend on what it was trained for
+            net = materialize(model, sample, rate=k, dead=False)
         rows.append(dict(rate=k, params=n_params(net)[0], macs=count_macs(net, sample)[1], latency_ms=None, peak_memory=peak_memory(net, sample), bytes=file_bytes(net)))
     times = _latencies(model, plan, keys, sample, repeats)
     return SliceReport([r | dict(latency_ms=times[r['rate']]) for r in rows], note='latency of the sliced network, all else of the materialized one')

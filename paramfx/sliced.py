@@ -20,6 +20,7 @@ from .slice_switch import Switch
 # %% ../nbs/30_sliced.ipynb #ccc41cfa
 class Part:
     "What a slice takes of one layer"
+    trained = False # has it run with gradients in training mode?
     def __init__(self,
         no:int, # Number of the slice: statistics of its own are called `running_mean_<no>`
         index:dict, # Tensor -> [(dimension, positions)]
@@ -95,6 +96,7 @@ class Sliced:
         live = torch.is_grad_enabled() or self.training
         if live and self._kept: self.forget()
         if t is None or p is None: return t
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling(): p.trained = True
         mine = f'{name}_{p.no}'
         if mine in self._buffers or mine in self._parameters: return self._stat(name, mine, p)
         if name not in p.index: return t if p.scale == 1 else p.take(name, t)

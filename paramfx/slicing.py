@@ -148,6 +148,8 @@ def slice_model(
     model = root_module(model)
     kw = dict(rates=rates, groups=groups, norm=norm, only=only, exclude=exclude, divisor=divisor, rescale=rescale, embeddings=embeddings, pin=pin_names(model, pin))
     plan,table = _planned(model, sample, sort=sort, **kw)
+    seen = [n for n,m in model.named_modules() if norm == 'gn' and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_batches_tracked]
+    if seen: warnings.warn(f"norm='gn': {len(seen)} batch norms that have been trained ({seen[0]}, ...) become group norms, so the network does not do what it did. Train it on, or use norm='switch'.")
     if norm == 'gn': _group_norms(model, plan.groups)
     if sort is not None: sort_channels(model, plan.cmap, plan.spaces, sort, opt)
     plan.keys.update({r: plan.counts(r) for r in plan.rates if r < 1})

@@ -8,6 +8,10 @@ Docs: https://paramfx.github.io/paramfx/split_model.html.md"""
 __all__ = ['SplitBlock', 'sub_layer', 'split_layer', 'Splitting', 'check_groups_of_classes', 'split_model', 'masked_model']
 
 # %% ../nbs/10c_split_model.ipynb #9ef9ca05
+import warnings
+from functools import partial
+from numbers import Integral
+
 import torch
 from torch import nn
 from fastcore.basics import patch, store_attr
@@ -19,8 +23,8 @@ from .forward import check_same, copy_model, pack_sample, unpack_sample
 from .plain import materialize, recipe_verb, swap_model
 from .spaces import pin_names
 from .split_groups import check_groups, class_groups, feature_groups, side_groups
-from .split_plan import split_plan
-from .state import add_report, add_step, effects, root_module
+from .split_plan import merged_index, split_plan
+from .state import add_report, add_step, effects, has_trained, lost_share, root_module, told_loss
 
 # %% ../nbs/10c_split_model.ipynb #91459fbd
 class SplitBlock(nn.Module):
@@ -90,6 +94,11 @@ class Splitting:
         p,q = (o.to(w.device) for o in self.sides(l))
         return (q[:,None] == p).view(len(q), len(p), *[1]*(w.ndim-2))
 
+    def lost(self, model) -> float:
+        "Share of the squared weight of the layers that lies between groups"
+        ws = [(l, model.get_submodule(l.name).weight.detach()) for l in self.plan.layers]
+        return lost_share((w, w*self.mask(l, w)) for l,w in ws)
+
     def masked(self, model, share=False):
         "The dense network with the connections between groups at zero"
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
@@ -140,9 +149,15 @@ def _splits_of(model, sample, groups, pin):
     if not res: raise ValueError(f"groups: no layer has both its inputs and its outputs among {', '.join(groups)}. Say what is split with splits={{...}}, and give groups of the spaces that `split_plan` shows.")
     return res
 
+def _as_splits(groups, splits):
+    "Groups and splits, where the first argument names what is split, as for `SplitNet`"
+    named = isinstance(groups, (list, tuple)) or isinstance(groups, dict) and all(isinstance(g, Integral) for g in groups.values())
+    if named and splits is not None: raise ValueError(f"groups={groups!r}: these are numbers of groups, and splits={splits!r} tells them, too. Leave one of them out.")
+    return (None, groups) if named else (groups, splits)
+
 def _groups_for(model, plan, groups, classes, seed):
     if (groups is None) == (classes is None): raise ValueError("Give either groups={space: group of each unit}, or classes='random', 'cluster' or {class: group}.")
-    if groups is not None: return check_groups(plan, groups)
+    if groups is not None: return check_groups(plan, groups(plan) if callable(groups) else groups)
     top = class_groups(model, plan, classes, seed)
     return check_groups(plan, feature_groups(model, plan, check_groups_of_classes(plan, top), 'random' if isinstance(classes, str) and classes == 'random' else 'weight', seed))
 
@@ -158,6 +173,7 @@ def _make(model, sample, groups, splits, classes, seed, pin=None):
     model = root_module(model)
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first, or `learn.split()` where a Learner holds it.")
     if '_split' in model.__dict__: raise ValueError('The model is split already. Split the dense one in another way instead.')
+    groups,splits = _as_splits(groups, splits)
     if splits is None and groups is None: raise ValueError("splits: say which layers are split, such as splits={'layer4': 2, 'fc': 2}.")
     plan = split_plan(model, sample, _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
     s = Splitting(plan, _groups_for(model, plan, groups, classes, seed))
@@ -168,8 +184,8 @@ def _make(model, sample, groups, splits, classes, seed, pin=None):
 def split_model(
     model:nn.Module, # Dense network, trained or not; it is left alone
     sample, # Input tensor, or a tuple of the positional inputs
-    groups:dict=None, # Space (`split_plan(...).free`), or a layer that produces it -> group of each of its units
-    splits=None, # What is split, as in `split_plan`; None: the layers whose inputs and outputs have groups
+    groups=None, # Space (`split_plan(...).free`), or a layer that produces it -> group of each of its units; or what is split, with `classes`
+    splits=None, # What is split, as in `split_plan`, such as {'layer4': 2, 'fc': 2}; None: the layers whose inputs and outputs have groups
     classes=None, # In place of groups: 'random', 'cluster' (of the classifier's weights) or {class: group}; features go where their weights lead, by 'random' anywhere
     seed:int=0, # For 'random' and 'cluster'
     pin=None # Modules that the trace shall not enter, left whole, as in `trace_channels`
@@ -187,7 +203,7 @@ def masked_model(
     pin=None # As for `split_model`
 ) -> nn.Module: # Of the size of `model`
     "The full-size twin of `split_model`: connections between different groups are zero"
-    model = root_module(model)
+    model,(groups,splits) = root_module(model),_as_splits(groups, splits)
     plan = split_plan(model, sample, _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
     return Splitting(plan, _groups_for(model, plan, groups, classes, seed)).masked(model)
 
@@ -197,11 +213,20 @@ def _split_again(model, splits, groups, sample, pin=None):
     return Splitting(plan, check_groups(plan, {s: torch.tensor(g) for s,g in groups.items()})).split(model)
 
 # %% ../nbs/10c_split_model.ipynb #8bf85e2f
-def _learned(model):
-    "Splits and hard groups of an effect whose holder tells both"
+def _learned(model, splits, equal):
+    "Splits, hard groups and their numbers, of an effect whose holder tells them"
     held = next((st.holder for st in effects(model).values() if hasattr(st.holder, 'groups') and hasattr(st.holder, 'plan')), None)
-    if held is None: raise ValueError("No groups were learned. Train with cbs=[SplitNet(...)] first, or do without: `learn.split(splits=[2], classes='cluster')`; classes='random' and {class: group} go, too.")
-    return dict(held.plan.splits),held.groups()
+    if held is None:
+        what = '[2]' if splits is None else repr(splits)
+        raise ValueError(f"No groups were learned. Train with cbs=SplitNet({what}) first, or split by learn.split({what}, classes='cluster'), where classes may be 'random' or {{class: group}}, too.")
+    return dict(held.plan.splits),held.groups(equal),{s: g for s,(_,g) in held.plan.free.items()}
+
+def _for_plan(learned, counts, plan):
+    "Of the groups that were learned, those that a split needs, neighbours merged where it is a coarser one"
+    lost = [f'{g} of {s}' for s,(_,g) in plan.free.items() if s not in learned or g > counts[s]]
+    if lost: raise ValueError(f"splits: groups were not learned for this: {', '.join(lost)}. There are: {', '.join(f'{g} of {s}' for s,g in counts.items())}. "
+                              "Split less, or train with `SplitNet` and these splits.")
+    return {s: merged_index(counts[s], g)[learned[s]] for s,(_,g) in plan.free.items()}
 
 def _numbered(dls, classes):
     "{class: group} with numbers in place of the names of classes"
@@ -214,25 +239,40 @@ def _numbered(dls, classes):
 def _rows(s, old, new):
     "What was split, as rows of plain data"
     size = lambda m: sum(p.numel() for p in m.parameters())
-    return [dict(what=n, units=len(g), groups=' + '.join(map(str, g.bincount().tolist()))) for n,g in s.groups.items()]+[dict(what='parameters', units=size(old), groups=f'{size(new)} after the split ({100*size(new)/size(old):.1f} %)')]
+    rows = [dict(what=n, units=len(g), groups=' + '.join(map(str, g.bincount().tolist()))) for n,g in s.groups.items()]
+    return rows + [dict(what='parameters', units=size(old), groups=f'{size(new)} after the split ({100*size(new)/size(old):.1f} %)'),
+                   dict(what='squared weight', units=None, groups=f'{100*s.lost(old):.3g} % of it lay between groups, and is gone')]
+
+def _ordinary(model, sample):
+    "The network without effects; that the groups of one end is what a split is for"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='SplitNet: the groups')
+        return materialize(model, sample, dead=False)
 
 @patch
 def split(self:Learner,
-    groups:dict=None, # As for `split_model`; None: those that were learned, or by `classes`
-    splits=None, # As for `split_model`; None: those that were learned
-    classes=None, # As for `split_model`, also by the names in `dls.vocab`
+    groups=None, # What is split, as for `SplitNet`: {'layer4': 2, 'fc': 2}, globs, stages; or the group of each unit, as for `split_model`; None: all that was learned
+    splits=None, # What is split, by name
+    classes=None, # As for `split_model`, also by the names in `dls.vocab`; None: the groups that were learned
     sample=None, # Input to trace and to compare with; None: from the loaders
     seed:int=0, # For 'random' and 'cluster'
+    equal_groups:bool=None, # Groups of the same size, of those that were learned? None: as `SplitNet` was told
     pin=None # As for `split_model`; None: what `SplitNet` was given
 ) -> Learner: # Itself
     "Replace the model by its split form; effects end, and the next fit makes a new optimizer"
     sample,classes = sample_batch(self.dls) if sample is None else sample,_numbered(self.dls, classes)
-    if groups is None and classes is None:
-        learned,groups = _learned(self.model)
-        splits = learned if splits is None else splits
+    groups,splits = _as_splits(groups, splits)
+    learns = groups is None and classes is None
+    if learns:
+        all_splits,learned,counts = _learned(self.model, splits, equal_groups)
+        groups,splits = partial(_for_plan, learned, counts),all_splits if splits is None else splits
+    elif equal_groups: raise ValueError(f"equal_groups=True is for groups that `SplitNet` has learned. {'Give groups' if classes is None else 'Name classes'} that are equal, and leave it out.")
     if pin is None: pin = next((st.settings['pin'] for st in effects(self.model).values() if hasattr(st.holder, 'groups') and 'pin' in st.settings), None)
-    old = materialize(self.model, sample, dead=False) if effects(self.model) else root_module(self.model)
+    old = _ordinary(self.model, sample) if effects(self.model) else root_module(self.model)
     s,new = _make(old, sample, groups, splits, classes, seed, pin)
+    lost = told_loss(s.lost(old), "Train on under `SplitNet` until split_weight is near 0 and split again; or train the branches on." if learns
+                     else "Train the branches on, or learn groups with `SplitNet`.") if learns or has_trained(self) else None
+    if lost: warnings.warn(f"split: {lost}")
     self.release()
     self.opt = None # its state is that of other parameters
     return add_report(swap_model(self, new), 'split', _rows(s, old, new))

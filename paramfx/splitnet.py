@@ -104,11 +104,11 @@ class SplitHolder:
         return {s: t.view(g, u).softmax(0) for t,(s,(u,g)) in zip(flat.split([u*g for u,g in self.free.values()]), self.free.items())}
 
     @property
-    def plan(self): return SimpleNamespace(splits={l.name: l.groups for l in self.layers}) # with `groups`, what `learn.split` asks for
+    def plan(self): return SimpleNamespace(splits={l.name: l.groups for l in self.layers}, free=self.free) # with `groups`, what `learn.split` asks for
     @torch.no_grad()
-    def groups(self) -> dict:
+    def groups(self, equal=None) -> dict:
         "Space -> group of each unit"
-        return {s: hard_groups(p, self.equal) for s,p in self.soft().items()}
+        return {s: hard_groups(p, self.equal if equal is None else equal) for s,p in self.soft().items()}
 
     def weights(self, soft) -> list:
         "`SplitWeight`s of the layers"
@@ -186,6 +186,9 @@ class SplitNet(EffectCallback):
         logits = {s: torch.randn(g, u, generator=generator(self.seed, 'split', i))*self.init_std for i,(s,(u,g)) in enumerate(free.items())}
         holder = SplitHolder(model, layers, free, classes, norms, logits, self.equal_groups)
         return EffectState(self.name, self.settings, None, holder, report, updates=0., mark=holder.mark)
+
+    @classmethod
+    def unfinished(cls, model): return "the groups that were learned end here, and the network stays whole. Call `learn.split()` in its place, which cuts along them."
 
     @classmethod
     def without(cls, model):
@@ -268,9 +271,11 @@ class SplitNet(EffectCallback):
     def assignments(self) -> dict:
         "Space -> soft assignment of its units [groups, units]"
         return self.effect.holder.soft()
-    def groups(self) -> dict:
+    def groups(self,
+        equal_groups:bool=None # Of the same size? None: as the callback was told
+    ) -> dict:
         "Space -> group of each unit, for `split_model`; coarser groups are those of these merged"
-        return self.effect.holder.groups()
+        return self.effect.holder.groups(equal_groups)
 
 # %% ../nbs/10e_splitnet.ipynb #6abee8cf
 def _again_args(st):

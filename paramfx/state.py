@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner, get_model
 from .clock import Clock
-from .core import Table, swap_module
+from .core import Table, opt_state, swap_module
 
 # %% ../nbs/00b_state.ipynb #d1ba2efc
 def root_module(model:nn.Module) -> nn.Module:
@@ -157,3 +157,30 @@ class EffectState:
         if not left: del model._ddp_params_and_buffers_to_ignore
         model._effects.pop(self.name, None)
         if not model._effects: del model._effects
+
+# %% ../nbs/00b_state.ipynb #7c5d10a2
+LOST = .01 # share of the squared weights from which on a loss is told in a warning; below it, accuracy hardly moves
+
+def lost_share(
+    pairs # (weight before, weight after), of as many layers as there are
+) -> float: # In [0, 1]
+    "Share of the squared weights that a change takes away"
+    lost = total = 0.
+    for a,b in pairs:
+        a,b = a.detach().double(),b.detach().double()
+        lost,total = lost+float((a-b).square().sum()),total+float(a.square().sum())
+    return min(1., lost/total) if total else 0.
+
+def has_trained(
+    learn:Learner # Of any kind
+) -> bool:
+    "Is there something to lose: has its optimizer made a step, or does the network come pretrained?"
+    return bool(getattr(learn, 'pretrained', False)) or learn.opt is not None and any(opt_state(learn.opt, p) for p in learn.model.parameters())
+
+def told_loss(
+    share:float, # From `lost_share`
+    remedy:str # What to do about it
+) -> str: # None below `LOST`
+    "A loss in words"
+    if share < LOST: return None
+    return f"{100*share:.3g} % of the squared weight is lost, so the network does not do what it did. {remedy}"

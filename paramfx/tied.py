@@ -23,7 +23,7 @@ from fastai.basics import Learner
 from .core import ComputedWeight, Table, for_caller, swap_module, swap_params, tell_export, tell_unknown, way_out
 from .plain import recipe_verb
 from .sparse import candidates, nothing_to, plan_masks
-from .state import add_report, add_step, root_module
+from .state import add_report, add_step, has_trained, lost_share, root_module, told_loss
 from .units import generator
 
 # %% ../nbs/43_tied.ipynb #e31fe546
@@ -255,8 +255,13 @@ def tie(self:Learner,
 ) -> Learner: # Itself
     "Tie the weights of the model now: it trains small banks in place of its large weights"
     model = root_module(self.model)
-    old = {n: m._parameters.get('weight') for n,m in model.named_modules()}
+    old,trained = {n: m._parameters.get('weight') for n,m in model.named_modules()},has_trained(self)
     rows = tie_weights(model, sparsity, **kwargs)
+    tied = {r['layer']: (old[r['layer']], model.get_submodule(r['layer']).weight) for r in rows if 'bank' in r}
+    lost = told_loss(lost_share(tied.values()), "Weights are dealt out to the entries at random: tie before training, or train on.") if trained else None
+    if lost: warnings.warn(f"tie: {lost}")
+    for r in rows if trained else ():
+        if r['layer'] in tied: r['lost'] = lost_share([tied[r['layer']]])
     swap_params(self.opt, {old[r['layer']]: model.get_submodule(r['layer']).bank for r in rows if 'bank' in r})
     return add_report(self, 'tie', rows)
 
