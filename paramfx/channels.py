@@ -12,11 +12,13 @@ from math import ceil
 
 import numpy as np, torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import listify, patch, store_attr
 from .core import Table, all_matrices
-from .forward import forget_states, model_inputs, run_model, still, whole
+from .forward import forget_states, model_inputs, practising, run_model, running, show_shapes, still, whole
 from .cuts import Cut
-from .flow import Flow, TraceError
+from .flow import OUTPUT, TRAINED, Flow, TraceError
 import paramfx.rules, paramfx.rnn_rules # register how channels pass each operator
 from .plots import plot_spaces
 from .spaces import Space, Units, check_traceable, describe, pinned_modules, short_list
@@ -38,7 +40,8 @@ class ChannelMap:
         computed:list=(), # Layers whose weights are computed from others: nothing of them can be cut
         weights:list=(), # Names of the weights of convolutions and linear layers
         counts:dict=None, # (module, attribute) -> unit number of each channel that the attribute counts
-        embeddings:bool=False # Were the columns of embeddings taken for channels?
+        embeddings:bool=False, # Were the columns of embeddings taken for channels?
+        late:list=() # Names of the modules that run in training only
     ):
         store_attr()
         self.counts = counts or {}
@@ -82,7 +85,7 @@ class ChannelMap:
         "A row per space"
         size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
         rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers), readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
-        lists = {'Did not run, so stay as they are': self.unseen, 'Weights computed, so stay whole': self.computed,
+        lists = {'Run in training only': self.late, 'Did not run, so stay as they are': self.unseen, 'Weights computed, so stay whole': self.computed,
                  'Outside of layers, so stay whole': self.outside}
         more = ''.join(f'. {what}: {short_list(names)}' for what,names in lists.items() if names)
         return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold {100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
@@ -115,16 +118,61 @@ def trace_channels(
     with whole(model), still(model):
         flow = Flow(model, boxes, embeddings)
         forget_states(model) # what it has read before is no part of it
-        try:
-            with flow: flow.output(model(*flow.inputs(xs)))
-        except TraceError: raise # an operator without a rule
-        except Exception as e:
-            try: run_model(model, tuple(x.detach().clone() for x in model_inputs(model, sample)))
-            except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e # what fails here, too, is the sample's fault
-            raise TraceError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
-        return _map(flow.rec, flow.boxes, model, sample)
+        _follow(flow, model, xs, OUTPUT)
+        late = _late(model, flow.rec, xs)
+        if late:
+            try:
+                with practising(model): _follow(flow, model, xs, TRAINED)
+            except TraceError as e: raise TraceError(f'{e} This is in training mode, in which {short_list(late)} runs as well: {_without(late)}.') from e
+        return _map(flow.rec, flow.boxes, model, sample, late)
 
-def _map(rec, boxes, model, sample):
+def _follow(flow, model, xs, why):
+    "One pass; what comes out of it stays whole, because of `why`"
+    try:
+        with flow: flow.output(model(*flow.inputs(xs)), why)
+    except TraceError: raise # an operator without a rule
+    except Exception as e:
+        try: run_model(model, tuple(x.detach().clone() for x in xs))
+        except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e # what fails here, too, is the sample's fault
+        raise TraceError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
+
+def _without(late): return f"keep it whole with pin={late!r}, or build the network without it (aux_logits=False in torchvision)"
+
+class _Uses(TorchFunctionMode):
+    "Which of these tensors operators read"
+    def __init__(self, ids):
+        super().__init__()
+        self.ids,self.used = ids,set()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(o, torch.Tensor) for o in tree_leaves(out)): # else it asks for a shape or type
+            self.used.update(id(t) for t in tree_leaves((args, kwargs)) if id(t) in self.ids)
+        return out
+
+def _late(model, rec, xs):
+    "Names of the modules that run in training and not in evaluation. Where all parameters were seen there can be none, and nothing is run"
+    idle = {id(p) for p in model.parameters() if id(p) not in rec.ran}
+    if not idle: return []
+    only = lambda m: any(True for _ in m.parameters()) and all(id(p) in idle for p in m.parameters())
+    with running() as stack:
+        try:
+            with practising(model), _Uses(idle) as seen: model(*(x.detach().clone() for x in xs))
+        except Exception as e:
+            m = next((m for m in stack if m is not model and only(m)), None)
+            if m is None: return [] # it wants something else in training, such as targets
+            n = rec.names.get(id(m), '')
+            raise ValueError(
+                f"{n} ({type(m).__name__}): it runs in training only, and not on this sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}. "
+                "Give a sample as in training, or build the network without it (aux_logits=False in torchvision).") from e
+    res = {}
+    for n,p in model.named_parameters():
+        if id(p) not in seen.used: continue
+        parts = n.split('.')
+        outer = ['.'.join(parts[:i]) for i in range(1, len(parts))]
+        res[next((o for o in outer if only(model.get_submodule(o))), n)] = None
+    return [*res]
+
+def _map(rec, boxes, model, sample, late):
     units = Units(rec)
     number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1)) for k,b in rec.bindings.items()}
     groups,counts = ({n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1) for n,ids in held.items()} for held in (rec.groups, rec.counts))
@@ -135,7 +183,7 @@ def _map(rec, boxes, model, sample):
     mine = {n: [id(t) for t in m._parameters.values() if t is not None] for n,m in model.named_modules()}
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
     cmap = ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes],
-                      sorted(rec.computed), list(held), counts, rec.embeddings)
+                      sorted(rec.computed), list(held), counts, rec.embeddings, late)
     free = np.array([*(s.cuttable for s in cmap), False]) # the last entry is that of raw channels
     cut = [(m, t) for (m,t,_),(_,lab) in number.items() if free[cmap.space_of[lab]].any()]
     followed = {id(model.get_submodule(m)._parameters.get(t)) for m,t in cut}

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .core import all_matrices, caller_model, way_out
-from .forward import check_same, copy_model, fails_at, forget_states, pack_sample, still
+from .forward import asleep, awake, check_same, copy_model, fails_at, forget_states, lit, pack_sample, practising, still, tells
 from .spaces import short_list
 from .state import add_step, effects, root_module
 
@@ -234,6 +234,16 @@ def apply(self:Cut,
     if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first.")
     if any(getattr(v, 'until_plain', False) for m in model.modules() for v in vars(m).values()): raise ValueError(
         f"The model is sliced, and its slices would no longer fit. Call {way_out()} or `unslice({caller_model()})` first.")
+    new = self._small(model)
+    if follow: tell_stale(self.follow(new))
+    if check: self._check(model, new)
+    add_step(new, **self._step())
+    if self.cmap.unseen: warnings.warn(f"{short_list(self.cmap.unseen)} did not run when the model was traced, so nothing in them was cut: what they read may no longer fit. Remove them if they are not needed.")
+    return new
+
+@patch
+def _small(self:Cut, model):
+    "A copy with what stays of each tensor"
     tensors = _tensors(model, self.cmap)
     small = {k: _smaller(tensors[k], i) for k,i in self.indices().items()}
     new = copy_model(model, {id(tensors[k]): t for k,t in small.items()})
@@ -241,10 +251,6 @@ def apply(self:Cut,
     for m,sizes in self.sizes(model).items():
         for a,v in sizes.items(): setattr(new.get_submodule(names[m]), a, v)
     if self.cmap.counts: _rebuild(new)
-    if follow: tell_stale(self.follow(new))
-    if check: self._check(model, new)
-    add_step(new, **self._step())
-    if self.cmap.unseen: warnings.warn(f"{short_list(self.cmap.unseen)} did not run when the model was traced, so nothing in them was cut: what they read may no longer fit. Remove them if they are not needed.")
     return new
 
 @patch
@@ -362,16 +368,28 @@ def _inputs(self:Cut, model):
 
 @patch
 def _check(self:Cut, model, new):
-    "Compare with the masked twin, which shares what it can with `model`"
-    p,xs = next(model.parameters()),self._inputs(model)
-    twin = self._masked(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    "Compare with the masked twin; once more with other numbers where weights or inputs are zero, and hide what comes before them"
+    xs = self._inputs(model)
+    self._compare(model, new, xs)
+    zero,ys = asleep(new),lit(xs)
+    if not zero and all(y is x for x,y in zip(xs, ys)): return
+    full = awake(model, zero)
+    self._compare(full, self._small(full), ys, f" (with numbers in {short_list(zero) or 'the sample'}, which is all zero now and hides it)")
+
+@patch
+def _compare(self:Cut, model, new, xs, hidden=''):
+    "Compare with the masked twin, which shares what it can with `model`, in all modes in which other modules run"
+    twin,late = self._masked(model, {id(t): t for t in (*model.parameters(), *model.buffers())}),self.cmap.late
     if self.cmap.counts: forget_states(twin)
-    try: check_same(new, twin, xs)
-    except ValueError as e:
-        where = fails_at(new, tuple(x.to(p.device) for x in xs))
-        raise ValueError(
-            f"{where or type(model).__name__}: the smaller network {'breaks off here' if where else 'does not do what the masked one does'}; its code holds a width as a number, or moves "
-            f"channels by fixed positions. Keep the layers concerned whole with trace_channels(..., pin=[...]). {e}") from e
+    for mode in (still, practising) if late else (still,):
+        try: check_same(new, twin, xs, mode=mode)
+        except ValueError as e:
+            if (hidden or mode is practising) and not tells(twin, xs, mode): continue # random numbers, or none
+            where = fails_at(new, tuple(x.to(next(model.parameters()).device) for x in xs), mode)
+            more = f", such as pin={late!r}: these run in training only" if mode is practising else ''
+            raise ValueError(
+                f"{where or type(model).__name__}: the smaller network {'breaks off here' if where else 'does not do what the masked one does'}{hidden}; its code holds a width as a number, or moves "
+                f"channels by fixed positions. Keep the layers concerned whole with trace_channels(..., pin=[...]){more}. {e}") from e
 
 # %% ../nbs/00i_cuts.ipynb #bbe4caa7
 CUTS = {}

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from .channels import Cut, trace_channels
 from .forward import copy_model, model_inputs, still
-from .spaces import pin_names
+from .spaces import pin_names, short_list
 
 # %% ../nbs/02a_dead.ipynb #c457fdc0
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
@@ -223,7 +223,9 @@ def _plan_space(n, sides, idle):
         notes.append(f'{what}: a reader pads with zeros or has no bias of its own')
     gone = sorted({*(u for u in range(n) if unread[u]), *zero, *fold, *merged})
     varied = [u for u in idle if u not in gone and u not in rest]
-    if varied: notes.append(f'{_plural(len(varied), "dead channel")} kept: what is read of them varies (a gate, or the border of a padded layer)')
+    late = [s.key[0] for s in sides if not s.reads]
+    if varied: notes.append(f'{_plural(len(varied), "dead channel")} kept: ' + (
+        f'{short_list(late)} reads them in training only' if late else 'what is read of them varies (a gate, or the border of a padded layer)'))
     if len(gone) == n: gone,notes = gone[1:],['all channels are dead; one is kept'] # a layer needs a channel
     return _Plan(gone, carrier, [u for u in merged if u in gone], [u for u in fold if u in gone], '; '.join(notes), stays or bool(varied))
 
@@ -252,11 +254,12 @@ def cut_dead(
     while has_dead(model):
         cmap = trace_channels(model, sample, pin)
         keep,twin,new = _prepare(model, cmap, constant_reads(model, sample))
-        told = {r['space'] for r in rows if r['note']} # what stays is found again in each round
-        rows = [r for r in rows if r['channels'] != 'kept'] + [r for r in new if r['channels'] != 'kept' or r['space'] not in told]
+        rows = [r for r in rows if r['channels'] != 'kept'] # what stays is found again in each round
+        told = {r['space'] for r in rows if r['note']}
+        rows += [r for r in new if r['channels'] != 'kept' or r['space'] not in told]
         if not keep: break
         cuts.append(Cut(cmap, keep))
-        model = cuts[-1].apply(twin, check=False)
+        model = cuts[-1].apply(twin)
     return model,cuts,rows
 
 def has_dead(model) -> bool:

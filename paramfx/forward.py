@@ -6,7 +6,7 @@ Docs: https://paramfx.github.io/paramfx/forward.html.md"""
 
 # %% auto #0
 __all__ = ['still', 'whole', 'copy_model', 'state_keepers', 'forget_states', 'model_inputs', 'pack_sample', 'unpack_sample',
-           'show_shapes', 'only_tensor', 'run_model', 'fails_at', 'check_same']
+           'show_shapes', 'run_model', 'fails_at', 'check_same']
 
 # %% ../nbs/00e_forward.ipynb #15d7d92c
 import copyreg, inspect, random, warnings
@@ -165,6 +165,35 @@ def untouched(
         with rng_guard(dls): yield model
     finally: kept.put_back()
 
+_NUMBERS = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention # training changes numbers here, not what runs
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if 'dropout' in getattr(func, '__name__', ''): return args[0] if args else kwargs['input']
+        return func(*args, **(kwargs or {}))
+
+@contextmanager
+def practising(model:nn.Module):
+    "Training mode as far as it says what runs: without gradients and dropout, norms as in evaluation; all is put back as by `still`"
+    with untouched(model), torch.no_grad(), _NoDropout():
+        for m in model.train().modules():
+            if isinstance(m, _NUMBERS): m.eval()
+        yield model
+
+@contextmanager
+def running():
+    "The modules that run at the moment, the outermost first; after an error, those in which it happened"
+    stack = []
+    hooks = [register_module_forward_pre_hook(lambda m, args: stack.append(m)), register_module_forward_hook(lambda m, args, out: stack.pop() and None)]
+    try: yield stack
+    finally:
+        for h in hooks: h.remove()
+
+def only_tensor(out):
+    "The tensor that a model returns, also as the only one in a tuple or dict; None where there are several, or none"
+    ts = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    return ts[0] if len(ts) == 1 else None
+
 # %% ../nbs/00e_forward.ipynb #05a5b568
 @contextmanager
 def still(model:nn.Module):
@@ -245,11 +274,6 @@ def unpack_sample(
 
 def show_shapes(xs:tuple) -> str: return ', '.join(str(list(x.shape)) for x in xs)
 
-def only_tensor(out):
-    "The tensor that a model returns, also as the only one in a tuple or dict; None where there are several, or none"
-    ts = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-    return ts[0] if len(ts) == 1 else None
-
 def run_model(
     model:nn.Module, # The network
     xs:tuple # From `model_inputs`
@@ -259,24 +283,26 @@ def run_model(
     except Exception as e:
         raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}') from e
 
-def fails_at(model:nn.Module, xs:tuple) -> str: # 'name (class)', or '' if nothing fails
+def fails_at(
+    model:nn.Module, # The network
+    xs:tuple, # From `model_inputs`
+    mode=still # Context to run it in: `still`, or `practising`
+) -> str: # 'name (class)', or '' if nothing fails
     "The innermost module of `model` in which a forward of `xs` breaks off"
-    names,stack = {id(m): n or 'the model itself' for n,m in model.named_modules()},[]
-    hooks = [register_module_forward_pre_hook(lambda m, args: stack.append(m)), register_module_forward_hook(lambda m, args, out: stack.pop() and None)]
-    try:
-        with still(model): model(*xs)
-    except Exception: return f'{names.get(id(stack[-1]), "a part")} ({type(stack[-1]).__name__})' if stack else type(model).__name__
-    finally:
-        for h in hooks: h.remove()
+    names = {id(m): n or 'the model itself' for n,m in model.named_modules()}
+    with running() as stack:
+        try:
+            with mode(model): model(*xs)
+        except Exception: return f'{names.get(id(stack[-1]), "a part")} ({type(stack[-1]).__name__})' if stack else type(model).__name__
     return ''
 
 # %% ../nbs/00e_forward.ipynb #3129ee5c
 _TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-def _outputs(model, sample):
+def _outputs(model, sample, mode=still):
     "Tensors that a forward gives, in float64 unless they are whole numbers, and the coarsest precision among them"
     xs = tuple(x.clone() for x in model_inputs(model, sample)) # the network may write into its inputs
-    with still(model): outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
+    with mode(model): outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
     types = [o.dtype for o in outs if o.dtype in _TOL]
     return [o.detach().cpu().double() for o in outs],max(types, key=_TOL.get, default=torch.float64)
 
@@ -284,10 +310,11 @@ def check_same(
     a:nn.Module, # The network to check
     b:nn.Module, # The reference
     sample, # Input tensor, or a tuple of the positional inputs
-    tol:float=None # Largest relative difference allowed; None: 1e-4 in float32, 1e-10 in float64
+    tol:float=None, # Largest relative difference allowed; None: 1e-4 in float32, 1e-10 in float64
+    mode=still # Context to run them in: `still` for evaluation, `practising` for what runs in training
 ) -> float: # Largest difference of the outputs, relative to the largest output of `b`
     "Compare two networks in evaluation mode; a difference above `tol` raises"
-    (xs,ta),(ys,tb) = _outputs(a, sample),_outputs(b, sample)
+    (xs,ta),(ys,tb) = _outputs(a, sample, mode),_outputs(b, sample, mode)
     if [x.shape for x in xs] != [y.shape for y in ys]: raise ValueError(f'The outputs have shapes {show_shapes(xs)} and {show_shapes(ys)}: these are not the same network.')
     if any(y.isnan().any() for y in ys): raise ValueError('The reference puts out NaN on this sample, so there is nothing to compare with. Look at its weights and at the sample.')
     rel = max((_relative(x, y) for x,y in zip(xs, ys)), default=0.)
@@ -300,3 +327,43 @@ def _relative(x, y):
     odd = ~(x.isfinite() & y.isfinite()) # masked scores are -inf, in both
     if odd.any(): return _relative(x[~odd], y[~odd]) if torch.equal(x[odd], y[odd]) else float('nan')
     return ((x-y).abs().max()/y.abs().max().clamp_min(torch.finfo(y.dtype).tiny)).item()
+
+# %% ../nbs/00e_forward.ipynb #b7d20f64
+def tells(
+    model:nn.Module, # The network
+    sample, # Input tensor, or a tuple of the positional inputs
+    mode=still # Context to run it in
+) -> bool:
+    "Does a forward come to numbers that can be compared, and to the same ones with other random numbers?"
+    def run(seed):
+        with rng_guard():
+            torch.manual_seed(seed)
+            return _outputs(model, sample, mode)[0]
+    try: a,b = run(0),run(1)
+    except ValueError: return False
+    return all(torch.equal(x, y) for x,y in zip(a, b)) # NaN equals nothing
+
+def asleep(model:nn.Module) -> list:
+    "Names of the weights that are zero throughout, as in blocks that begin as identities: the outputs cannot tell what comes before them"
+    def zero(n, p):
+        if 'bias' in n.rpartition('.')[2] or not p.is_floating_point() or p.layout != torch.strided or p.is_meta: return False
+        return p.numel() > 0 and not p.detach().any()
+    return [n for n,p in model.named_parameters() if zero(n, p)]
+
+def awake(
+    model:nn.Module, # Left as it is
+    names:list # From `asleep`
+) -> nn.Module: # A copy that shares all other tensors
+    "The network with random numbers in place of the zeros of these weights"
+    memo,gen = {id(t): t for t in (*model.parameters(), *model.buffers())},torch.Generator().manual_seed(0)
+    for n in names:
+        p = model.get_parameter(n)
+        new = torch.rand(p.shape, generator=gen)
+        new = (2*new-1)*(3/max(p[0].numel(), 1))**.5 if p.ndim > 1 else new+.5
+        memo[id(p)] = nn.Parameter(torch.where(p.detach() == 0, new.to(p), p.detach()), requires_grad=p.requires_grad)
+    return copy_model(model, memo)
+
+def lit(xs:tuple) -> tuple:
+    "Inputs with random numbers where all is zero, which hides what layers do"
+    gen = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(x.shape, generator=gen).to(x) if x.is_floating_point() and not x.any() else x for x in xs)

@@ -68,7 +68,7 @@ class Space:
     @property
     def cuttable(self): return not self.why
     @property
-    def is_output(self): return self.why == OUTPUT
+    def is_output(self): return self.why.startswith(OUTPUT)
 
 class Units:
     "Ids of a finished trace, sorted into spaces and units"

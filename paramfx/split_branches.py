@@ -13,7 +13,7 @@ from torch import nn
 from .core import for_caller, swap_module
 from .cuts import Cut
 from .flow import Flow, get_ids, squash, varying
-from .forward import check_same, copy_model, only_tensor, still, unpack_sample
+from .forward import asleep, awake, check_same, copy_model, only_tensor, still, unpack_sample
 from .spaces import Units, pinned_modules, short_list
 from .split_groups import check_groups, side_groups
 from .split_model import SplitBlock, Splitting, split_layer, sub_layer
@@ -228,6 +228,12 @@ def branches(
     model = root_module(model)
     if '_split' not in model.__dict__: raise ValueError(f'{type(model).__name__}: it is not split. Call '
         + for_caller("learn.split(splits=[2], classes='cluster')", "model = split_model(model, x, splits=[2], classes='cluster')") + ' first.')
+    res = _branches(model)
+    zero = asleep(model)
+    if zero: _branches(awake(model, zero)) # what they hide is compared as well
+    return res
+
+def _branches(model):
     dense,s = _dense(model)
     xs,low = s.plan.cmap.sample,min(s.plan.levels)
     g = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from fastai.basics import Learner
 from .channels import trace_channels
 from .core import CONVS, sample_batch, swap_module, way_out
 from .cuts import Cut
-from .forward import check_same, copy_model, pack_sample, unpack_sample
+from .forward import asleep, awake, check_same, copy_model, lit, pack_sample, practising, still, tells, unpack_sample
 from .plain import materialize, recipe_verb, swap_model
 from .spaces import pin_names
 from .split_groups import check_groups, class_groups, feature_groups, side_groups
@@ -131,10 +131,18 @@ class Splitting:
         "Raise where the split network is not the masked one"
         p = next(model.parameters())
         xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.plan.cmap.sample)
+        self.compare(new, model, xs)
+        zero,ys = asleep(model),lit(xs)
+        if zero or any(y is not x for x,y in zip(xs, ys)): self.compare(self.split(full := awake(model, zero)), full, ys, hidden=True)
+
+    def compare(self, new, model, xs, hidden=False):
+        "In evaluation, and in training where other modules run then; `hidden`: there are random numbers in place of zeros"
         twin = self.masked(model, share=True)
-        try: check_same(new, twin, xs, 1e-5 if p.dtype == torch.float32 else None)
-        except ValueError: # of rounding, or of a fault? float64 tells
-            check_same(copy_model(new).double(), copy_model(twin).double(), tuple(x.double() if x.is_floating_point() else x for x in xs))
+        for mode in (still, practising) if self.plan.cmap.late else (still,):
+            try: check_same(new, twin, xs, 1e-5 if next(model.parameters()).dtype == torch.float32 else None, mode)
+            except ValueError: # of rounding, or of a fault? float64 tells
+                if (hidden or mode is practising) and not tells(twin, xs, mode): continue
+                check_same(copy_model(new).double(), copy_model(twin).double(), tuple(x.double() if x.is_floating_point() else x for x in xs), mode=mode)
 
 def _splits_of(model, sample, groups, pin):
     "Layers whose inputs and outputs have groups, and how many"
@@ -240,8 +248,8 @@ def _rows(s, old, new):
     "What was split, as rows of plain data"
     size = lambda m: sum(p.numel() for p in m.parameters())
     rows = [dict(what=n, units=len(g), groups=' + '.join(map(str, g.bincount().tolist()))) for n,g in s.groups.items()]
-    return rows + [dict(what='parameters', units=size(old), groups=f'{size(new)} after the split ({100*size(new)/size(old):.1f} %)'),
-                   dict(what='squared weight', units=None, groups=f'{100*s.lost(old):.3g} % of it lay between groups, and is gone')]
+    rows.append(dict(what='squared weight', units=None, groups=f'{100*s.lost(old):.3g} % of it lay between groups, and is gone'))
+    return rows + [dict(what='parameters', units=size(old), groups=f'{size(new)} after the split ({100*size(new)/size(old):.1f} %)')]
 
 def _ordinary(model, sample):
     "The network without effects; that the groups of one end is what a split is for"

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastcore.basics import store_attr
 from .channels import trace_channels
 from .core import CONVS, Table, all_matrices, as_shapes, caller_model, left_out, pick_layers, stages, way_out, weighted_layers
+from .flow import OUTPUT
 from .forward import model_inputs, only_tensor, run_model, still
 from .spaces import pin_names, short_list
 from .state import root_module
@@ -180,7 +181,7 @@ def _check_output(cmap, names, model, out):
     if out is None: raise ValueError(
         f'{type(model).__name__}: it returns {as_shapes(found)}, not one tensor, so there is no common class axis to split. '
         'Wrap it so that it returns the logits alone.')
-    ends = [s for s in cmap if s.is_output]
+    ends = [s for s in cmap if s.why == OUTPUT] # auxiliary heads are no classifier
     if len(ends) != 1 or not ends[0].producers: raise ValueError(f"{type(model).__name__}: its output is {f'of {len(ends)} spaces' if ends else 'not that of a layer whose channels can be followed'}, so there is no class axis. Wrap it so that it returns the logits of one classifier.")
     s = ends[0]
     if s.size < 2 or s.size != s.channels or s.size not in (out.shape[1:2]+out.shape[-1:]): raise ValueError(
