@@ -11,14 +11,13 @@ __all__ = ['load_masks']
 import errno
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 from torch import nn
 from fastcore.basics import patch
-from fastcore.foundation import L
 from fastai.basics import Learner
 from .core import way_out
 from .csr import CSR, csr_flat
-from .persist import effect_keys, missing_effects
+from .persist import effect_keys, missing_effects, read_torch
 from .rewire import DynamicSparse
 from .masks import param_name
 from .sparse import candidates
@@ -26,8 +25,6 @@ from .state import effects, root_module
 from .units import expand_units
 
 # %% ../nbs/42a_copied.ipynb #51833f29
-_NUMPY = [L, np.dtype, np.float64(0).__reduce__()[0], *(getattr(np.dtypes, n) for n in np.dtypes.__all__)] # what fastai's optimizers save besides tensors
-
 def _read(file):
     "What a file holds, if that is plain data"
     if file.is_dir(): raise IsADirectoryError(f"{file}: a folder. Name one of its files: {', '.join(sorted(p.name for p in file.iterdir())[:8]) or 'it has none'}.")
@@ -36,7 +33,7 @@ def _read(file):
         if file.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(file)
-        with torch.serialization.safe_globals(_NUMPY): return torch.load(file, map_location='cpu', weights_only=True)
+        return read_torch(file)
     except MemoryError: raise
     except Exception as e: # torch raises many kinds
         if isinstance(e, OSError) and e.errno != errno.EINVAL: raise # a file that ends early is an invalid argument to torch

@@ -25,7 +25,7 @@ from .effects import EffectCallback, EffectKeeper
 from .forward import copy_model
 from .losses import Distill
 from .evolution import named_rates
-from .persist import atomic_path, effect_runs, gather_ranks, set_effect_runs
+from .persist import atomic_path, effect_runs, gather_ranks, read_torch, set_effect_runs, what_file
 from .plain import materialize
 from .state import effects, root_module
 
@@ -197,13 +197,13 @@ class Evolution:
 def read_evolution(path, config, device='cpu') -> dict:
     "The content of an evolution's file; raises where it is none, or another one's"
     if not path.is_file(): raise FileNotFoundError(f'{path.name}: no evolution was saved in {path.parent}. Start it with resume=False.')
-    try: state = torch.load(path, map_location=device, weights_only=True)
+    try: state = read_torch(path, device)
     except (OSError, MemoryError) as e:
         if getattr(e, 'errno', None) != EINVAL: raise
         state = e # what torch says of a file that was cut off
     except Exception as e: state = e # torch raises many kinds
     if not isinstance(state, dict) or state.get('evolution') != Evolution.version: raise ValueError(
-        f"{path.name}: damaged, or no file of `learn.evolve`. Start anew with resume=False and another file=.") from (state if isinstance(state, Exception) else None)
+        f"{path.name}: {f'no file of `learn.evolve`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `learn.evolve`'}. Start anew with resume=False and another file=.") from (state if isinstance(state, Exception) else None)
     diff = [f'{k}={state["config"].get(k)!r} -> {v!r}' for k,v in config.items() if state['config'].get(k) != v]
     if diff: raise ValueError(f"{path.name}: written by an evolution with other settings ({', '.join(diff)}). Give those, or start anew with resume=False; the file is left as it is.")
     return state

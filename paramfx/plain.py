@@ -26,7 +26,7 @@ from .forward import check_same, copy_model, unpack_sample
 from .frozen import for_inference, freeze_layers, frozen_layers
 from .dead import cut_dead, has_dead
 from .effects import EffectCallback
-from .persist import atomic_path, burn_in
+from .persist import atomic_path, burn_in, explained, known_steps, missing_effects, read_torch, safe_data, telling_steps, told_steps, what_file
 from .spaces import pin_names, pinned_modules
 from .state import add_report, add_step, effects, root_module, told_loss
 
@@ -163,26 +163,52 @@ def save_recipe(
     return file
 
 def load_recipe(
-    source, # File of `save_recipe`, or a `Recipe`
+    source, # File of `save_recipe`, or of `learn.save`; or a `Recipe`
     model:nn.Module # A network as it was first built; it is left alone
 ) -> nn.Module: # A network of the recorded shape, with the weights of the file
     "Do the recorded steps on a copy of `model`, then load the weights strictly"
     if isinstance(source, nn.Module) or not isinstance(model, nn.Module): raise TypeError(
         f"load_recipe takes the file first, then the network as it was built: `load_recipe(file, model)`, not a {type(source).__name__} and a {type(model).__name__}.")
     if isinstance(source, list): return Recipe(source).apply(model)
-    try: content = torch.load(source, map_location='cpu', weights_only=True)
+    try: content = read_torch(source)
     except MemoryError: raise
     except Exception as e: # torch raises many kinds
         if isinstance(e, OSError) and e.errno != errno.EINVAL: raise # a file that ends early is an invalid argument to torch
         content = e
     if isinstance(content, dict) and isinstance(content.get('version'), int) and content['version'] > 1 and 'recipe' in content: raise ValueError(
         f"{source}: written by a newer version of this library (format {content['version']}, this one knows 1). Update paramfx.")
-    if not isinstance(content, dict) or content.get('version') != 1 or not {'recipe', 'state'} <= content.keys(): raise ValueError(
-        f"{source}: no file of `save_recipe`. Load plain weights with `load_state_dict`.") from (content if isinstance(content, Exception) else None)
+    steps,state = _steps_and_state(content, source)
     p = next(root_module(model).parameters(), torch.empty(0))
-    new = Recipe(content['recipe']).apply(model)
-    new.load_state_dict(content['state'])
+    new = Recipe(steps).apply(model)
+    if any(k.startswith('_orig_mod.') for k in state): state = {k.removeprefix('_orig_mod.'): v for k,v in state.items()} # its model was compiled
+    if lost := missing_effects(new, state): raise ValueError(
+        f"{source}: it was saved with effects in force that cannot be recorded ({', '.join(lost)}). Save it again after `learn.materialize()`.")
+    with explained(new, str(source)): new.load_state_dict(state)
     return new.to(p.device)
+
+def _steps_and_state(content, source):
+    "Recipe and weights in what was read; raises where there is no recipe, and says what it is"
+    if isinstance(content, dict) and content.get('version') == 1 and {'recipe', 'state'} <= content.keys(): return content['recipe'],content['state']
+    state = content['model'] if isinstance(content, dict) and content.keys() == {'model', 'opt'} else content
+    steps = told_steps(state)
+    if steps is not None and all('args' in s for s in steps): return steps,state
+    kind = what_file(content)
+    if kind is None: raise ValueError(f"{source}: no file of `save_recipe`, or damaged. Load plain weights with `load_state_dict`.") from (content if isinstance(content, Exception) else None)
+    if '`learn.load' in kind: kind += ', into a network that was changed in the same way: ' + ('the file does not tell how' if steps is None else 'what was done is no plain data, so it cannot be done again')
+    raise ValueError(f"{source}: no file of `save_recipe`, but {kind}.")
+
+def _all_steps(model):
+    "Those of `Recipe.of`, effects in force included, where a file can hold them"
+    try: steps = [*Recipe.of(model)]
+    except ValueError: steps = None
+    return steps if steps is not None and safe_data(steps) else known_steps(model)
+
+_fastai_save = Learner.save
+
+@patch
+def save(self:Learner, file, **kwargs):
+    "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, and how the network was changed"
+    with telling_steps(self.model, _all_steps(self.model)): return _fastai_save(self, file, **kwargs)
 
 # %% ../nbs/03_plain.ipynb #bd1535d6
 def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
