@@ -59,6 +59,7 @@ def why_not(
     if any(is_lazy(p) for p in m._parameters.values() if p is not None): return 'lazy','Run one batch through the model first.'
     if w is None: return 'its weight is computed, as by a parametrization','Make it an ordinary one, as with `torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`.'
     if type(m) is not nn.Conv2d: return f'{type(m).__name__} is not Conv2d','Leave it out.'
+    if w.is_complex(): return 'its weight is complex, and the norm between filters and coefficients is of real numbers','Leave it out.'
     if hasattr(m, 'weight_mask'): return 'masked',f'Call {way_out()} first.'
     if users.get(id(w), 1) > 1: return 'its weight is used by another layer, too','Give each a weight of its own.'
     if 1 < m.groups == m.in_channels: return 'depthwise: each filter sees one channel','Leave it out.'

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import listify, patch, store_attr
-from .core import Table, all_matrices
+from .core import Table, all_matrices, check_values
 from .forward import forget_states, model_inputs, practising, run_model, running, show_shapes, still, whole
 from .cuts import Cut
 from .flow import OUTPUT, TRAINED, Flow, TraceError
@@ -112,6 +112,7 @@ def trace_channels(
 ) -> ChannelMap: # Spaces and where they lie
     "Find out by one forward pass which channels of `model` belong together"
     model = root_module(model)
+    check_values(model)
     boxes = pinned_modules(model, pin)
     check_traceable(model, boxes)
     xs = model_inputs(model, sample)

@@ -493,6 +493,13 @@ def check_kernels(
     raise TypeError(f"{layer.label or layer}: there are no sparse kernels for {name}, and the network was converted to it. Make an ordinary network before: "
         + for_caller(f'learn.model.float(); learn.materialize(); learn.model.to(torch.{name})', f'model = materialize(model.float(), x).to(torch.{name})') + ', or train and run it in float32, under autocast if need be.')
 
+# %% ../nbs/00_core.ipynb #c7d10a45
+def check_values(model:nn.Module) -> None:
+    "Raise where a weight of `model` has no values, as one has that was built on the meta device"
+    empty = next((n for m in (model.named_parameters, model.named_buffers) for n,t in m() if t.is_meta), None)
+    if empty: raise ValueError(f"{empty}: it is on the meta device and has no values. Build the network on a real device; or give it memory, and load its weights after that: "
+                               + for_caller("learn.model.to_empty(device='cpu')", "model.to_empty(device='cpu')") + '.')
+
 # %% ../nbs/00_core.ipynb #49d08a78
 class Table(list):
     "Rows (dicts of exact values) that show as a markdown table; `title` comes above, `note` below"

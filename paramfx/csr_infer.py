@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 from torch import nn
-from .core import Table, match_layers, rng_guard, way_out
+from .core import Table, check_values, match_layers, rng_guard, way_out
 from .csr import CSR, why_not_csr
 from .forward import check_same, model_inputs, still
 from .frozen import Frozen, Frozen24, FrozenBSR, FrozenCSR, fit_block, freeze_layers, frozen, is_24, pack_24
@@ -165,6 +165,7 @@ def plan_infer(
     "Which layers `sparse_infer` would make sparse; a format that no layer can take raises"
     check_fmt(fmt)
     model = root_module(model)
+    check_values(model)
     mods,xs = _layers(model, include),model_inputs(model, sample)
     shapes,blocks = _shapes(model, mods, xs),[m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     fused = {m for b in blocks for m in b.modules()}

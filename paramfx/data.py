@@ -196,7 +196,7 @@ def _given(x, x_valid, stats):
 def tensor_dls(
     x:Tensor, # Training inputs, one per row; images may be bytes
     y:Tensor, # Training targets; integers are classes
-    x_valid:Tensor, # Validation inputs
+    x_valid:Tensor, # Validation inputs; perhaps none, as `x[:0]`
     y_valid:Tensor, # Validation targets
     bs:int=64, # Items per batch
     vocab:list|None=None, # Names of the classes; default: their numbers
@@ -209,8 +209,9 @@ def tensor_dls(
     check_loader(bs, kwargs)
     for o,t,name in ((x,y,'training'), (x_valid,y_valid,'validation')):
         if len(o) != len(t): raise ValueError(f'{len(o)} {name} inputs do not match {len(t)} targets')
+    if not len(x): raise ValueError('There is no training item: give at least one. A validation set may be empty.')
     if bs > len(x): kwargs.setdefault('drop_last', False) # a set smaller than a batch is one
-    if vocab is None and not y.is_floating_point(): vocab = list(range(int(max(y.max(), y_valid.max()))+1))
+    if vocab is None and not y.is_floating_point(): vocab = list(range(int(torch.cat([y.flatten(), y_valid.flatten()]).max())+1))
     x,x_valid,mean,std = (_given(x, x_valid, normalize) if is_listy(normalize) else _normalized(x, x_valid) if normalize
                           else (x,x_valid,0.,1.))
     dss = [InMemory(a, b, vocab, mean, std, reader, i) for i,(a,b) in enumerate(((x,y), (x_valid,y_valid)))]

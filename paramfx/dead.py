@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from .channels import Cut, trace_channels
+from .core import check_values
 from .forward import copy_model, model_inputs, still
 from .spaces import pin_names, short_list
 
@@ -250,6 +251,7 @@ def cut_dead(
     pin=None # Modules to leave alone, as in `trace_channels`
 ) -> tuple: # The smaller network (or `model`), the `Cut`s that led to it, a row per space that was touched
     "Remove the channels that contribute nothing but constants; the outputs in evaluation mode stay the same"
+    check_values(model)
     cuts,rows,pin = [],[],pin_names(model, pin)
     while has_dead(model):
         cmap = trace_channels(model, sample, pin)

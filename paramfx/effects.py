@@ -17,7 +17,7 @@ from fastcore.basics import class2attr, noop, patch, snake2camel
 from fastai.basics import Callback, CancelStepException, L, Learner, ValueMetric
 from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import LRFinder, SchedCos
-from .core import check_batches
+from .core import check_batches, check_values
 from .state import EffectState, effects, root_module
 
 # %% ../nbs/00c_effects.ipynb #3d6f69d5
@@ -197,6 +197,7 @@ class EffectCallback(LeanCallback):
 
     def _bind(self, learner):
         model = root_module(learner.model)
+        check_values(model)
         old = effects(model).get(self.name)
         if old is not None:
             self._check_settings(old)
@@ -262,6 +263,7 @@ def _check_all(learn, cbs):
     model,seen = root_module(learn.model),{}
     for cb in cbs:
         if not isinstance(cb, EffectCallback): continue
+        check_values(model)
         old = effects(model).get(cb.name) or seen.get(cb.name)
         cb._check_settings(old) if old is not None else cb.plan(model, learn)
         seen[cb.name] = SimpleNamespace(settings=cb.settings)

@@ -131,7 +131,16 @@ class Exchange(Compute, MaskedEffect):
         if learn is not None and self.how is not None: self.how.suits(self, learn)
         if (held := self.in_force(model)) is not None: return held
         table = plan_masks(model, **self.first_masks() | dict(sparsity=self.sparsity))
+        self._check_signs(model, table)
         return self.with_compute(model, table if self.how is None else self.how.plan(self, model, table), learn)
+
+    def _check_signs(self, model, table):
+        "Raise where a method that goes by signs meets numbers that have none"
+        what = 'two_ended=True' if self.two_ended else f"method={self.method!r}" if self.how is not None and self.how.by_sign else ''
+        params = dict(model.named_parameters(remove_duplicate=False))
+        for r in table if what else ():
+            if 'live' in r and params[r['layer']].is_complex(): raise ValueError(
+                f"{r['layer']}: {what} goes by the signs of weights, and these are complex. Use method='set', or leave the layer dense (exclude={r['layer'].rpartition('.')[0]!r}).")
 
     def convert(self, model, learn=None):
         "Mask `model`; everything is checked first"

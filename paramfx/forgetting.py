@@ -12,7 +12,7 @@ import warnings
 
 import torch
 from fastai.basics import Callback
-from .core import sample_batch, spare_roots
+from .core import check_values, sample_batch, spare_roots
 from .evolution import UNTRACED, check_masks, default_values, reinit_
 from .policies import KELS, Policy, as_policy
 from .state import effects, root_module
@@ -54,6 +54,7 @@ class Forgetting:
     def start(self, learn, generations=None, sample=None):
         "Look at the model, before anything is trained; raises where the policy does not fit"
         model = root_module(learn.model)
+        check_values(model)
         self.sample = sample_batch(learn.dls) if sample is None else sample
         if hasattr(self.policy, 'start'): self.policy.start(learn, generations)
         masks = self.ask(learn, 1)
@@ -117,6 +118,7 @@ class Forgetting:
         model,total,fit = root_module(learn.model),0.,0.
         for n,m in self.masks(learn, gen).items():
             w = model.get_parameter(n).detach()
+            if w.is_complex(): w = w.abs()
             total += float(torch.linalg.vector_norm(w, dtype=torch.float64))**2
             fit += float(torch.linalg.vector_norm(w*m.to(w.device), dtype=torch.float64))**2
         return ((total-fit)/fit)**.5 if 0 < fit < total else None

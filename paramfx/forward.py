@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from .core import as_shapes, rng_guard
+from .core import as_shapes, check_values, rng_guard
 
 # %% ../nbs/00e_forward.ipynb #7c1e09ab
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, FunctionType, ModuleType, torch.dtype, torch.device, torch.Size))
@@ -297,13 +297,15 @@ def fails_at(
     return ''
 
 # %% ../nbs/00e_forward.ipynb #3129ee5c
-_TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1,
+        torch.complex128: 1e-10, torch.complex64: 1e-4}
 
 def _outputs(model, sample, mode=still):
     "Tensors that a forward gives, in float64 unless they are whole numbers, and the coarsest precision among them"
     xs = tuple(x.clone() for x in model_inputs(model, sample)) # the network may write into its inputs
     with mode(model): outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
     types = [o.dtype for o in outs if o.dtype in _TOL]
+    outs = [torch.view_as_real(o) if o.is_complex() else o for o in outs]
     return [o.detach().cpu().double() for o in outs],max(types, key=_TOL.get, default=torch.float64)
 
 def check_same(
@@ -314,6 +316,7 @@ def check_same(
     mode=still # Context to run them in: `still` for evaluation, `practising` for what runs in training
 ) -> float: # Largest difference of the outputs, relative to the largest output of `b`
     "Compare two networks in evaluation mode; a difference above `tol` raises"
+    for m in (a, b): check_values(m)
     (xs,ta),(ys,tb) = _outputs(a, sample, mode),_outputs(b, sample, mode)
     if [x.shape for x in xs] != [y.shape for y in ys]: raise ValueError(f'The outputs have shapes {show_shapes(xs)} and {show_shapes(ys)}: these are not the same network.')
     if any(y.isnan().any() for y in ys): raise ValueError('The reference puts out NaN on this sample, so there is nothing to compare with. Look at its weights and at the sample.')

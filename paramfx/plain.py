@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
 from .channels import Cut, trace_channels
-from .core import Table, sample_batch, swap_params, way_out
+from .core import Table, check_values, sample_batch, swap_params, way_out
 from .csr_infer import check_fmt, infer_rows
 from .cuts import CUTS
 from .forward import check_same, copy_model, unpack_sample
@@ -158,6 +158,7 @@ def save_recipe(
 ) -> Path: # The path
     "Save weights and recipe: `load_recipe` makes the same network of a fresh one"
     model,file = root_module(model),Path(file)
+    check_values(model)
     content = dict(version=1, recipe=list(Recipe.of(model)), state=model.state_dict())
     with atomic_path(file) as tmp: torch.save(content, tmp)
     return file
@@ -214,6 +215,7 @@ def save(self:Learner, file, **kwargs):
 def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     "The plain network, the cuts on the way, a row per thing that was done; those of the rows that tell what could not be done, and what is lost"
     if fmt is not None: check_fmt(fmt)
+    check_values(root_module(model))
     old,late = root_module(model),{k: kw.pop(k) for k in [*kw] if k in CUTS}
     new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')

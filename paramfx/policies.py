@@ -169,7 +169,7 @@ def saliency(
     model,dl = root_module(learn.model),learn.dls.train
     found = matrices(model)
     ps = {n: found[n][1] for n in spare_embeddings(model, found, _OTHER) if found[n][1].requires_grad}
-    total = {n: torch.zeros_like(p) for n,p in ps.items()}
+    total = {n: torch.zeros_like(p.real) for n,p in ps.items()}
     with untouched(model, learn.dls):
         model.train()
         for _,b in zip(range(batches), dl):

@@ -169,7 +169,7 @@ class SNFS(RigL):
 @rewirer('deepr')
 class DeepR(Rewirer):
     "Noise, and a live weight whose sign changes gives way to a random one (Bellec and others 2018)"
-    period,comes_back,writes = 1,False,True
+    period,comes_back,writes,by_sign = 1,False,True,True
     def check(self, cb):
         if cb.granularity != 'weight': raise ValueError(f"method='deepr' goes by the signs of weights: use granularity='weight', not {cb.granularity!r}.")
 

@@ -20,6 +20,7 @@ class Rewirer:
     comes_back = True # May a unit that is dropped be grown at once? It then stays as it is
     dense_state = False # Does it need the momentum of dead weights, so that gradients are not masked?
     writes = False # Does it write into the weights or the gradients of a parameter itself?
+    by_sign = False # Does it go by the signs of weights, which complex ones have not?
     shrinks = False # Does the number of live units fall, from `start_sparsity` to `sparsity`?
     def check(self, cb): "Raise where the settings of the callback do not go with the method"
     def suits(self, cb, learn): "Raise where this Learner does not go with the method; nothing is masked then"

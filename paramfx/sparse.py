@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 from torch import nn
-from .core import CONVS, WEIGHTED, Table, all_matrices, left_out, match_layers, spare_roots, tell_reasons, tell_unknown, way_out, weight_names, weighted_layers, zero_is_fixed
+from .core import CONVS, WEIGHTED, Table, all_matrices, check_values, left_out, match_layers, spare_roots, tell_reasons, tell_unknown, way_out, weight_names, weighted_layers, zero_is_fixed
 from .csr_masks import use_csr
 from .state import EffectState, effects, root_module
 from .masks import Masked, MaskStore, param_name, density_erk, density_uniform, make_mask
@@ -184,6 +184,7 @@ def mask_state(
 ) -> EffectState: # Not yet attached; its holder is the `MaskStore`
     "Plan, make and register the masks of a network"
     report = plan_masks(model, **kwargs)
+    check_values(model)
     plan = [r for r in report if 'live' in r]
     unknown = tell_unknown(model, [r['layer'] for r in plan])
     if unknown: warnings.warn(f'{unknown} They stay dense.')
@@ -246,6 +247,7 @@ def l1_penalty(weights:list) -> torch.Tensor:
 
 def group_lasso(weights:list) -> torch.Tensor:
     "Sum over kernels of their Euclidean norms; |w| for weights without kernels"
+    weights = [w.abs() if w.is_complex() else w for w in weights]
     return sum((w.pow(2).flatten(2).sum(2)+1e-12).sqrt().sum() if w.ndim > 2 else w.abs().sum() for w in weights)
 
 # %% ../nbs/40_sparse.ipynb #f55a4039

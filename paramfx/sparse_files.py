@@ -18,6 +18,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner, rank_distrib
+from .core import check_values
 from .mask_codes import decode_mask, encode_mask, plan_code
 from .masks import MaskStore, param_name
 from .sealed import DTYPES, SealedFile, are_sizes, packed, refusal, write_sealed
@@ -114,6 +115,7 @@ def save_sparse(
     masks:dict=None # Parameter name -> bool tensor of what is live; None: masks in force, and exact zeros elsewhere
 ) -> Path: # `file`
     "Save what is alive in a network, and where; no optimizer state"
+    check_values(root_module(model))
     for _,st in effect_states(root_module(model)):
         if isinstance(st.holder, MaskStore): st.holder.catch_up(strict=True)
     with torch.no_grad(): return write_sealed(file, _regions(_parts(root_module(model), dtype, masks)))
