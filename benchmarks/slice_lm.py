@@ -72,7 +72,7 @@ def measure(path=None, settings=SETTINGS, rates=RATES):
     slice_model(whole, x, rates, embeddings=True)
     for r in rates[1:]:
         with at_rate(whole, r): row('trained at 1, sliced', r, whole)
-    sizes = {t['rate']: t['params'] for t in table}
+    sizes = {t['rate']: t['params'] for t in table if 'rate' in t}
     return [dict(r, parameters=sizes[r['rate']]) for r in rows], note(dls, s)
 
 
