@@ -187,7 +187,9 @@ def plan_bases(
     "What `share_bases` would do; raises where it could not be done"
     args = inspect.signature(share_bases).bind(model, sample, **kwargs)
     args.apply_defaults()
-    return _planned(*args.args)[1]
+    a,(found,table) = args.arguments,_planned(*args.args)
+    if a['init'] == 'svd': _errors(root_module(model), table, _built(root_module(model), found, a['mode'], bool(a['basis_norm']), 'svd', a['sweeps']))
+    return table
 
 share_bases.plan = plan_bases
 

@@ -78,11 +78,19 @@ def _rnn_flops(x, *args, out_val=None, **kwargs):
     ws = args[0] if isinstance(args[0], (tuple,list)) else args[:2]
     return 2*x.shape[:-1].numel()*sum(w.numel() for w in ws if w.ndim == 2)
 
+def _attention_flops(q, k, v, *args, **kwargs):
+    "Scores and mixing: [..., queries, width] with [..., keys, width], then with values [..., keys, values' width]"
+    return 2*q.shape[:-1].numel()*k.shape[-2]*(q.shape[-1]+v.shape[-1])
+
 def _formulas(flop_registry):
     "A flop formula on raw arguments, per operator"
     aten,vec = torch.ops.aten,lambda a,*args,**kw: 2*a.numel()
     rnns = {getattr(aten, o): _rnn_flops for o in ('mkldnn_rnn_layer','_cudnn_rnn','miopen_rnn') if hasattr(aten, o)}
-    return {**flop_registry, **rnns, aten.mv: vec, aten.dot: vec, aten.addmv: lambda b,*args,**kw: vec(*args)}
+    more = {**rnns, aten.mv: vec, aten.dot: vec, aten.addmv: lambda b,*args,**kw: vec(*args)}
+    # torch before 2.15 counts attention on a GPU, and forgets its kernel for the CPU
+    attention = getattr(aten, '_scaled_dot_product_flash_attention_for_cpu', None)
+    if attention is not None: more[attention] = _attention_flops
+    return {**flop_registry, **more}
 
 class _MacCount:
     "Running totals (dense, executed, nonzero), fed by the flop formulas and by modules that answer for themselves"
