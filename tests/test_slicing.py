@@ -836,7 +836,7 @@ def test_bad_settings(case):
     assert 'slice' not in learn.paramfx
 
 
-BAD_RATES = {'not prepared': (.6, r'rate=0\.6: not prepared.*1\.0, 0\.75, 0\.5, 0\.25.*name_slice'), 'below the bound': (.1, r'rate=0\.1.*0\.25.*lower rate'), 'zero': (0, r'rate=0.*\(0, 1\]'), 'above': (2, 'rate=2'), 'nan': (float('nan'), 'rate=nan'),
+BAD_RATES = {'not prepared': (.6, r'rate=0\.6: not prepared.*1\.0, 0\.75, 0\.5, 0\.25.*name_slice'), 'below the bound': (.1, r'rate=0\.1.*0\.25.*unslice'), 'zero': (0, r'rate=0.*\(0, 1\]'), 'above': (2, 'rate=2'), 'nan': (float('nan'), 'rate=nan'),
              'bool': (True, 'rate=True'), 'list': ([.5], r'rates?=\[0\.5\]'), 'tensor': (torch.tensor(.5), 'rates?=tensor'), 'name': ('tiny', "rate='tiny'.*name_slice"), 'layer': ({'zz': .5}, "'zz'.*0, 3, 8"), 'output': ({'8': .5}, '8: .*not sliced.*0, 3'),
              'layer below the bound': ({'0': .1}, r'0: rate=0\.1.*0\.25'), 'rate of a layer': ({'0': 'half'}, "rate='half'"), 'one good, one bad': ({'0': .5, 'zz': .5}, "'zz'")}
 
