@@ -226,7 +226,7 @@ def _learned(model, splits, equal):
     held = next((st.holder for st in effects(model).values() if hasattr(st.holder, 'groups') and hasattr(st.holder, 'plan')), None)
     if held is None:
         what = '[2]' if splits is None else repr(splits)
-        raise ValueError(f"No groups were learned. Train with cbs=SplitNet({what}) first, or split by learn.split({what}, classes='cluster'), where classes may be 'random' or {{class: group}}, too.")
+        raise ValueError(f"No groups were learned. Train with cbs=SplitNet({what}) first, or split by `learn.split({what}, classes='cluster')`, where classes may be 'random' or {{class: group}}, too.")
     return dict(held.plan.splits),held.groups(equal),{s: g for s,(_,g) in held.plan.free.items()}
 
 def _for_plan(learned, counts, plan):
