@@ -160,6 +160,9 @@ def untouched(
     dls=None # Loaders whose random states are put back, too
 ):
     "Whatever runs inside, `model` behaves afterwards as if nothing had"
+    for m in model.modules(): # an average masks itself before it runs; were that taken back, it would take itself for masked
+        for st in m.__dict__.get('_effects', {}).values():
+            if st.copied: st.catch_up()
     kept = _Kept(model)
     try:
         with rng_guard(dls): yield model
