@@ -6,9 +6,10 @@ Docs: https://paramfx.github.io/paramfx/core.html.md"""
 
 # %% auto #0
 __all__ = ['CONVS', 'WEIGHTED', 'weighted_layers', 'weight_names', 'Matrix', 'all_matrices', 'left_out', 'tell_reasons',
-           'tell_unknown', 'stages', 'match_layers', 'pick_layers', 'rng_state', 'set_rng_state', 'rng_guard',
-           'sample_batch', 'check_batches', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed', 'spare_roots',
-           'Table']
+           'tell_unknown', 'stages', 'match_layers', 'pick_layers', 'as_shapes', 'rng_state', 'set_rng_state',
+           'rng_guard', 'sample_batch', 'check_batches', 'opt_state', 'swap_params', 'swap_module', 'zero_is_fixed',
+           'spare_roots', 'for_caller', 'caller_model', 'tell_export', 'way_out', 'ComputedWeight', 'check_kernels',
+           'check_values', 'Table']
 
 # %% ../nbs/00_core.ipynb #9617bb53
 import json, random, re, sys, warnings
