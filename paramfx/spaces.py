@@ -121,7 +121,8 @@ def describe(units, rec):
     tensors = {}
     for key,module,*_ in rec.producers: tensors.setdefault(module, set()).add(key)
     name = lambda k: rec.producers[k][1] if len(tensors[rec.producers[k][1]]) == 1 and rec.producers[k][1] else rec.producers[k][0] # a module may have two weights
-    for s,ids in enumerate(members): makes[s] = list(dict.fromkeys(name(k) for k in units.maker[ids].tolist()))
+    for s,ids in enumerate(members): # a name per maker, not per channel: wide networks have tens of thousands
+        makes[s] = list(dict.fromkeys(map(name, dict.fromkeys(units.maker[ids].tolist()))))
     return [_space(units, rec, s, members[s], makes[s], reads[s]) for s in range(len(members))]
 
 def _space(units, rec, s, ids, makes, reads):
