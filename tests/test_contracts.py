@@ -560,7 +560,7 @@ def test_resume_with_another_number_of_epochs_raises(mk, m):
     a = mk([m.make(), RunState()])
     a.fit(2)
     b = mk(m.make()).resume()
-    with pytest.raises(ValueError, match='2 epochs here, this fit has 3'): b.fit(3)
+    with pytest.raises(ValueError, match='trains 2 epochs in this fit, and 3 are asked for'): b.fit(3)
 
 
 def test_resume_with_everything_in_fit(m, mk):

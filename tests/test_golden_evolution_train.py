@@ -127,7 +127,7 @@ def test_reset_positions_of_the_original(given):
 
 
 STUBS = dict(keeps_the_optimizer=('Evolution.fresh_opt', lambda self: None), resets_nothing=('Evolution.forget_', lambda self, gen: None),
-             other_schedule=('EpochLR.before_train', lambda self: None), dense_twice=('Evolution.slim', lambda self: self.learn.model))
+             other_schedule=('EpochLR.before_train', lambda self: None), dense_twice=('Evolution.slim', lambda self, *args, **kwargs: self.learn.model))
 
 @pytest.mark.parametrize('stub', STUBS)
 def test_the_trajectory_needs_each_part(given, tmp_path, monkeypatch, stub):
