@@ -13,16 +13,16 @@ from fastai.basics import (Adam, Callback as FastaiCallback, CrossEntropyLossFla
                            accuracy, params, ranger)
 from torch import nn
 
-from paramfx.bases import BasisConv2d, OrthoReg, share_bases
-from paramfx.clock import SchedConst
-from paramfx.data import digits_dls, tensor_dls
-from paramfx.knowledge_evolution import KnowledgeEvolution
-from paramfx.state import effects, root_module
-from paramfx.masks import initial_counts
-from paramfx.prune import IterativePrune
-from paramfx.rewire import DynamicSparse
-from paramfx.slice_train import SliceTrain
-from paramfx.splitnet import SplitNet
+from paramfx.bases.share import BasisConv2d, OrthoReg, share_bases
+from paramfx.core.clock import SchedConst
+from paramfx.data.memory import digits_dls, tensor_dls
+from paramfx.evolution.callback import KnowledgeEvolution
+from paramfx.core.state import effects, root_module
+from paramfx.masks.store import initial_counts
+from paramfx.sparse.prune import IterativePrune
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.slicing.callback import SliceTrain
+from paramfx.splitnet.callback import SplitNet
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def slice_facts(learn):
 
 def slice_check(learn, grads=True):
     "Between two batches the network is whole, and each slice knows its part of each layer"
-    from paramfx.slice_plan import slice_plan
+    from paramfx.slicing.plan import slice_plan
     plan = slice_plan(learn.model)
     assert plan.key == plan.current == 1 and set(plan.rates) == set(effects(learn.model)['slice_train'].values.values())
     assert not grads or all(p.grad is None or p.grad.isfinite().all() for p in learn.model.parameters())

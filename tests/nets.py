@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from paramfx.cuts import Cut
+from paramfx.channels.cuts import Cut
 
 
 class Net(nn.Module):

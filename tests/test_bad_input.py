@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from contracts import METHODS, build, footprint, same, small_net, snapshot
-from paramfx.state import effects
-from paramfx.rewire import DynamicSparse
-from paramfx.sparse import plan_masks, sparsify
+from paramfx.core.state import effects
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.sparsify import plan_masks, sparsify
 
 
 @pytest.fixture

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import csr_infer, dead_filters, deepr_step, imports, lenet, masked_step, mnist_table, reallocation, sparse_files, split_forward, split_penalty, tied_step
-from benchmarks.networks import small_cnn
+from benchmarks.kernels import csr_infer
+from benchmarks.channels import dead_filters
+from benchmarks.sparse import deepr_step, lenet, masked_step, mnist_table, reallocation, sparse_files, tied_step
+from benchmarks import imports
+from benchmarks.splitnet import split_forward, split_penalty
+from benchmarks.zoo.networks import small_cnn
 from benchmarks.timing import table, write_table
-from paramfx.data import tensor_dls
-from paramfx.sparse_recipes import PUBLISHED_RECIPES
+from paramfx.data.memory import tensor_dls
+from paramfx.sparse.published import PUBLISHED_RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def test_deepr_step(tmp_path, monkeypatch):
     rows = [deepr_step.measure(.9, opt, rounds=2, repeats=1) for opt in deepr_step.OPTS]
     assert all(r['ratio'] > 0 and r['target'] == 1.5 and r['met'] in ('yes', 'no') for r in rows)
     assert write_table('t', rows, deepr_step.NOTE, folder=tmp_path).exists()
-    published = json.loads((Path(deepr_step.__file__).parent/'results'/'deepr_step.json').read_text())['rows']
+    published = json.loads((Path(deepr_step.__file__).parent.parent/'results'/'deepr_step.json').read_text())['rows']
     assert {(r['sparsity'], r['optimizer']) for r in published} == {(s, o) for s in deepr_step.TARGETS for o in deepr_step.OPTS} and all(r['moved'] > 1 for r in published)
 
 
@@ -49,7 +53,7 @@ def test_split_forward(tmp_path, monkeypatch):
     rows = split_forward.resnet(2, rounds=1, batch=1)
     assert [r['batch'] for r in rows] == [1, 2, 1] and all(r['time'] > 0 and r['macs'] < 1 for r in rows) and rows[0]['macs'] == .5
     assert write_table('t', rows, split_forward.NOTE, folder=tmp_path).exists()
-    published = json.loads((Path(split_forward.__file__).parent/'results'/'split_forward.json').read_text())['rows']
+    published = json.loads((Path(split_forward.__file__).parent.parent/'results'/'split_forward.json').read_text())['rows']
     assert len(published) == 12 and {r['met'] for r in published} == {'yes'}
 
 
@@ -63,7 +67,7 @@ def test_split_penalty(tmp_path, monkeypatch):
     assert write_table('t', rows+forms, split_penalty.NOTE, folder=tmp_path).exists()
     monkeypatch.setattr(split_penalty, 'looped_term', lambda w, p, q: 2*split_penalty.split_totals([(w, p, q)], [p]).weight)
     with pytest.raises(SystemExit, match='loops under autograd: another gradient'): split_penalty.formulations(rounds=1, **toy)
-    published = json.loads((Path(split_penalty.__file__).parent/'results'/'split_penalty.json').read_text())['rows']
+    published = json.loads((Path(split_penalty.__file__).parent.parent/'results'/'split_penalty.json').read_text())['rows']
     assert sum(r.get('target', '') != '' for r in published) == 4 and not split_penalty.missed(published)
 
 
@@ -72,7 +76,7 @@ def test_sparse_files(tmp_path):
     assert [r['values'] for r in rows] == ['float32', 'float16'] and rows[0]['gzip'] > rows[0]['over_bound'] and not [m for m in sparse_files.missed(rows) if ' s (' not in m]
     assert sparse_files.missed([dict(rows[0], over_bound=1.06, save_s=3., load_layers=2.)])[1].endswith('(save_s), target 2.0')
     assert write_table('t', rows, sparse_files.NOTE, folder=tmp_path).exists()
-    published = json.loads((Path(sparse_files.__file__).parent/'results'/'sparse_files.json').read_text())['rows']
+    published = json.loads((Path(sparse_files.__file__).parent.parent/'results'/'sparse_files.json').read_text())['rows']
     assert len(published) == 24 and not sparse_files.missed(published)
 
 
@@ -94,7 +98,7 @@ def test_csr_infer_fails_where_a_layer_ran_dense(monkeypatch):
 
 
 def test_csr_infer_as_published():
-    published = json.loads((Path(csr_infer.__file__).parent/'results'/'csr_infer.json').read_text())['rows']
+    published = json.loads((Path(csr_infer.__file__).parent.parent/'results'/'csr_infer.json').read_text())['rows']
     assert {(r['sparsity'], r['items']) for r in published if 'target' in r} == {(s, k) for s, goals in csr_infer.TARGETS.items() for k in goals}
     assert sum('break_even' in r for r in published) == 3 and {r.get('format') for r in published} == {'csr', 'bsr 8x8', 'bsr 16x16'}
 
@@ -141,7 +145,7 @@ def test_dead_filters():
     rows = dead_filters.measure('toy', 2, batches=(2,), cases={'toy': (partial(small_cnn, 4), (3, 32, 32), dead_filters.CONVS)})
     assert [r['forward'] for r in rows] == ['masked', 'materialized'] and all(r['ratio'] > 0 for r in rows)
     assert rows[1]['parameters'] < .7 and rows[1]['difference'] < 1e-5
-    table = json.loads((Path(dead_filters.__file__).parent/'results'/'dead_filters.json').read_text())['rows']
+    table = json.loads((Path(dead_filters.__file__).parent.parent/'results'/'dead_filters.json').read_text())['rows']
     assert all(r['ratio'] < .95 for r in table if r['forward'] == 'materialized') and len(table) == 12
 
 
@@ -166,7 +170,7 @@ def test_lenet(tmp_path):
 @pytest.mark.parametrize('name', ['lenet', 'lstm'])
 def test_recorded_trainings_reach_their_goals(name):
     "The checked-in tables: accuracy of the MLP on MNIST, perplexity of the language model against that of counted word pairs"
-    rows = json.loads((Path(lenet.__file__).parent/'results'/f'{name}.json').read_text())['rows']
+    rows = json.loads((Path(lenet.__file__).parent.parent/'results'/f'{name}.json').read_text())['rows']
     if name == 'lenet': assert len(rows) >= 3 and all(r['accuracy'] >= lenet.GOAL and r['epochs'] <= 10 for r in rows)
     else: assert max(rows[-1][k] for k in ('valid', 'final', 'test')) < 274 and rows[-1]['final'] < min(r['final'] for r in rows[:-1])
 

@@ -24,12 +24,12 @@ from torch import nn
 
 from contracts import (METHODS, N_STEPS, OPTIMIZERS, Probe, Stop, build, datasets_dls, footprint, quiet, run_record, same, seed_all,
                       small_net, snapshot, tiny_dls, two_groups)
-from paramfx.clock import SchedCubic
-from paramfx.core import rng_state, sample_batch, set_rng_state
-from paramfx.state import effects
-from paramfx.persist import RunState
-import paramfx.report
-from paramfx.rewire import DynamicSparse
+from paramfx.core.clock import SchedCubic
+from paramfx.core.samples import rng_state, sample_batch, set_rng_state
+from paramfx.core.state import effects
+from paramfx.core.runs import RunState
+import paramfx.report.cost
+from paramfx.sparse.rewire import DynamicSparse
 
 HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -400,7 +400,7 @@ import sys
 import torch
 from contracts import METHODS, Probe, build, quiet, snapshot, tiny_dls
 from fastai.basics import load_learner
-import paramfx.persist
+import paramfx.core.runs
 for m in METHODS.values():
     path = sys.argv[1]+'/'+m.name
     learn = build(path, [m.make(), Probe(m)], seed=11, model=m.net)

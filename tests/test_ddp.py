@@ -61,7 +61,7 @@ sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from ddp_worker import _broadcast
 from contracts import METHODS, build, snapshot, tiny_dls
-from paramfx.state import root_module
+from paramfx.core.state import root_module
 dist.init_process_group('gloo')
 for name in ('dsr', 'granet'):
     make = METHODS[name].make

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from nets import check_exact, fill, numbers
-from paramfx import split_branches
+from paramfx.splitnet import branches as split_branches
 from paramfx.all import (TraceError, at_rate, branches, check_same, extract_slim, kels_masks, masked_model, materialize, slice_model,
                          split_model, split_plan, trace_channels)
-from paramfx.evolution import fit_cut
-from paramfx.split_model import Splitting
-from paramfx.forward import asleep, practising
+from paramfx.evolution.masks import fit_cut
+from paramfx.splitnet.split import Splitting
+from paramfx.core.forward import asleep, practising
 
 
 class Block(nn.Module):

@@ -9,9 +9,9 @@ from torch import nn
 
 from contracts import build, run_record, same, small_net, snapshot, two_groups
 from paramfx.all import (DynamicSparse, IterativePrune, KnowledgeEvolution, RunState, load_recipe, sample_batch, save_recipe)
-from paramfx.core import rng_state
-from paramfx.persist import told_steps
-from paramfx.state import effects
+from paramfx.core.samples import rng_state
+from paramfx.core.runs import told_steps
+from paramfx.core.state import effects
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

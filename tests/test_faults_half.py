@@ -9,7 +9,7 @@ import torch
 from fastai.basics import Learner
 from torch import nn
 
-import paramfx.core
+import paramfx.core.optimizers
 from paramfx.all import CSRLinear, DynamicSparse, load_recipe, materialize, save_recipe, share_bases, sparsify, tensor_dls, tie_weights
 
 X = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def shared():
 @pytest.mark.parametrize('make', (pytest.param(lambda: live().model, marks=needs_mkl), tied, shared))
 def test_no_weight_is_put_in_the_place_of_a_computed_one(make):
     model = make()
-    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, paramfx.core.ComputedWeight))
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, paramfx.core.optimizers.ComputedWeight))
     w, keys = layer.weight.detach().clone(), [*model.state_dict()]
     for put in (lambda: setattr(layer, 'weight', nn.Parameter(w)), lambda: setattr(layer, 'weight', w), lambda: layer.register_parameter('weight', nn.Parameter(w))):
         with pytest.raises(TypeError, match=r'weight is calculated .* `model = materialize\(model, x\)`') as e: put()

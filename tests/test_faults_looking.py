@@ -13,7 +13,7 @@ from torch import nn
 from paramfx.all import (DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, copy_model, cost, extract_slim,
                          kels_masks, layer_macs, masked_model, materialize, plan_slices, rng_state, share_bases, slice_model,
                          sparse_infer, split_model, split_plan, tensor_dls, tie_weights, trace_channels)
-from paramfx.forward import fails_at, still
+from paramfx.core.forward import fails_at, still
 
 X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -306,7 +306,7 @@ def test_a_failing_pass_is_undone_too():
 
 def test_large_weights_are_told_of_and_others_put_back(monkeypatch):
     "Weights of torch's own layers are not copied where they are large; one that is written into nevertheless is named"
-    import paramfx.forward as forward
+    import paramfx.core.forward as forward
     monkeypatch.setattr(forward, '_SMALL', 100)
     m = build(Renorm, False)
     old = {n: p.detach().clone() for n, p in m.named_parameters()}

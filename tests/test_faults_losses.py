@@ -11,8 +11,8 @@ from torch import nn
 
 from paramfx.all import (DynamicSparse, IterativePrune, KnowledgeEvolution, OrthoReg, SliceTrain, SplitNet, at_rate, effects,
                          masked_model, materialize, set_rate, slice_model, split_model, tensor_dls)
-from paramfx.core import sample_batch
-from paramfx.forward import copy_model
+from paramfx.core.samples import sample_batch
+from paramfx.core.forward import copy_model
 
 
 def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())

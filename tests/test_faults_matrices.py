@@ -9,23 +9,23 @@ from torch import nn
 
 from contracts import build, tiny_dls
 from nets import Net, numbers
-from paramfx.bases import share_bases
-from paramfx.channels import trace_channels
-from paramfx.core import all_matrices, pick_layers
-import paramfx.dryrun # gives Learner plan
-from paramfx.evolution import extract_slim, kels_masks, wels_masks
-from paramfx.forward import check_same
-from paramfx.knowledge_evolution import KnowledgeEvolution
-from paramfx.plain import load_recipe, materialize, save_recipe
-from paramfx.policies import LLF, Head, LayerWise, Magnitude
-from paramfx.prune import IterativePrune
-from paramfx.rewire import DynamicSparse
-from paramfx.slice_train import SliceTrain
-from paramfx.slicing import set_rate, slice_model
-from paramfx.sparse import sparsify
-from paramfx.splitnet import SplitNet
-from paramfx.split_plan import split_plan
-from paramfx.tied import tie_weights
+from paramfx.bases.share import share_bases
+from paramfx.channels.trace import trace_channels
+from paramfx.core.layers import all_matrices, pick_layers
+import paramfx.report.plan # gives Learner plan
+from paramfx.evolution.masks import extract_slim, kels_masks, wels_masks
+from paramfx.core.forward import check_same
+from paramfx.evolution.callback import KnowledgeEvolution
+from paramfx.export.materialize import load_recipe, materialize, save_recipe
+from paramfx.evolution.policies import LLF, Head, LayerWise, Magnitude
+from paramfx.sparse.prune import IterativePrune
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.slicing.callback import SliceTrain
+from paramfx.slicing.slice import set_rate, slice_model
+from paramfx.sparse.sparsify import sparsify
+from paramfx.splitnet.callback import SplitNet
+from paramfx.splitnet.plan import split_plan
+from paramfx.sparse.tied import tie_weights
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 

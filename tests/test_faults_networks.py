@@ -5,9 +5,9 @@ from torch import nn
 
 from nets import check_exact, fill, numbers
 from paramfx.all import branches, check_same, cost, split_model, split_plan, trace_channels
-from paramfx.core import as_shapes
-from paramfx.evolution import check_masks
-from paramfx.ortho import ortho_penalty
+from paramfx.core.samples import as_shapes
+from paramfx.evolution.masks import check_masks
+from paramfx.bases.ortho import ortho_penalty
 
 
 class Dict(nn.Module):

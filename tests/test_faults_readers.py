@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paramfx.images import cifar_dls
-from paramfx.loading import read_pickle
+from paramfx.data.images import cifar_dls
+from paramfx.data.loading import read_pickle
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,8 +10,8 @@ from fastai.optimizer import QHAdam, Adam, Lamb, Larc, Lookahead, RAdam, RMSProp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import paramfx.forgetting
-import paramfx.sparse
+import paramfx.evolution.forgetting
+import paramfx.sparse.sparsify
 from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, opt_state, spare_roots, tensor_dls
 
 TINY = torch.finfo(torch.float32).tiny
@@ -81,8 +81,8 @@ def test_live_weights_stay_the_same_to_the_bit(opt, state, monkeypatch):
         learn = fit(learner(OPTS[opt], METHODS['set'](state=state)), 3)
         return [p.detach().clone() for p in learn.model.parameters()] + [v.clone() for p in learn.model.parameters() for v in opt_state(learn.opt, p).values() if torch.is_tensor(v)]
     new = run()
-    monkeypatch.setattr(paramfx.sparse, 'spare_roots', lambda opt: None)
-    monkeypatch.setattr(paramfx.masks.MaskStore, 'fade_', lambda self, opt: None)
+    monkeypatch.setattr(paramfx.sparse.sparsify, 'spare_roots', lambda opt: None)
+    monkeypatch.setattr(paramfx.masks.store.MaskStore, 'fade_', lambda self, opt: None)
     old = run()
     assert len(new) == len(old) and all(map(torch.equal, new, old))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import paramfx.all
 from paramfx.all import zoo
-from paramfx.slice_plan import slice_plan
+from paramfx.slicing.plan import slice_plan
 
 MODEL_VERBS = 'slice_model', 'split_model', 'share_bases(', 'tie_weights', '= materialize'
 
@@ -72,7 +72,7 @@ CASES = {
     'join elsewhere': (resnet, '', 'join_bases(model, x)', 'no stage has two bottleneck', 0, None),
     'filters of none': (resnet, '', 'stage_filters(model)', 'no layer of this model shares', 1, True),
     'use of none': (resnet, '', 'use_grads(model, x, torch.tensor([0, 1]))', 'uses a shared basis', 1, True),
-    'penalty of none': (resnet, 'from paramfx.ortho_reg import basis_groups', 'basis_groups(model)', 'shares filters', 0, True),
+    'penalty of none': (resnet, 'from paramfx.bases.callback import basis_groups', 'basis_groups(model)', 'shares filters', 0, True),
     'cut under masks': (net, 'sparsify(model)', CUT, 'under dynamic_sparse', 0, True),
     'cut of slices': (net, 'slice_model(model, x)', CUT, 'is sliced', 0, True),
     'cut of slices, undone': (net, 'slice_model(model, x)', CUT, 'is sliced', 1, True),

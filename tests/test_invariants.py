@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from contracts import Stop, opt_state_of, quiet, same, seed_all, snapshot, sparse_facts
-from paramfx.data import tensor_dls
-from paramfx.persist import *
-from paramfx.plain import *
-from paramfx.rewire import DynamicSparse
+from paramfx.data.memory import tensor_dls
+from paramfx.core.runs import *
+from paramfx.export.materialize import *
+from paramfx.sparse.rewire import DynamicSparse
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule
 

@@ -102,11 +102,12 @@ def test_the_rule_itself(src, dst, ok): assert allowed(src, dst) == ok
 
 def test_import_forms():
     src = '''
-import paramfx.core as c, os
-from paramfx.masks import MaskStore
+import paramfx.core.optimizers as c, os
+from paramfx.masks.store import MaskStore
 from .report import *
 from . import plots
-from paramfx import data, __version__
+from paramfx import __version__
+from paramfx.data import memory as data
 from fastai.basics import *
 def f():
     from paramfx.zoo import build

@@ -14,8 +14,8 @@ import fastai.callback.schedule  # brings `fit_one_cycle` and `lr_find`
 from fastai.callback.training import GradientAccumulation
 
 from paramfx.losses import CSKD, Distill, PairedDL, bare_loss, class_labels, distill_each, distill_loss, same_class_partners
-from paramfx.persist import RunState
-from paramfx.slice_train import SliceTrain
+from paramfx.core.runs import RunState
+from paramfx.slicing.callback import SliceTrain
 
 
 @pytest.fixture

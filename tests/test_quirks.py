@@ -12,19 +12,19 @@ from fastai.callback.schedule import *
 from torch import nn
 
 from contracts import opt_state_of, quiet, seed_all
-from paramfx.clock import SchedSteps, read_steps
-from paramfx.copied import *
-from paramfx.data import tensor_dls
-from paramfx.masks import Masked, MaskStore, density_erk
-from paramfx.moves import *
-from paramfx.persist import *
-from paramfx.prune import *
-from paramfx.rewire import *
-from paramfx.sparse import *
-from paramfx.sparse_recipes import *
-from paramfx.state import effects
-from paramfx.tied import *
-from paramfx.units import generator
+from paramfx.core.clock import SchedSteps, read_steps
+from paramfx.sparse.load_masks import *
+from paramfx.data.memory import tensor_dls
+from paramfx.masks.store import Masked, MaskStore, density_erk
+from paramfx.sparse.moves import *
+from paramfx.core.runs import *
+from paramfx.sparse.prune import *
+from paramfx.sparse.rewire import *
+from paramfx.sparse.sparsify import *
+from paramfx.sparse.published import *
+from paramfx.core.state import effects
+from paramfx.sparse.tied import *
+from paramfx.core.samples import generator
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit without a rewire
 SGDM = partial(SGD, mom=.9)

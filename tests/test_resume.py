@@ -12,14 +12,14 @@ import torch
 from fastai.basics import Adam, Callback, SGD
 from fastai.callback.tracker import SaveModelCallback
 
-import paramfx.persist
+import paramfx.core.runs
 from contracts import METHODS, N_STEPS, build, evolving, run_record, same, seed_all, sparse, two_groups
-from paramfx.core import rng_state
-from paramfx.effects import EffectCallback
-from paramfx.knowledge_evolution import KnowledgeEvolution
-from paramfx.persist import RunState
-from paramfx.rewire import DynamicSparse
-from paramfx.state import EffectState, effects
+from paramfx.core.samples import rng_state
+from paramfx.core.callback import EffectCallback
+from paramfx.evolution.callback import KnowledgeEvolution
+from paramfx.core.runs import RunState
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.core.state import EffectState, effects
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -89,7 +89,7 @@ def moments(tmp, m, script, opt, tracked, monkeypatch):
         to = tmp/f'at{len(seen)}'
         shutil.copytree(home, to)
         seen.append((what, to))
-    replace = paramfx.persist.os.replace
+    replace = paramfx.core.runs.os.replace
     def dying(a, b):
         "Half of the new file is there under its temporary name; then all of it"
         whole = Path(a).read_bytes()
@@ -99,7 +99,7 @@ def moments(tmp, m, script, opt, tracked, monkeypatch):
         log('during the write')
         replace(a, b)
     with monkeypatch.context() as mp:
-        mp.setattr(paramfx.persist.os, 'replace', dying)
+        mp.setattr(paramfx.core.runs.os, 'replace', dying)
         whole = program(home, m, script, opt, tracked, log=log)
     return finished(whole, m), [o for o in seen if (o[1]/'models'/'run.pth').exists()]  # before the first file there is nothing to resume
 

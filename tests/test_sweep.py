@@ -1,6 +1,6 @@
 """Channel maps against two independent oracles, and exact cuts through two libraries of networks.
 
-The networks of the whole sweep are in `benchmarks/results/channels_sweep.json`, made by `python -m benchmarks.channels`."""
+The networks of the whole sweep are in `benchmarks/results/channels_sweep.json`, made by `python -m benchmarks.channels.channels`."""
 import json
 import re
 from collections import Counter
@@ -16,10 +16,10 @@ from fastai.vision.learner import create_vision_model
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 
-from benchmarks import channels
+from benchmarks.channels import channels
 from benchmarks.timing import RESULTS
 from oracles import Coupled, cut_channels, disagreements, last_producer, nan_probe, prefix, unit_channels
-from paramfx.channels import trace_channels
+from paramfx.channels.trace import trace_channels
 
 RATES = .25, .5, .75
 
@@ -188,7 +188,7 @@ def test_the_rest_of_the_sweep(name, rows): assert_same(*channels.sweep([name]),
 
 def test_the_sweep_sees_a_wrong_cut(monkeypatch):
     "Columns of the wrong channels: same shapes, other numbers"
-    from paramfx.channels import Cut
+    from paramfx.channels.trace import Cut
     index = Cut.index
     def shifted(self, lab):
         i = index(self, lab)
