@@ -13,7 +13,9 @@ from fastai.basics import (Adam, Callback as FastaiCallback, CrossEntropyLossFla
                            accuracy, params, ranger)
 from torch import nn
 
-from paramfx.bases.share import BasisConv2d, OrthoReg, share_bases
+from paramfx.bases.layers import BasisConv2d
+from paramfx.bases.callback import OrthoReg
+from paramfx.bases.share import share_bases
 from paramfx.core.clock import SchedConst
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.evolution.callback import KnowledgeEvolution

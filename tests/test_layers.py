@@ -1,7 +1,5 @@
-"""Imports between modules point down only.
-
-Layer 0 is for everyone; layer 1 holds tools that know no family; the families of layer 2 know the layers below and never
-each other; layer 3 and the command line use them all. A new module gets its line in `LAYERS` in the change that brings it."""
+"""Imports point down only: families know the foundations and never each other, foundations know no family, and within a
+package nothing runs in a circle. CONTRIBUTING.md has the picture."""
 import ast
 from pathlib import Path
 
@@ -9,72 +7,95 @@ import pytest
 
 LIB = Path(__file__).resolve().parent.parent/'paramfx'
 
-LAYERS = {
-    0: ['core', 'clock', 'state', 'effects', 'persist', 'forward'],
-    1: ['flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'channels', 'dead', 'units', 'masks', 'csr', 'frozen', 'csr_infer', 'plain', 'report', 'dryrun', 'plots', 'loading', 'data', 'images', 'photos', 'text', 'nets', 'zoo', 'losses', 'rows'],
-    2: ['split_terms', 'split_fast', 'split_plan', 'split_groups', 'split_model', 'split_branches', 'split_workers', 'splitnet', 'split_plots', 'split_tree', 'split_rows', 'ortho', 'basis_conv', 'basis_plan', 'basis_init', 'ortho_reg', 'bases', 'basis_join', 'bases_recipes', 'basis_plots', 'basis_rows', 'slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows', 'evolution', 'policies', 'forgetting', 'generations', 'evolve', 'knowledge_evolution', 'evolve_plots', 'evolve_rows', 'sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'],
-    3: ['deploy'],
-    4: ['all'],
-    5: ['experiments', 'cli'],
-}
-LAYER = {mod: layer for layer, mods in LAYERS.items() for mod in mods}
-# modules of layer 2 that make one family; every other module there is a family of its own
-FAMILY = dict.fromkeys(['sparse', 'moves', 'exchange', 'rewirer', 'rewire', 'prune', 'copied', 'tied', 'csr_masks', 'sparse_recipes', 'sparse_plots', 'sparse_rows', 'mask_codes', 'sealed', 'stored', 'sparse_files'], 'sparse')
-FAMILY |= dict.fromkeys(['slice_states', 'slice_switch', 'sliced', 'slice_plan', 'slice_rates', 'slice_parts', 'slicing', 'slice_passes', 'slice_train', 'slice_tools', 'slice_search', 'slice_files', 'slice_serve', 'slice_plots', 'slice_rows'], 'slicing')
-FAMILY |= dict.fromkeys(['ortho', 'basis_conv', 'basis_plan', 'basis_init', 'ortho_reg', 'bases', 'basis_join', 'bases_recipes', 'basis_plots', 'basis_rows'], 'bases')
-FAMILY |= dict.fromkeys(['split_terms', 'split_fast', 'splitnet', 'split_plan', 'split_groups', 'split_model', 'split_branches', 'split_workers', 'split_plots', 'split_tree', 'split_rows'], 'splitnet')
-FAMILY |= dict.fromkeys(['evolution', 'policies', 'forgetting', 'generations', 'evolve', 'knowledge_evolution', 'evolve_plots', 'evolve_rows'], 'evolution')
-# imports allowed inside a layer, besides those inside a family; layer 0 is a chain, each module on those before it
-WITHIN = {mod: set(LAYERS[0][:i]) for i, mod in enumerate(LAYERS[0])}
-WITHIN |= {'rules': {'flow'}, 'rnn_rules': {'flow', 'rules'}, 'data': {'loading'}, 'images': {'data', 'loading'}, 'photos': {'images', 'loading'}, 'text': {'loading', 'nets'}, 'spaces': {'flow'}, 'channels': {'flow', 'rules', 'rnn_rules', 'spaces', 'cuts', 'plots'}, 'masks': {'units'}, 'frozen': {'csr'}, 'csr_infer': {'csr', 'frozen'}, 'dryrun': {'report'}, 'losses': {'units'}, 'cuts': {'spaces'}, 'dead': {'channels', 'spaces'}, 'plain': {'channels', 'cuts', 'spaces', 'dead', 'masks', 'units', 'dryrun', 'frozen', 'csr_infer'}, 'zoo': {'nets', 'data', 'images', 'photos', 'text', 'report'}, 'cli': {'experiments'}}
-# `all` gathers layers 0 to 3; the command line comes after it
-MAX_SEEN_BY_ALL = 3
+# each package may import those before it in this list, and those that stand beside each other may not know one another
+FLOORS = [['core'], ['report'], ['channels', 'masks'], ['kernels', 'data', 'losses'], ['export', 'zoo'],
+          ['splitnet', 'bases', 'slicing', 'sparse', 'evolution'], ['all'], ['experiments']]
+FLOOR = {pack: i for i, packs in enumerate(FLOORS) for pack in packs}
+FAMILIES = {'splitnet', 'bases', 'slicing', 'sparse', 'evolution'}
 
 
-def parse(mod): return ast.parse((LIB/f'{mod}.py').read_text(encoding='utf8'))
+def modules():
+    "Dotted names below `paramfx`: 'core.layers', 'losses', 'zoo'"
+    for p in sorted(LIB.rglob('*.py')):
+        if p.name[0] == '_' and (p.name != '__init__.py' or p.parent == LIB or not p.read_text().strip()): continue
+        yield '.'.join(p.relative_to(LIB).with_suffix('').parts).removesuffix('.__init__')
 
 
-def own_imports(tree):
-    "Names of paramfx modules imported anywhere in `tree`, also inside functions"
+MODULES = dict.fromkeys(modules())
+
+
+def parse(mod):
+    path = LIB.joinpath(*mod.split('.'))
+    return ast.parse((path/'__init__.py' if path.is_dir() else path.with_suffix('.py')).read_text(encoding='utf8'))
+
+
+def is_package(mod): return LIB.joinpath(*mod.split('.')).is_dir()
+
+
+def named(path):
+    "The module that a dotted path below `paramfx` lies in: a trailing name may be something that it defines"
+    while path and '.'.join(path) not in MODULES and not is_package('.'.join(path)): path = path[:-1]
+    return '.'.join(path)
+
+
+def own_imports(tree, mod):
+    "Modules of paramfx imported anywhere in `tree`, also inside functions"
+    here = mod.split('.') if is_package(mod) else mod.split('.')[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
-                if a.name.startswith('paramfx.'): yield a.name.split('.')[1]
+                if a.name.startswith('paramfx.'): yield named(a.name.split('.')[1:])
         elif isinstance(node, ast.ImportFrom):
-            path = (node.module or '').split('.')
-            if node.level == 0:
-                if path[0] != 'paramfx': continue
-                path = path[1:]
-            path = [p for p in path if p]
-            # `from paramfx import x`: x is a module, or a name of __init__ such as __version__
-            yield from path[:1] if path else [a.name for a in node.names if not a.name.startswith('__')]
+            path = (node.module or '').split('.') if node.module else []
+            if node.level: path = here[:len(here)-node.level+1]+path
+            elif path[:1] == ['paramfx']: path = path[1:]
+            else: continue
+            for a in node.names:
+                found = named([*path, a.name])
+                if found: yield found
 
 
 def allowed(src, dst):
     "May module `src` import module `dst`?"
-    if src == dst: return True
-    a, b = LAYER[src], LAYER[dst]
-    if src == 'all': return b <= MAX_SEEN_BY_ALL
-    if src == 'plots': return False  # takes arrays, no object of ours
-    if a == b: return dst in WITHIN.get(src, ()) or (a == 2 and FAMILY.get(src, src) == FAMILY.get(dst, dst))
-    return b < a
+    a, b = src.split('.')[0], dst.split('.')[0]
+    if a == b: return True
+    if 'all' in (src.split('.')[-1], dst.split('.')[-1]): return FLOOR[b] <= FLOOR[a] or src == 'all'
+    return FLOOR[b] < FLOOR[a]
 
 
-def modules():
-    return [p.relative_to(LIB).with_suffix('').as_posix() for p in sorted(LIB.rglob('*.py')) if p.name[0] != '_']
-
-
-@pytest.mark.parametrize('mod', modules())
+@pytest.mark.parametrize('mod', MODULES)
 def test_imports_point_down(mod):
-    assert mod in LAYER, f'{mod} has no layer: add it to LAYERS'
-    dsts = set(own_imports(parse(mod)))
-    unknown = sorted(dsts - LAYER.keys())
-    assert not unknown, f'{mod} imports {unknown}, which have no layer: add them to LAYERS'
+    assert mod.split('.')[0] in FLOOR, f'{mod} stands on no floor: add its package to FLOORS'
+    dsts = set(own_imports(parse(mod), mod))
     wrong = sorted(d for d in dsts if not allowed(mod, d))
-    assert not wrong, f'{mod} (layer {LAYER[mod]}) must not import {wrong}'
+    assert not wrong, f'{mod} must not import {wrong}'
 
 
-@pytest.mark.parametrize('mod', modules())
+def test_no_circle_within_a_package():
+    graph = {m: {d for d in own_imports(parse(m), m) if d.split('.')[0] == m.split('.')[0] and d != m} for m in MODULES}
+    done = set()
+
+    def visit(m, path):
+        if m in path: raise AssertionError('a circle: '+' -> '.join([*path[path.index(m):], m]))
+        if m in done: return
+        for d in graph.get(m, ()): visit(d, [*path, m])
+        done.add(m)
+    for m in graph: visit(m, [])
+
+
+def test_families_have_the_same_rooms():
+    for family in FAMILIES:
+        rooms = {m.split('.')[1] for m in MODULES if m.startswith(family+'.')}
+        assert {'callback', 'plots', 'demo', 'all'} <= rooms, family
+
+
+def test_modules_named_by_strings_are_there():
+    "What is imported by its name stands in one table"
+    from paramfx.core.registry import FAMILY_ROOMS, VERB_ROOMS
+    for room in {*FAMILY_ROOMS.values(), *VERB_ROOMS.values()}: assert room in MODULES, room
+
+
+@pytest.mark.parametrize('mod', MODULES)
 def test_no_catch_all_of_fastai(mod):
     "`fastai.*.all` drags in every application and rebinds common names"
     bad = [n.module for n in ast.walk(parse(mod)) if isinstance(n, ast.ImportFrom)
@@ -84,32 +105,48 @@ def test_no_catch_all_of_fastai(mod):
     assert not bad, f'{mod} imports {bad}: name what it needs'
 
 
+def test_all_is_star_imports_and_nothing_else():
+    for mod in MODULES:
+        if mod.split('.')[-1] != 'all': continue
+        doc, *rest = parse(mod).body
+        assert isinstance(doc, ast.Expr) and rest, mod
+        for n in rest: assert isinstance(n, ast.ImportFrom) and (n.names[0].name == '*' or n.names[0].name == 'zoo'), mod
+
+
 def test_package_imports_nothing():
     "`import paramfx` stays cheap"
     tree = ast.parse((LIB/'__init__.py').read_text(encoding='utf8'))
     assert not [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
 
 
+def test_public_names():
+    "Chosen, about as many as one can survey, and none shadows what fastai brings"
+    import fastai.vision.all as fastai
+    import paramfx.all as ours
+    names = [n for n in vars(ours) if n[0] != '_']
+    assert len(names) <= 140, len(names)
+    assert not [n for n in names if hasattr(fastai, n)]
+
+
 @pytest.mark.parametrize('src,dst,ok', [
-    ('masks', 'core', True), ('core', 'masks', False), ('effects', 'core', True), ('core', 'effects', False),
-    ('persist', 'effects', True), ('effects', 'persist', False), ('plain', 'masks', True), ('masks', 'plain', False),
-    ('report', 'masks', False), ('report', 'sparse', False), ('plots', 'core', False), ('rewire', 'sparse', True),
-    ('rewire', 'report', True), ('slicing', 'sparse', False), ('sparse', 'bases', False), ('bases', 'basis_conv', True), ('deploy', 'csr', True),
-    ('sparse', 'deploy', False), ('cli', 'experiments', True), ('experiments', 'cli', False), ('all', 'deploy', True),
-    ('all', 'cli', False), ('experiments', 'all', True)])
+    ('masks.store', 'core.layers', True), ('core.layers', 'masks.store', False), ('core.callback', 'core.state', True),
+    ('export.materialize', 'masks.store', True), ('masks.store', 'export.materialize', False), ('report.cost', 'sparse.sparsify', False),
+    ('sparse.methods', 'sparse.sparsify', True), ('slicing.slice', 'sparse.sparsify', False), ('sparse.sparsify', 'bases.share', False),
+    ('experiments.cli', 'experiments.demo', True), ('all', 'sparse.all', True), ('sparse.demo', 'all', False), ('experiments.demo', 'all', True)])
 def test_the_rule_itself(src, dst, ok): assert allowed(src, dst) == ok
 
 
 def test_import_forms():
     src = '''
-import paramfx.core.optimizers as c, os
+import paramfx.core.layers as c, os
 from paramfx.masks.store import MaskStore
-from .report import *
-from . import plots
-from paramfx import __version__
-from paramfx.data import memory as data
+from ..report.cost import *
+from ..report import plots
+from . import moves
+from .. import zoo
+from paramfx import losses, __version__
 from fastai.basics import *
 def f():
     from paramfx.zoo import build
 '''
-    assert sorted(own_imports(ast.parse(src))) == ['core', 'data', 'masks', 'plots', 'report', 'zoo']
+    assert sorted(own_imports(ast.parse(src), 'sparse.sparsify')) == ['core.layers', 'losses', 'masks.store', 'report.cost', 'report.plots', 'sparse.moves', 'zoo', 'zoo']

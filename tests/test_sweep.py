@@ -188,7 +188,7 @@ def test_the_rest_of_the_sweep(name, rows): assert_same(*channels.sweep([name]),
 
 def test_the_sweep_sees_a_wrong_cut(monkeypatch):
     "Columns of the wrong channels: same shapes, other numbers"
-    from paramfx.channels.trace import Cut
+    from paramfx.channels.cuts import Cut
     index = Cut.index
     def shifted(self, lab):
         i = index(self, lab)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 from benchmarks.slicing.slice_digits import score
 from benchmarks.timing import table, write_table
 from paramfx import zoo
-from paramfx.bases.share import OrthoReg
+from paramfx.bases.callback import OrthoReg
 from paramfx.core.samples import sample_batch
 from paramfx.data.images import cifar_dls
 from paramfx.report.cost import cost

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from benchmarks.timing import paired, quartiles, table, write_table
 from paramfx import zoo
-from paramfx.bases.share import BasisConv2d, share_bases
+from paramfx.bases.layers import BasisConv2d
+from paramfx.bases.share import share_bases
 from paramfx.core.optimizers import swap_module
 from paramfx.bases.ortho import ortho_penalty
 from paramfx.bases.callback import basis_groups

@@ -19,7 +19,7 @@ from fastai.basics import set_seed
 from fastai.callback.progress import ProgressCallback
 from benchmarks.timing import RESULTS, write_table
 from paramfx import zoo
-from paramfx.sparse.rewire import REWIRERS
+from paramfx.sparse.rewirer import REWIRERS
 from paramfx.sparse.published import sparse_recipe
 
 NAME, NETWORK = 'mnist_table', 'mnist/lenet_300_100'

@@ -17,7 +17,9 @@ from contracts import build, quiet, same, snapshot
 from paramfx.bases import plots as bp
 from paramfx.experiments import cli
 from paramfx.zoo import networks as nets
-from paramfx.bases.share import OrthoReg, share_bases, sharing_layers
+from paramfx.bases.callback import OrthoReg
+from paramfx.bases.share import share_bases
+from paramfx.bases.layers import sharing_layers
 from paramfx.bases.join import join_bases
 from test_bases import block_net
 

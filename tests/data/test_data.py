@@ -3,7 +3,8 @@ import gzip, random
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.basics import DataLoaders, Learner, TensorImageBW, TfmdDL, accuracy, load_learner, set_seed
-from paramfx.data.memory import InMemory, MemoryDL, as_bytes, digits_dls, find_data, mnist_dls, tensor_dls
+from paramfx.data.memory import InMemory, MemoryDL, digits_dls, mnist_dls, tensor_dls
+from paramfx.data.loading import as_bytes, find_data
 
 class ItemByItem(TfmdDL):
     "fastai's own loader, with our permutation"

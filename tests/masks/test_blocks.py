@@ -18,7 +18,8 @@ from paramfx.core.runs import *
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
 from paramfx.sparse.prune import IterativePrune
 from paramfx.report.cost import cost
-from paramfx.sparse.rewire import DynamicSparse, REWIRERS, Rewirer, rewirer
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.rewirer import REWIRERS, Rewirer, rewirer
 from paramfx.sparse.sparsify import plan_masks, sparsify
 from paramfx.core.state import effects
 from paramfx.masks.units import expand_units, unit_scores

@@ -13,7 +13,8 @@ from torch import nn
 from paramfx.zoo import networks as nets
 from paramfx.export.materialize import materialize
 from paramfx.report.cost import count_macs, n_params
-from paramfx.slicing.slice import at_rate, set_rate, slice_count, slice_model
+from paramfx.slicing.slice import at_rate, set_rate, slice_model
+from paramfx.slicing.plan import slice_count
 
 GSEED, TOL = 1900, 1e-9
 TINY = torch.finfo(torch.float64).tiny

@@ -13,7 +13,7 @@ from torch import nn
 from contracts import quiet
 from paramfx.slicing.rates import RATE_SCHEDULES
 from paramfx.slicing.callback import SliceTrain
-from paramfx.slicing.slice import rate_schedule
+from paramfx.slicing.rates import rate_schedule
 
 
 def small_flatten_net():

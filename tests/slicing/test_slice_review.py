@@ -8,7 +8,8 @@ from torch import nn
 
 import paramfx.all
 from contracts import build, small_net
-from paramfx.channels.trace import Cut, trace_channels
+from paramfx.channels.cuts import Cut
+from paramfx.channels.trace import trace_channels
 from paramfx.export.materialize import materialize
 from paramfx.sparse.rewire import DynamicSparse
 from paramfx.slicing.plan import slice_plan

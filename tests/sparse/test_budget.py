@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
 
 from paramfx.masks.store import density_erk, density_uniform, initial_counts
-from paramfx.sparse.rewire import DynamicSparse, adapt_threshold, allocate_growth, readmit
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.moves import adapt_threshold, allocate_growth, readmit
 from paramfx.masks.units import draw_positions, live_units, unit_shape
 from paramfx.core.samples import generator
 

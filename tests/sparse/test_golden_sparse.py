@@ -15,7 +15,8 @@ import paramfx.sparse.rewire as rewire
 from paramfx.core.clock import SchedSteps, read_steps
 from paramfx.masks.store import Masked, density_erk, initial_counts
 from paramfx.core.clock import SchedConst
-from paramfx.sparse.rewire import DynamicSparse, adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.moves import adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
 from paramfx.sparse.prune import IterativePrune, prune_counts, prune_fractions
 from paramfx.sparse.tied import TIED, tied_index
 from paramfx.core.samples import generator

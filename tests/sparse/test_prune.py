@@ -14,7 +14,8 @@ from torch import nn
 from contracts import METHODS, N_STEPS, Probe, build, same, seed_all, small_net, snapshot, tiny_dls, two_groups
 from paramfx.masks.store import Masked, initial_counts
 from paramfx.export.materialize import load_recipe, save_recipe
-from paramfx.sparse.prune import CRITERIA, SCHEDULES, IterativePrune, keep_global, keep_local, prune_counts, prune_fractions
+from paramfx.sparse.prune import CRITERIA, SCHEDULES, IterativePrune, prune_counts, prune_fractions
+from paramfx.sparse.moves import keep_global, keep_local
 from paramfx.sparse.rewire import DynamicSparse
 from paramfx.core.state import effects
 import paramfx.report.plan

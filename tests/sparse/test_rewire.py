@@ -13,7 +13,9 @@ from contracts import quiet, seed_all
 from paramfx.core.clock import SchedConst, SchedSteps
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.report.plan import *
-from paramfx.sparse.rewire import DynamicSparse, REWIRERS, Rewirer, drop_threshold, threshold_for, unit_values
+from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.rewirer import REWIRERS, Rewirer
+from paramfx.sparse.moves import drop_threshold, threshold_for, unit_values
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
 

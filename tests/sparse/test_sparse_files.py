@@ -25,7 +25,8 @@ from paramfx.sparse.prune import IterativePrune
 from paramfx.sparse.rewire import DynamicSparse
 from paramfx.sparse.container import SealedFile, packed, write_sealed
 from paramfx.sparse.sparsify import sparsify
-from paramfx.sparse.files import BLOCK, load_sparse, save_sparse
+from paramfx.sparse.tensors import BLOCK
+from paramfx.sparse.files import load_sparse, save_sparse
 from paramfx.core.state import effects
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')

@@ -11,7 +11,8 @@ from paramfx.core.clock import as_sched
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.zoo.networks import lenet_300_100
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewire import REWIRERS, DynamicSparse
+from paramfx.sparse.rewirer import REWIRERS
+from paramfx.sparse.rewire import DynamicSparse
 from paramfx.sparse.published import PUBLISHED_DENSE, PUBLISHED_RECIPES, RECIPE_METHODS, sparse_recipe
 
 MNIST, WRN, RESNET = 'mnist/lenet_300_100', 'cifar10/wrn_28_2', 'imagenet/resnet50'

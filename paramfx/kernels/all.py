@@ -1,0 +1,4 @@
+"Everything of one wing, layers that hold and multiply live values only: `from paramfx.kernels.all import *`"
+from .csr import *
+from .inference import *
+from .timing import *
