@@ -21,7 +21,7 @@ from ..core.tables import Table
 from ..core.optimizers import for_caller
 from ..core.callback import EffectCallback
 from .ortho import ortho_penalty
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from ..core.state import EffectState, effects, root_module
 
 # %% ../../nbs/bases/04_callback.ipynb #3e622762

@@ -25,7 +25,7 @@ from ..core.optimizers import for_caller, swap_module, way_out
 from ..core.samples import rng_guard, sample_batch
 from ..core.forward import copy_model
 from .callback import param_lists
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from ..report.cost import count_macs, n_params
 from ..core.state import add_report, add_step, all_or_nothing, effects, has_trained, root_module
 
@@ -99,7 +99,7 @@ def _put(model, stages, ranks):
         for k,blocks in stages.items():
             owner = None
             for b in blocks: owner = _join(model, b, owner, *ranks[k])
-        return add_step(model, 'join_bases', 'paramfx.bases.join', dict(stages=stages, ranks=ranks), f'{len(stages)} bases')
+        return add_step(model, 'join_bases', dict(stages=stages, ranks=ranks), f'{len(stages)} bases')
 
 def join_bases(
     model:nn.Module, # Network of torchvision's bottleneck blocks, changed in place; train it from scratch

@@ -28,7 +28,7 @@ from ..core.samples import rng_guard, sample_batch
 from ..core.optimizers import swap_module, way_out
 from .ortho import ortho_penalty
 from .callback import OrthoReg, check_once, param_lists
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from ..report.cost import layer_macs, n_params
 from ..core.state import add_report, add_step, all_or_nothing, effects, has_trained, lost_share, root_module, told_loss
 
@@ -145,7 +145,7 @@ def _put(model, found, new, mode, norm, batches=None):
     with all_or_nothing(model):
         for n,m in new.items(): swap_module(model, n, m)
         if batches is not None: calibrate(model, [*new.values()], batches)
-        return add_step(model, 'share_bases', 'paramfx.bases.share', dict(plan=plan, mode=mode, norm=norm), f'{len(new)} layers, {len(found)} bases')
+        return add_step(model, 'share_bases', dict(plan=plan, mode=mode, norm=norm), f'{len(new)} layers, {len(found)} bases')
 
 def share_bases(
     model:nn.Module, # Network, changed in place; make its optimizer afterwards, or use `learn.share_bases`

@@ -276,7 +276,7 @@ def _step(self:Cut):
     "This cut as plain data"
     keep = {n: k.tolist() for n,k in self.keep.items()}
     sizes = {n: self.cmap[n].size for n in keep}
-    return dict(verb='cut', module='paramfx.export.materialize', args=dict(keep=keep, sizes=sizes, sample=pack_sample(self.cmap.sample), pin=list(self.cmap.pin), **(dict(embeddings=True) if self.cmap.embeddings else {})), note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
+    return dict(verb='cut', args=dict(keep=keep, sizes=sizes, sample=pack_sample(self.cmap.sample), pin=list(self.cmap.pin), **(dict(embeddings=True) if self.cmap.embeddings else {})), note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
 
 @patch
 def matrices(self:Cut,

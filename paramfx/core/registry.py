@@ -1,4 +1,4 @@
-"""Where each family registers its rows and pictures for `paramfx demo`.
+"""Steps of recipes, published rows, and rows of `paramfx demo`: the foundations find them here, and know no family.
 
 Docs: https://paramfx.github.io/paramfx/core/registry.html.md"""
 
@@ -6,6 +6,44 @@ Docs: https://paramfx.github.io/paramfx/core/registry.html.md"""
 
 # %% auto #0
 __all__ = []
+
+# %% ../../nbs/core/09_registry.ipynb #9d39a020
+import importlib
+
+# %% ../../nbs/core/09_registry.ipynb #424ceb16
+VERB_ROOMS = dict(plain='export.materialize', freeze='export.materialize', cut='export.materialize', share_bases='bases.share',
+    join_bases='bases.join', ortho_reg='bases.callback', slice='slicing.slice', name_slice='slicing.slice', slice_train='slicing.callback',
+    split='splitnet.split', split_net='splitnet.callback', dynamic_sparse='sparse.sparsify', iterative_prune='sparse.prune', tie='sparse.tied',
+    knowledge_evolution='evolution.callback') # where each verb registers
+VERBS = {}
+
+def recipe_verb(
+    name:str, # Verb, as it stands in a step; for an effect in force, its name
+    args=None # For effects: `f(state)` gives the plain arguments to begin anew with
+):
+    "Register `f(model, **args)`, which does a recorded step again and returns the model"
+    def _register(f):
+        VERBS[name] = (f, args)
+        return f
+    return _register
+
+def find_verb(
+    name:str # As it stands in a step
+) -> tuple|None: # (function, arguments) as registered; None if no module here knows it
+    "The registered verb, whose module is imported if need be"
+    if name not in VERBS and name in VERB_ROOMS: importlib.import_module(f'paramfx.{VERB_ROOMS[name]}')
+    return VERBS.get(name)
+
+# %% ../../nbs/core/09_registry.ipynb #ceef3e92
+FAMILY_ROOMS = dict(shared_bases='bases.published', dynamic_sparse='sparse.demo') # where each family registers
+
+def ask_family(
+    table:dict, # Family -> what it has registered
+    family:str # Of the published rows
+):
+    "What `family` has registered in `table`, or None; its module is imported if need be"
+    if family not in table and family in FAMILY_ROOMS: importlib.import_module(f'paramfx.{FAMILY_ROOMS[family]}')
+    return table.get(family)
 
 # %% ../../nbs/core/09_registry.ipynb #e3c70616
 ROWS,PICTURES = {},{}

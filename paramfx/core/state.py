@@ -44,12 +44,11 @@ def paramfx(self:Learner) -> dict:
 def add_step(
     model:nn.Module, # What has just been changed
     verb:str, # As registered with `recipe_verb`
-    module:str, # Module that registers it, such as 'paramfx.export.materialize'
     args:dict, # Plain data with which the verb does it again
     note:str='' # For people
 ) -> nn.Module: # `model`
     "Add a step to what `Recipe.of(model)` tells"
-    model.__dict__['_recipe'] = [*model.__dict__.get('_recipe', []), dict(verb=verb, module=module, args=args, note=note)]
+    model.__dict__['_recipe'] = [*model.__dict__.get('_recipe', []), dict(verb=verb, args=args, note=note)]
     return model
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..core.optimizers import opt_state
 from ..core.callback import EffectCallback, finding_lr
 from .masks import SPLIT, embedded
 from .forgetting import Forgetting, told
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from ..core.state import EffectState, effects, root_module
 
 # %% ../../nbs/evolution/05_callback.ipynb #377ccf27

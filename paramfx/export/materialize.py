@@ -8,7 +8,7 @@ Docs: https://paramfx.github.io/paramfx/export/materialize.html.md"""
 __all__ = ['Recipe', 'save_recipe', 'load_recipe', 'materialize']
 
 # %% ../../nbs/export/00_materialize.ipynb #f95d49a4
-import errno, importlib, inspect, warnings
+import errno, inspect, warnings
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..channels.dead import cut_dead, has_dead
 from ..core.callback import EffectCallback
 from ..core.runs import atomic_path, burn_in, explained, known_steps, missing_effects, read_torch, safe_data, telling_steps, told_steps, what_file
 from ..channels.spaces import pin_names, pinned_modules
+from ..core.registry import VERB_ROOMS, VERBS, find_verb, recipe_verb
 from ..core.state import add_report, add_step, effects, root_module, told_loss
 
 # %% ../../nbs/export/00_materialize.ipynb #0bfb3bd6
@@ -80,22 +81,10 @@ def _swap_plain(model, kw):
     for n,f in late: f(new.get_submodule(n))
     for k in ('_recipe', '_pending'):
         if new is not model and k in model.__dict__: new.__dict__[k] = model.__dict__[k]
-    if mods: add_step(new, 'plain', 'paramfx.export.materialize', {k:v for o in own.values() for k,v in o.items()}, ', '.join(mods))
+    if mods: add_step(new, 'plain', {k:v for o in own.values() for k,v in o.items()}, ', '.join(mods))
     return new,list(mods)
 
 # %% ../../nbs/export/00_materialize.ipynb #8ce677b2
-VERBS = {}
-
-def recipe_verb(
-    name:str, # Verb, as it stands in a step; for an effect in force, its name
-    args=None # For effects: `f(state)` gives the plain arguments to begin anew with
-):
-    "Register `f(model, **args)`, which does a recorded step again and returns the model"
-    def _register(f):
-        VERBS[name] = (f, args)
-        return f
-    return _register
-
 def _plain_data(o):
     if isinstance(o, dict): return all(isinstance(k, str) for k in o) and all(map(_plain_data, o.values()))
     if isinstance(o, (list, tuple)): return all(map(_plain_data, o))
@@ -118,7 +107,7 @@ class Recipe(list):
         steps = list(model.__dict__.get('_recipe', []))
         for n,st in effects(model).items():
             if n not in VERBS or VERBS[n][1] is None: raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or call {way_out()} first.")
-            steps.append(dict(verb=n, module=VERBS[n][0].__module__, args=VERBS[n][1](st)))
+            steps.append(dict(verb=n, args=VERBS[n][1](st)))
         for s in steps:
             if not _plain_data(s): raise ValueError(f"{s['verb']}: its arguments are no plain data: {str(s['args'])[:200]}. Name layers by strings.")
         return cls(steps)
@@ -134,11 +123,10 @@ class Recipe(list):
         "Do all steps again on a copy of `model`"
         model = copy_model(root_module(model))
         for i,s in enumerate(self):
-            if not isinstance(s, dict) or not {'verb', 'module', 'args'} <= s.keys(): raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
-            if not s['module'].startswith('paramfx.'): raise ValueError(f"{s['verb']}: module {s['module']!r} is not of this library.")
-            importlib.import_module(s['module'])
-            if s['verb'] not in VERBS: raise ValueError(f"{s['verb']}: this version knows no such step. There are: {', '.join(VERBS)}.")
-            try: model = VERBS[s['verb']][0](model, **s['args'])
+            if not isinstance(s, dict) or not {'verb', 'args'} <= s.keys(): raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
+            found = find_verb(s['verb']) if isinstance(s['verb'], str) else None
+            if found is None: raise ValueError(f"{s['verb']}: this version knows no such step. There are: {', '.join({**VERB_ROOMS, **VERBS})}.")
+            try: model = found[0](model, **s['args'])
             except (TypeError, ValueError, NotImplementedError) as e: raise ValueError(f"Step {i+1} of the recipe ({s['verb']}) does not fit this {type(model).__name__}. Build the network as it was when the recorded one was built. {e}") from e
         return model
 

@@ -218,7 +218,7 @@ def freeze_layers(
     for n,kind in kinds.items():
         try: swap_module(new, n, frozen(old.get_submodule(n), kind)).label = n
         except ValueError as e: raise ValueError(f'{n}: {e}') from e
-    return add_step(new, 'freeze', 'paramfx.export.materialize', dict(kinds=dict(kinds)), ', '.join(f'{n}: {k}' for n,k in kinds.items())) if kinds else new
+    return add_step(new, 'freeze', dict(kinds=dict(kinds)), ', '.join(f'{n}: {k}' for n,k in kinds.items())) if kinds else new
 
 def frozen_layers(
     model:nn.Module # Any network

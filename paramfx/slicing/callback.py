@@ -20,7 +20,7 @@ from ..core.optimizers import caller_model
 from ..core.samples import rng_guard, sample_batch
 from ..core.callback import EffectCallback, finding_lr
 from ..losses import picked
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from .passes import AtRate, RateMetric, autocast_as, autocast_now, distiller, measure_norms, no_sync, read_batches
 from .parts import check_norms, sliced_norms
 from .plan import check_rate, slice_plan, slice_rows

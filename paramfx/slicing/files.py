@@ -201,7 +201,7 @@ def load_slice(
 
 def _built(file, index, key, model, state):
     "The plain subnet, built of `model` by the recipe, with these weights"
-    step = dict(verb='plain', module='paramfx.export.materialize', args=dict(rate=key), note='')
+    step = dict(verb='plain', args=dict(rate=key), note='')
     try:
         new = load_recipe(Recipe([*index['recipe'], step]), model)
         new.load_state_dict(state)

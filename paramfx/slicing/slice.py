@@ -22,7 +22,7 @@ from ..core.tables import Table
 from ..core.optimizers import caller_model, swap_module, way_out
 from ..core.samples import sample_batch
 from ..core.forward import copy_model, model_inputs, pack_sample, state_keepers, still, unpack_sample
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from .parts import TRIAL, add_slice, drop_slice, put_slices
 from .plan import SlicePlan, check_grads, check_rate, check_whole, choose_spaces, named_spaces, slice_plan, slice_rows, sort_channels
 from .layers import Sliced, make_whole
@@ -155,7 +155,7 @@ def slice_model(
     plan.keys.update({r: plan.counts(r) for r in plan.rates if r < 1})
     put_slices(model, plan)
     args = kw | dict(rates=plan.rates, groups=plan.groups, only=plan.spaces, exclude=None, sample=pack_sample(plan.cmap.sample))
-    add_step(model, 'slice', 'paramfx.slicing.slice', args, f"rates {', '.join(f'{r:g}' for r in plan.rates)}")
+    add_step(model, 'slice', args, f"rates {', '.join(f'{r:g}' for r in plan.rates)}")
     return table
 
 slice_model.plan = plan_slices
@@ -204,7 +204,7 @@ def name_slice(
     if isinstance(rates, Real): plan.check_low(check_rate(rates))
     plan.keys[key] = plan.counts(check_rate(rates)) if isinstance(rates, Real) else _counts(model, plan, rates)
     add_slice(model, plan, key)
-    add_step(model, 'name_slice', 'paramfx.slicing.slice', dict(name=key, counts=dict(plan.keys[key])), str(key))
+    add_step(model, 'name_slice', dict(name=key, counts=dict(plan.keys[key])), str(key))
     return model
 
 def _counts(model, plan, rates):

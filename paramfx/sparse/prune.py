@@ -18,7 +18,7 @@ from ..core.clock import Clock
 from ..core.callback import EffectCallback
 from ..masks.store import MaskStore
 from .moves import keep_global, keep_local
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from .sparsify import MaskedEffect, given_mask, layer_units, mask_state, plan_masks
 from ..core.state import effects
 from ..masks.units import check_granularity, check_sparsity, live_units, unit_scores

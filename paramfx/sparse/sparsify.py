@@ -19,7 +19,7 @@ from ..core.optimizers import check_values, spare_roots, way_out, zero_is_fixed
 from .compute import use_csr
 from ..core.state import EffectState, effects, root_module
 from ..masks.store import Masked, MaskStore, param_name, density_erk, density_uniform, make_mask
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from ..masks.units import check_granularity, check_sparsity, expand_units, live_units, nm_groups, nm_pattern, unit_scores, unit_shape
 from ..core.samples import generator
 

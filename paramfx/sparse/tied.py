@@ -22,7 +22,7 @@ from fastai.basics import Learner
 from ..core.optimizers import ComputedWeight, for_caller, swap_module, swap_params, tell_export, way_out
 from ..core.tables import Table
 from ..core.layers import tell_unknown
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from .sparsify import candidates, nothing_to, plan_masks
 from ..core.state import add_report, add_step, has_trained, lost_share, root_module, told_loss
 from ..core.samples import generator
@@ -238,7 +238,7 @@ def tie_weights(
         swap_module(model, n, TIED[type(old)].of(old, r['bank'], r['units'], n, *[kw[k] for k in ('seed', 'sign_hash', 'rescale_grad')]))
     names = [r['layer'] for r in rows]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, '_ddp_params_and_buffers_to_ignore', []), *[f'{n}.idx' for n in names]] # DDP would send them at each forward
-    add_step(model, 'tie', 'paramfx.sparse.tied', kw | dict(include=names, exclude=None), f'{len(names)} layers')
+    add_step(model, 'tie', kw | dict(include=names, exclude=None), f'{len(names)} layers')
     return table
 
 tie_weights.plan = plan_tied

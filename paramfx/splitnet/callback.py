@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import store_attr
 from ..core.samples import sample_batch
 from ..core.callback import EffectCallback, finding_lr
-from ..export.materialize import recipe_verb
+from ..core.registry import recipe_verb
 from .gradients import add_split_grads, split_values
 from .plan import Part, SplitLayer, split_plan
 from .terms import Penalties, check_weighting, merge_groups, merge_sizes

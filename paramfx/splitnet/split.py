@@ -22,7 +22,8 @@ from ..core.samples import sample_batch
 from ..core.optimizers import swap_module, way_out
 from ..channels.cuts import Cut
 from ..core.forward import asleep, awake, check_same, copy_model, lit, pack_sample, practising, still, tells, unpack_sample
-from ..export.materialize import materialize, recipe_verb, swap_model
+from ..export.materialize import materialize, swap_model
+from ..core.registry import recipe_verb
 from ..channels.spaces import pin_names
 from .groups import check_groups, class_groups, feature_groups, side_groups
 from .plan import merged_index, split_plan
@@ -127,7 +128,7 @@ class Splitting:
             if l.name: swap_module(new, l.name, m)
             else: m.__dict__['_recipe'] = new.__dict__['_recipe']; new = m
         new.__dict__['_split'] = dict(splits=dict(self.plan.splits), groups={s: g.tolist() for s,g in self.groups.items()}, sample=pack_sample(self.plan.cmap.sample), pin=list(self.plan.cmap.pin))
-        return add_step(new, 'split', 'paramfx.splitnet.split', new.__dict__['_split'], ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}" for s,g in self.groups.items()))
+        return add_step(new, 'split', new.__dict__['_split'], ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}" for s,g in self.groups.items()))
 
     def check(self, new, model):
         "Raise where the split network is not the masked one"

@@ -8,7 +8,7 @@ Docs: https://paramfx.github.io/paramfx/zoo/names.html.md"""
 __all__ = ['row_counts', 'row_forms', 'row_files']
 
 # %% ../../nbs/zoo/01_names.ipynb #797c43c8
-import csv, difflib, fnmatch, importlib, re
+import csv, difflib, fnmatch, re
 from importlib.resources import files
 
 import pandas as pd, torch
@@ -18,6 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from ..data import memory as data
 from . import networks as nets
 from ..data import text
+from ..core.registry import ask_family
 from ..report.cost import count_macs, n_params
 
 # %% ../../nbs/zoo/01_names.ipynb #3b32bf9f
@@ -96,13 +97,6 @@ def _torchvision_width(n_out, net, width, **kw):
 
 # %% ../../nbs/zoo/01_names.ipynb #5f114657
 _COUNTS,_FORMS,_FILES = {},{},{}
-_MODULES = {'shared_bases': 'bases.published', 'dynamic_sparse': 'sparse.demo'} # where families register
-
-def _asked(table, family):
-    "What `family` has registered, or None"
-    if family not in table and family in _MODULES: importlib.import_module(f'paramfx.{_MODULES[family]}')
-    return table.get(family)
-
 def row_counts(
     family:str # Of the table
 ):
@@ -137,7 +131,7 @@ def build(
     **kwargs # For the builder: `width` scales the channels; others as `paramfx.zoo.networks` or torchvision have them
 )->nn.Module: # With random weights from torch's generator
     "The network of this name; behind a hyphen stands its form in a published row, such as 'cifar10/resnet32-S16U1'"
-    if '-' in str(name): return _asked(_FORMS, 'shared_bases')(name, n_out, **kwargs)
+    if '-' in str(name): return ask_family(_FORMS, 'shared_bases')(name, n_out, **kwargs)
     dataset,f,groups = _find(name)
     n_out = DATASETS[dataset][0] if n_out is None else n_out
     if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise ValueError(f'n_out={n_out!r}: the number of outputs is whole, and at least 1')
@@ -236,7 +230,7 @@ def published(
     "What was printed, beside what is counted"
     rows,made = _rows(family, dataset),{}
     for r in progress_bar(rows, leave=False) if count else ():
-        counts,f = _start_counts(r, made),_asked(_COUNTS, r['family'])
+        counts,f = _start_counts(r, made),ask_family(_COUNTS, r['family'])
         plain = r['row'] == r['network'].split('/')[1] # a row about the network as it is
         own = f(_bare(r), r) if f else {}
         if plain: own |= dict(params=counts['net_params'], macs=counts['net_macs'])
@@ -249,4 +243,4 @@ def load_published(
     name:str # Row that it belongs to, such as 'cifar10/resnet32-S16U1'
 )->nn.Module: # The network of this name with these weights, in evaluation mode
     "Read a checkpoint of the published code; whatever does not belong to this row is refused by name"
-    return _asked(_FILES, 'shared_bases')(file, name)
+    return ask_family(_FILES, 'shared_bases')(file, name)

@@ -303,7 +303,7 @@ class Extra(nn.Linear):
     (lambda m, x: [m.append(Extra(4, 4)), m][1], 'more than its tensors'),
     (lambda m, x: [m.register_buffer('z', torch.ones(2, dtype=torch.complex128)), m][1], 'z: safetensors cannot hold torch.complex128'),
     (lambda m, x: [m.append(nn.Linear(4, 16)), m.append(nn.Linear(16, 4)), tie_weights(m, .5, include=['6', '7']), m][-1], r'6: a TiedLinear is no ordinary layer'),
-    (lambda m, x: [m.__dict__.update(_recipe=[dict(verb='v', module='paramfx.export.materialize', args=dict(t=torch.ones(2)))]), m][1], 'recipe of this model holds tensors'),
+    (lambda m, x: [m.__dict__.update(_recipe=[dict(verb='v', args=dict(t=torch.ones(2)))]), m][1], 'recipe of this model holds tensors'),
 ])
 def test_what_cannot_be_saved(saved, spoil, match, tmp_path):
     file, model, x = saved
