@@ -17,14 +17,16 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastcore.basics import chunked, store_attr
-from fastai.basics import BaseLoss, Callback, DataLoader, Datasets, LabelSmoothingCrossEntropy, Learner, apply, find_bs, to_device
+from fastai.basics import (BaseLoss, Callback, DataLoader, Datasets, LabelSmoothingCrossEntropy,
+    Learner, apply, find_bs, to_device)
 from fastai.callback.mixup import MixHandler
 from .core.forward import forget_states
 from .core.state import root_module
 from .core.samples import generator
 
 # %% ../nbs/losses.ipynb #e53142a1
-def _scores(t): return (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t).as_subclass(torch.Tensor) # types of fastai do not mix
+def _scores(t): # types of fastai do not mix
+    return (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t).as_subclass(torch.Tensor)
 
 def distill_each(
     pred:torch.Tensor, # Scores of the student, before softmax
@@ -48,8 +50,12 @@ def distill_loss(
 ) -> torch.Tensor: # Mean over all items and positions
     "How far the softened output of a student is from its teacher's"
     if not isinstance(teacher_pred, torch.Tensor) or pred.shape != teacher_pred.shape: raise ValueError(
-        f"The student puts out {_shape(pred)}, the teacher {_shape(teacher_pred)}: they need scores of the same classes, in the same shape. Take a teacher of these classes, or give one of the two another head.")
-    if pred.shape[axis] < 2: raise ValueError(f"The outputs of shape {_shape(pred)} have one class on axis {axis}, and softmax of one score is always 1. Give the axis of the classes, or distill by another loss.")
+        f"The student puts out {_shape(pred)}, the teacher {_shape(teacher_pred)}: they need scores of "
+        "the same classes, in the same shape. Take a teacher of these classes, or give one of the two "
+        "another head.")
+    if pred.shape[axis] < 2:
+        raise ValueError(f"The outputs of shape {_shape(pred)} have one class on axis {axis}, and "
+            "softmax of one score is always 1. Give the axis of the classes, or distill by another loss.")
     v = distill_each(pred, teacher_pred, temperature, axis)
     return v.mean() if weight is None else (v*weight).sum()/weight.sum()
 
@@ -60,12 +66,14 @@ def bare_loss(
     "The loss inside of what wraps it"
     axis,opts = None,{}
     while True:
-        if hasattr(getattr(loss, '__self__', None), 'old_lf'): loss = loss.__self__.old_lf # of MixUp and CutMix
+        # of MixUp and CutMix
+        if hasattr(getattr(loss, '__self__', None), 'old_lf'): loss = loss.__self__.old_lf
         elif isinstance(loss, partial): opts,loss = {**loss.keywords, **opts},loss.func
         elif isinstance(loss, BaseLoss): axis,loss = loss.axis,loss.func
         else: break
     if axis is None and is_loss(loss, *SOFTMAX): axis = 1
-    return loss,axis,{k: opts.get(k, getattr(loss, k, v)) for k,v in (('reduction', 'mean'), ('ignore_index', None))}
+    return loss,axis,{k: opts.get(k, getattr(loss, k, v))
+        for k,v in (('reduction', 'mean'), ('ignore_index', None))}
 
 SOFTMAX = nn.CrossEntropyLoss,LabelSmoothingCrossEntropy,F.cross_entropy
 SIGMOID = nn.BCEWithLogitsLoss,F.binary_cross_entropy_with_logits
@@ -84,7 +92,8 @@ def picked(
 ) -> int|None: # None: all of it
     "Which part of a model's output is the prediction"
     if not isinstance(raw, (tuple, list)) or not isinstance(pred, torch.Tensor): return None
-    return next((i for i,o in enumerate(raw) if isinstance(o, torch.Tensor) and o.shape == pred.shape), None)
+    return next((i for i,o in enumerate(raw) if isinstance(o, torch.Tensor) and o.shape == pred.shape),
+        None)
 
 # %% ../nbs/losses.ipynb #9a4e2711
 def check_number(
@@ -95,11 +104,13 @@ def check_number(
     remedy:str # What to give
 ) -> None:
     "Raise unless `value` is a number that will do"
-    if isinstance(value, bool) or not isinstance(value, Real) or not ok(value): raise ValueError(f"{who}: {name}={value!r}. Give {remedy}.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not ok(value):
+        raise ValueError(f"{who}: {name}={value!r}. Give {remedy}.")
 
 class ExtraLoss(Callback):
     "Base of callbacks that add a term to the loss that is trained, not to the one that is shown"
-    order,run_valid,remove_on_fetch,_only_train_loop = 5,False,True,True # before GradientAccumulation (6), so that the term counts once
+    # before GradientAccumulation (6), so that the term counts once
+    order,run_valid,remove_on_fetch,_only_train_loop = 5,False,True,True
     def term(self) -> torch.Tensor: raise TypeError(f'{type(self).__name__} defines no `term`.')
     def blend(self, loss, term): return loss + self.weight*term
 
@@ -113,7 +124,8 @@ class ExtraLoss(Callback):
     def after_loss(self):
         if not self.weight or not len(self.yb): return
         try: term = self.term()
-        except Exception as e: self.__dict__['_wrong'] = e # raised here, it would leave the autocast of MixedPrecision on for ever
+        # raised here, it would leave the autocast of MixedPrecision on for ever
+        except Exception as e: self.__dict__['_wrong'] = e
         else: self.learn.loss_grad = self.blend(self.loss_grad, term)
 
     def before_backward(self):
@@ -134,11 +146,17 @@ class Distill(ExtraLoss):
         axis:int=None, # Of the classes; None: as the loss of the Learner has it
         match=None # `f(pred, teacher_pred)` in place of `distill_loss`, for outputs that are no scores of classes
     ):
-        check_number('Distill', 'weight', weight, lambda w: 0 <= w <= 1, 'the share of the teacher, a number from 0 to 1')
-        check_number('Distill', 'temperature', temperature, lambda t: 0 < t < float('inf'), 'a number above 0, such as 4')
+        check_number('Distill', 'weight', weight, lambda w: 0 <= w <= 1,
+            'the share of the teacher, a number from 0 to 1')
+        check_number('Distill', 'temperature', temperature, lambda t: 0 < t < float('inf'),
+            'a number above 0, such as 4')
         teacher = teacher.model if isinstance(teacher, Learner) else teacher
-        if not isinstance(teacher, nn.Module): raise ValueError(f"Distill: teacher={teacher!r:.60} is no network. Give a module or a Learner.")
-        if match is not None and not callable(match): raise ValueError(f"Distill: match={match!r} is no function. Give f(pred, teacher_pred), or None.")
+        if not isinstance(teacher, nn.Module):
+            raise ValueError(f"Distill: teacher={teacher!r:.60} is no network. Give a module or a "
+                "Learner.")
+        if match is not None and not callable(match):
+            raise ValueError(
+                f"Distill: match={match!r} is no function. Give f(pred, teacher_pred), or None.")
         store_attr()
 
     def blend(self, loss, term): return (1-self.weight)*loss + self.weight*term
@@ -151,11 +169,17 @@ class Distill(ExtraLoss):
 
     def _check(self):
         "Raise what can be known before the first batch"
-        if 'teacher' not in self.__dict__: raise ValueError("Distill: the teacher has not been saved with this Learner. Remove the callback, as in `learn.remove_cb(Distill)`, or replace it by Distill(teacher).")
-        if {*root_module(self.teacher).modules()} & {*self.learn.model.modules()}: raise ValueError("Distill: the student is its own teacher, in whole or in part. Give a copy, as in Distill(deepcopy(learn.model)).")
+        if 'teacher' not in self.__dict__:
+            raise ValueError("Distill: the teacher has not been saved with this Learner. Remove the "
+                "callback, as in `learn.remove_cb(Distill)`, or replace it by Distill(teacher).")
+        if {*root_module(self.teacher).modules()} & {*self.learn.model.modules()}:
+            raise ValueError("Distill: the student is its own teacher, in whole or in part. Give a "
+                "copy, as in Distill(deepcopy(learn.model)).")
         inner,axis,_ = bare_loss(self.learn.loss_func)
         if self.match is None and is_loss(inner, *SIGMOID, *SQUARE, *ABS): raise ValueError(
-            f"Distill: the loss is {getattr(inner, '__name__', type(inner).__name__)}, so the outputs are no scores of classes that exclude each other. Give match=f(pred, teacher_pred), such as F.mse_loss.")
+            f"Distill: the loss is {getattr(inner, '__name__', type(inner).__name__)}, so the outputs "
+            "are no scores of classes that exclude each other. Give match=f(pred, teacher_pred), such "
+            "as F.mse_loss.")
         self.__dict__['_axis'] = axis if self.axis is None else self.axis
 
     def term(self):
@@ -163,8 +187,11 @@ class Distill(ExtraLoss):
         target = self.answer(self.teacher, self.xb)
         with self.full():
             if self.match is not None: return self.match(self.pred, target)
-            if self._axis is None and self.pred.ndim > 2: raise ValueError(f"Distill: on which axis of outputs of shape {_shape(self.pred)} are the classes? The loss does not tell. Give axis=.")
-            return distill_loss(self.pred, target, self.temperature, 1 if self._axis is None else self._axis)
+            if self._axis is None and self.pred.ndim > 2:
+                raise ValueError(f"Distill: on which axis of outputs of shape {_shape(self.pred)} are "
+                    "the classes? The loss does not tell. Give axis=.")
+            return distill_loss(self.pred, target, self.temperature,
+                1 if self._axis is None else self._axis)
 
 # %% ../nbs/losses.ipynb #6887ae67
 def same_class_partners(
@@ -178,13 +205,15 @@ def same_class_partners(
     order,start,size = group.argsort(stable=True),(counts.cumsum(0)-counts)[group],counts[group]
     place = torch.empty_like(order)
     place[order] = torch.arange(len(labels)) # in the list of classes, one after the other
-    step = 1 + torch.randint(1 << 62, (len(labels),), generator=generator(seed, epoch)) % (size-1).clamp(min=1)
+    step = (1 + torch.randint(1 << 62, (len(labels),),
+        generator=generator(seed, epoch)) % (size-1).clamp(min=1))
     return order[start + (place-start+step)%size]
 
 # %% ../nbs/losses.ipynb #5507c169
 def _targets(ds):
     "Targets of a data set, made without its inputs; None where they are not to be had"
-    if isinstance(ds, Datasets): return [o for tl in ds.tls[ds.n_inp:] for o in tl] if len(ds.tls) == ds.n_inp+1 else None
+    if isinstance(ds, Datasets):
+        return [o for tl in ds.tls[ds.n_inp:] for o in tl] if len(ds.tls) == ds.n_inp+1 else None
     if isinstance(ds, TensorDataset): return ds.tensors[-1]
     return next((o for n in ('y', 'targets') if (o := getattr(ds, n, None)) is not None), None)
 
@@ -192,7 +221,8 @@ def _codes(found):
     "Whole numbers for labels of any type; None where an item has not exactly one"
     if not isinstance(found, torch.Tensor):
         found = list(found)
-        if found and isinstance(found[0], str): return torch.as_tensor(np.unique(found, return_inverse=True)[1])
+        if found and isinstance(found[0], str):
+            return torch.as_tensor(np.unique(found, return_inverse=True)[1])
         found = [torch.as_tensor(o).as_subclass(torch.Tensor) for o in found]
         if not found or any(o.ndim for o in found): return None
         found = torch.stack(found)
@@ -205,10 +235,16 @@ def class_labels(
 ) -> torch.Tensor: # Whole numbers
     "The class of each item of a training set, without making its inputs"
     found = _targets(dl.dataset) if labels is None else labels
-    if found is None: raise ValueError(f"The labels of a {type(dl.dataset).__name__} are not to be had without its inputs. Give labels=, one per item.")
+    if found is None:
+        raise ValueError(f"The labels of a {type(dl.dataset).__name__} are not to be had without its "
+            "inputs. Give labels=, one per item.")
     codes = _codes(found)
-    if codes is None: raise ValueError("Pairs of the same class need one class per item: the targets here are several for an item, or no classes. Give labels=, or do without CSKD.")
-    if len(codes) != dl.n: raise ValueError(f"There are {len(codes)} labels for {dl.n} items of the training set. Give one for each, in the order of the set.")
+    if codes is None:
+        raise ValueError("Pairs of the same class need one class per item: the targets here are "
+            "several for an item, or no classes. Give labels=, or do without CSKD.")
+    if len(codes) != dl.n:
+        raise ValueError(f"There are {len(codes)} labels for {dl.n} items of the training set. Give "
+            "one for each, in the order of the set.")
     return codes
 
 # %% ../nbs/losses.ipynb #de3e9596
@@ -222,8 +258,10 @@ class PairedDL(DataLoader):
         if not isinstance(dl, DataLoader) or not dl.indexed or dl.bs is None: raise ValueError(
             f"A {type(dl).__name__}{'' if not isinstance(dl, DataLoader) else ' that takes no items by number'} cannot find partners for its items. Use a fastai DataLoader with a batch size over a data set with `__getitem__`.")
         self.dl,self.partners,self.others,f = dl,partners,None,dl.fake_l
-        for k in 'dataset bs drop_last num_workers offs pin_memory indexed n'.split(): setattr(self, k, getattr(dl, k))
-        self.fake_l = type(f)(self, f.pin_memory, f.num_workers, f.timeout, f.persistent_workers, f.pin_memory_device)
+        for k in 'dataset bs drop_last num_workers offs pin_memory indexed n'.split():
+            setattr(self, k, getattr(dl, k))
+        self.fake_l = type(f)(self, f.pin_memory, f.num_workers, f.timeout, f.persistent_workers,
+            f.pin_memory_device)
         self.device,self.wide = dl.device,copy(dl)
         self.wide.bs = 2*dl.bs
 
@@ -236,7 +274,8 @@ class PairedDL(DataLoader):
     def new(self, *args, **kwargs): return self.dl.new(*args, **kwargs)
 
     def create_batches(self, samps):
-        for rows in chunked(samps, self.bs, self.drop_last): yield from self.wide.create_batches([*rows, *self.partners[torch.as_tensor(rows)].tolist()])
+        for rows in chunked(samps, self.bs, self.drop_last):
+            yield from self.wide.create_batches([*rows, *self.partners[torch.as_tensor(rows)].tolist()])
 
     def after_batch(self, b):
         "Transform a batch, check it, and set the partners aside"
@@ -244,14 +283,16 @@ class PairedDL(DataLoader):
         k,n = find_bs(b)//2,find_bs(b)
         first,self.others = (apply(lambda t: t[s], b) for s in (slice(k), slice(k, n)))
         if n%2 or not torch.equal(first[-1], self.others[-1]): raise ValueError(
-            "A partner is not of its item's class. Either `labels` are not in the order of the training set, or the set leaves items out (SkipItemException): take them out beforehand.")
+            "A partner is not of its item's class. Either `labels` are not in the order of the "
+            "training set, or the set leaves items out (SkipItemException): take them out beforehand.")
         return first
 
 # %% ../nbs/losses.ipynb #3bd1866c
 @contextmanager
 def same_stats(model:nn.Module):
     "Inside, norms in training mode go by the batch as ever; their running statistics are put back"
-    held = [(m, dict(m._buffers)) for m in model.modules() if any(k.startswith('running_') for k in m._buffers)]
+    held = [(m, dict(m._buffers)) for m in model.modules()
+        if any(k.startswith('running_') for k in m._buffers)]
     for m,bufs in held: m._buffers.update({k: None if b is None else b.clone() for k,b in bufs.items()})
     try: yield model
     finally:
@@ -268,23 +309,30 @@ class CSKD(ExtraLoss):
         seed:int=0, # Of the draw of partners
         update_stats:bool=False # Partners enter the running statistics of norms, too?
     ):
-        check_number('CSKD', 'weight', weight, lambda w: 0 <= w < float('inf'), 'a number from 0 on, such as 3')
-        check_number('CSKD', 'temperature', temperature, lambda t: 0 < t < float('inf'), 'a number above 0, such as 4')
+        check_number('CSKD', 'weight', weight, lambda w: 0 <= w < float('inf'),
+            'a number from 0 on, such as 3')
+        check_number('CSKD', 'temperature', temperature, lambda t: 0 < t < float('inf'),
+            'a number above 0, such as 4')
         store_attr()
 
     def before_train(self):
         super().before_train()
         if not self.weight: return
         mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler)), None)
-        if mix is not None: raise ValueError(f"CSKD: {mix} blends items of several classes, which have no partner of the same class. Use one of the two.")
-        self.__dict__['_paired'] = self.learn.dl = PairedDL(self.learn.dl, same_class_partners(self._labels(self.learn.dl), self.seed, self.epoch))
+        if mix is not None:
+            raise ValueError(f"CSKD: {mix} blends items of several classes, which have no partner of "
+                "the same class. Use one of the two.")
+        self.__dict__['_paired'] = self.learn.dl = PairedDL(self.learn.dl,
+            same_class_partners(self._labels(self.learn.dl), self.seed, self.epoch))
 
     def _labels(self, dl):
         "Labels of the training set, collected once"
         known = self.__dict__.get('_known')
         if known is not None and known[0] is dl.dataset: return known[1]
         codes = class_labels(dl, self.labels)
-        if len(codes.unique()) == len(codes): raise ValueError(f"CSKD: each of the {len(codes)} training items is alone in its class, so there are no pairs. Give labels= with fewer classes.")
+        if len(codes.unique()) == len(codes):
+            raise ValueError(f"CSKD: each of the {len(codes)} training items is alone in its class, so "
+                "there are no pairs. Give labels= with fewer classes.")
         self.__dict__['_known'] = dl.dataset,codes
         return codes
 

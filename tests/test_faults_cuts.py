@@ -7,8 +7,8 @@ from torch import nn
 
 from nets import check_exact, fill, numbers
 from paramfx.splitnet import branches as split_branches
-from paramfx.all import (TraceError, at_rate, branches, check_same, extract_slim, kels_masks, masked_model, materialize, slice_model,
-                         split_model, split_plan, trace_channels)
+from paramfx.channels.ids import TraceError
+from paramfx.all import at_rate, branches, check_same, extract_slim, kels_masks, masked_model, materialize, slice_model, split_model, split_plan, trace_channels
 from paramfx.evolution.masks import fit_cut
 from paramfx.splitnet.split import Splitting
 from paramfx.core.forward import asleep, practising

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from contracts import build, run_record, same, small_net, snapshot, two_groups
-from paramfx.all import (DynamicSparse, IterativePrune, KnowledgeEvolution, RunState, load_recipe, sample_batch, save_recipe)
+from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, RunState, load_recipe, sample_batch, save_recipe
 from paramfx.core.samples import rng_state
 from paramfx.core.runs import told_steps
 from paramfx.core.state import effects

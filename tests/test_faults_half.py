@@ -10,7 +10,8 @@ from fastai.basics import Learner
 from torch import nn
 
 import paramfx.core.optimizers
-from paramfx.all import CSRLinear, DynamicSparse, load_recipe, materialize, save_recipe, share_bases, sparsify, tensor_dls, tie_weights
+from paramfx.kernels.csr import CSRLinear
+from paramfx.all import DynamicSparse, load_recipe, materialize, save_recipe, share_bases, sparsify, tensor_dls, tie_weights
 
 X = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='no sparse kernels in this build of torch')

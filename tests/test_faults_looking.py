@@ -10,9 +10,12 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner
 from torch import nn
 
-from paramfx.all import (DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, copy_model, cost, extract_slim,
-                         kels_masks, layer_macs, masked_model, materialize, plan_slices, rng_state, share_bases, slice_model,
-                         sparse_infer, split_model, split_plan, tensor_dls, tie_weights, trace_channels)
+from paramfx.all import DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, cost, extract_slim, kels_masks, masked_model, materialize, share_bases, slice_model, split_model, split_plan, tensor_dls, tie_weights, trace_channels
+from paramfx.core.forward import copy_model
+from paramfx.report.cost import layer_macs
+from paramfx.slicing.slice import plan_slices
+from paramfx.core.samples import rng_state
+from paramfx.kernels.timing import sparse_infer
 from paramfx.core.forward import fails_at, still
 
 X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))

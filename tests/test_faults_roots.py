@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramfx.evolution.forgetting
 import paramfx.sparse.sparsify
-from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, opt_state, spare_roots, tensor_dls
+from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, tensor_dls
+from paramfx.core.optimizers import opt_state, spare_roots
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -48,7 +48,8 @@ def held_entries(groups:list, unique:bool=False) -> list: # A number for each gr
     return [size(s)*(size(s)+size(u)*unique) + unique*sum(len(t)**2 for t in u) for s,u in groups]
 
 # %% ../../nbs/bases/04_callback.ipynb #75bc94ea
-def param_lists(opt): return opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
+def param_lists(opt):
+    return opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
 
 def check_once(
     opt, # Optimizer of any kind, or None
@@ -58,7 +59,10 @@ def check_once(
     where,layers = {},{n: m for n,m in model.named_modules() if isinstance(m, Sharing)}
     for i,ps in enumerate(param_lists(opt) if opt is not None and layers else ()):
         for p in ps:
-            if p.grad_fn is not None: raise ValueError(f"Parameter group {i} of the optimizer holds a computed tensor of shape {tuple(p.shape)}, such as the weight of a layer that combines filters; to step it trains nothing. Let the splitter list parameters, as `params` does.")
+            if p.grad_fn is not None:
+                raise ValueError(f"Parameter group {i} of the optimizer holds a computed tensor of "
+                    f"shape {tuple(p.shape)}, such as the weight of a layer that combines filters; to "
+                    "step it trains nothing. Let the splitter list parameters, as `params` does.")
             where.setdefault(id(p), []).append(i)
     for n,m in layers.items():
         if m.owner is not m: continue
@@ -81,18 +85,22 @@ class StepWithoutDecay:
     def parts(self, g):
         free = [p for p in g['params'] if id(p) in self.ids]
         rest = [p for p in g['params'] if id(p) not in self.ids]
-        return [h for h in ({**g, 'params': rest}, {**g, 'params': free, 'weight_decay': 0.}) if h['params']] if free else [g]
+        return ([h for h in ({**g, 'params': rest}, {**g, 'params': free, 'weight_decay': 0.})
+            if h['params']] if free else [g])
 
     def join(self, opt, *args):
         if self.whole is None: return
-        for g,h in zip(self.whole, self.first): g.update({k: v for k,v in h.items() if k not in ('params', 'weight_decay')}) # some count steps there
+        # some count steps there
+        for g,h in zip(self.whole, self.first):
+            g.update({k: v for k,v in h.items() if k not in ('params', 'weight_decay')})
         opt.param_groups,self.whole = self.whole,None
 
     def remove(self):
         for h in self.handles: h.remove()
         self.join(self.opt)
 
-_L2 = ('SGD', 'ASGD', 'Adam', 'NAdam', 'RAdam', 'Adamax', 'RMSprop', 'Rprop', 'Adagrad', 'Adadelta') # of torch: their weight decay is part of the gradient
+# of torch: their weight decay is part of the gradient
+_L2 = ('SGD', 'ASGD', 'Adam', 'NAdam', 'RAdam', 'Adamax', 'RMSprop', 'Rprop', 'Adagrad', 'Adadelta')
 
 # %% ../../nbs/bases/04_callback.ipynb #18b5b108
 def decay_pull(
@@ -101,11 +109,16 @@ def decay_pull(
 ) -> float: # 0 where the gradient alone is normalized, as in AdamW
     "Weight decay as a factor of the weights that stands beside the gradient"
     wd,inner = hyper.get('wd', 0.),opt.opt if isinstance(opt, OptimWrapper) else opt
-    if isinstance(inner, torch.optim.Optimizer): return 0. if type(inner).__name__ not in _L2 or inner.defaults.get('decoupled_weight_decay') else wd
-    cbs = {getattr(getattr(c, 'func', c), '__name__', ''): getattr(c, 'keywords', {}) for c in getattr(inner, 'cbs', ())}
+    if isinstance(inner, torch.optim.Optimizer):
+        return (0. if type(inner).__name__ not in _L2
+            or inner.defaults.get('decoupled_weight_decay') else wd)
+    cbs = {getattr(getattr(c, 'func', c), '__name__', ''): getattr(c, 'keywords', {})
+        for c in getattr(inner, 'cbs', ())}
     if 'l2_reg' in cbs: return wd
     if 'weight_decay' not in cbs or 'average_sqr_grad' in cbs: return 0.
-    return wd*(1-hyper.get('mom', 0.)) if 'average_grad' in cbs and not cbs['average_grad'].get('dampening') else wd # momentum adds gradients up, and not the decay
+    # momentum adds gradients up, and not the decay
+    return (wd*(1-hyper.get('mom', 0.)) if 'average_grad' in cbs
+        and not cbs['average_grad'].get('dampening') else wd)
 
 # %% ../../nbs/bases/04_callback.ipynb #291aa794
 class OrthoHolder:
@@ -120,9 +133,13 @@ class OrthoHolder:
             if p in opt.state: opt.state[p].pop('do_wd', None)
     def run_state(self): return dict(settings=self.settings)
     def set_run_state(self, state):
-        diff = [f'{k}={state["settings"][k]!r} -> {v!r}' for k,v in self.settings.items() if state['settings'].get(k, v) != v]
-        if diff: raise ValueError(f"OrthoReg: the saved run had other settings ({', '.join(diff)}). Continue with those, or load its weights with `learn.load`.")
-    def __getstate__(self): return dict(settings=self.settings, free=[]) # an exported Learner has no optimizer
+        diff = [f'{k}={state["settings"][k]!r} -> {v!r}' for k,v in self.settings.items()
+            if state['settings'].get(k, v) != v]
+        if diff:
+            raise ValueError(f"OrthoReg: the saved run had other settings ({', '.join(diff)}). "
+                "Continue with those, or load its weights with `learn.load`.")
+    def __getstate__(self): # an exported Learner has no optimizer
+        return dict(settings=self.settings, free=[])
     def __repr__(self): return 'filters were held orthogonal'
 
 # %% ../../nbs/bases/04_callback.ipynb #45956356
@@ -137,28 +154,36 @@ class OrthoReg(EffectCallback):
         basis_wd:bool=True # Weight decay on the filters that are held?
     ):
         store_attr()
-        if isinstance(ortho_lambda, bool) or not isinstance(ortho_lambda, Real) or not 0 <= ortho_lambda < float('inf'): raise ValueError(f"ortho_lambda={ortho_lambda!r}: give a number, 0 or larger.")
-        if not isinstance(basis_wd, bool): raise ValueError(f"basis_wd={basis_wd!r}: say True or False.")
+        if (isinstance(ortho_lambda, bool) or not isinstance(ortho_lambda, Real)
+            or not 0 <= ortho_lambda < float('inf')):
+            raise ValueError(f"ortho_lambda={ortho_lambda!r}: give a number, 0 or larger.")
+        if not isinstance(basis_wd, bool):
+            raise ValueError(f"basis_wd={basis_wd!r}: say True or False.")
         ortho_penalty([([torch.eye(2)], [])], unique, norm, joint, side) # raises where these are none
 
-    def _value(self, parts): return sum(ortho_penalty(g, self.unique, self.norm, True, self.side) for g in parts)
+    def _value(self, parts):
+        return sum(ortho_penalty(g, self.unique, self.norm, True, self.side) for g in parts)
 
     def plan(self, model, learn=None):
         "A row per group; raises without shared bases"
         parts = basis_groups(model, self.joint)
         with torch.no_grad(): r = float(self._value(parts))
         size = lambda ts: sum(map(len, ts))
-        return Table([dict(filters=size(s), unique=size(u), entries=e, length=(s+u)[0][0].numel()) for g in parts for (s,u),e in zip(g, held_entries(g, self.unique))], note=f'penalty {r:.4g} now')
+        return Table([dict(filters=size(s), unique=size(u), entries=e, length=(s+u)[0][0].numel())
+            for g in parts for (s,u),e in zip(g, held_entries(g, self.unique))],
+            note=f'penalty {r:.4g} now')
 
     def convert(self, model, learn=None):
         "Nothing of the model changes"
-        return EffectState(self.name, self.settings, Clock(), OrthoHolder(self.settings), self.plan(model, learn))
+        return EffectState(self.name, self.settings, Clock(), OrthoHolder(self.settings),
+            self.plan(model, learn))
 
     @classmethod
     def without(cls, model):
         st = effects(model).get('ortho_reg')
         if st is None or not st.settings['ortho_lambda']: return None
-        return "this fit is without its penalty, so nothing holds the shared filters orthonormal. Fit with cbs=learn.ortho_reg."
+        return ("this fit is without its penalty, so nothing holds the shared filters orthonormal. Fit "
+            "with cbs=learn.ortho_reg.")
 
     @property
     def parts(self) -> list:
@@ -177,7 +202,9 @@ class OrthoReg(EffectCallback):
         d['_parts'] = basis_groups(model, self.joint)
         self._free(learn.opt)
 
-    def _held(self): return list({id(t): t for g in self.parts for s,u in g for t in s+(u if self.unique else [])}.values())
+    def _held(self):
+        return list({id(t): t for g in self.parts for s,u in g
+            for t in s+(u if self.unique else [])}.values())
 
     def _free(self, opt):
         "Take the filters out of weight decay, or back into it where a file has taken them out"
@@ -202,7 +229,8 @@ class OrthoReg(EffectCallback):
             entries = held_entries(g, self.unique)
             for (s,u),e in zip(g, entries):
                 count = dict(sum=1, group=e)[self.norm] if self.norm != 'global' else sum(entries)
-                low = min([low, *(1-wds.get(id(t), 0.)*count/(4*self.ortho_lambda) for t in s+u*self.unique)])
+                low = min([low, *(1-wds.get(id(t), 0.)*count/(4*self.ortho_lambda)
+                    for t in s+u*self.unique)])
         return low
 
     def on_leave(self):

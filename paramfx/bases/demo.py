@@ -31,9 +31,12 @@ def _s8u1(new, fit):
 @demo_picture
 def basis_pictures(name, learn):
     "The filters that are shared, and the angles between them and those that are not"
-    layers = [m for m in sharing_layers(learn.model, BasisConv2d).values() if m.stage is not None and m.basis is not None]
+    layers = [m for m in sharing_layers(learn.model, BasisConv2d).values() if m.stage is not None
+        and m.basis is not None]
     if not layers: return
     same = [m for m in layers if m.owner is layers[0].owner]
-    parts = {'shared': same[0].basis} | {f'layer {i+1}': m.unique for i,m in enumerate(same) if m.unique is not None}
-    yield 'filters', lambda ax: plot_filters(parts['shared'], ax=ax, title=f'{name}: filters that {len(same)} layers share')
+    parts = ({'shared': same[0].basis}
+        | {f'layer {i+1}': m.unique for i,m in enumerate(same) if m.unique is not None})
+    yield 'filters', lambda ax: plot_filters(parts['shared'], ax=ax,
+        title=f'{name}: filters that {len(same)} layers share')
     yield 'cosines', lambda ax: plot_cosines(parts, ax=ax)

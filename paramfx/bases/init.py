@@ -46,7 +46,8 @@ def kaiming_coeff(
     like:torch.Tensor # For device and type
 ) -> torch.Tensor: # (outputs, filters, 1, 1)
     "Coefficients from which activations keep their size in the backward pass"
-    return nn.init.kaiming_normal_(torch.empty(n_out, rank, 1, 1, device=like.device), mode='fan_out').to(like.dtype)
+    return nn.init.kaiming_normal_(torch.empty(n_out, rank, 1, 1, device=like.device),
+        mode='fan_out').to(like.dtype)
 
 # %% ../../nbs/bases/03_init.ipynb #4c7958c6
 _EXACT = 1024 # larger matrices are decomposed once; sweeps then only turn what is there
@@ -95,7 +96,8 @@ def _as_filters(best, ws, weights, total):
     err,b,us = best
     like = weights[0]
     back = lambda t: t.flatten(0, 1).reshape(-1, *like.shape[1:]).to(like.dtype)
-    coeffs = [(w@torch.cat([u, b], -2).mT).flatten(0, 1)[..., None, None].to(like.dtype) for w,u in zip(ws, us)]
+    coeffs = [(w@torch.cat([u, b], -2).mT).flatten(0, 1)[..., None, None].to(like.dtype)
+        for w,u in zip(ws, us)]
     return back(b),[back(u) for u in us],coeffs,err/max(total, 1e-300)
 
 # %% ../../nbs/bases/03_init.ipynb #bf106bc0
@@ -123,7 +125,8 @@ def calibrate(
     sums,old = {m: 0. for m in layers},{m: m.norm for m in layers}
     def hook(m, args):
         z = m.responses(args[0].as_subclass(torch.Tensor)).double().transpose(0, 1).flatten(1)
-        sums[m] = sums[m] + torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
+        sums[m] = (sums[m] + torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1),
+            z.square().sum(1)]))
     for m in layers: m.norm = identity_norm(m.rank, m.coeff)
     hooks = [m.register_forward_pre_hook(hook) for m in layers]
     n = 0
@@ -131,7 +134,9 @@ def calibrate(
         with still(model):
             for n,b in enumerate(batches, 1):
                 try: model(*model_inputs(model, b))
-                except RuntimeError as e: raise ValueError(f"batches[{n-1}] does not run through the model: {e}. Give inputs as the model takes them, a tensor or a tuple each.") from e
+                except RuntimeError as e:
+                    raise ValueError(f"batches[{n-1}] does not run through the model: {e}. Give inputs "
+                        "as the model takes them, a tensor or a tuple each.") from e
         if not n: raise ValueError("batches: there is none to calibrate norms on. Give at least one.")
         for m,s in sums.items(): m.norm = _seen(m, s)
     except BaseException:

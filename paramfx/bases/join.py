@@ -43,7 +43,8 @@ class Joined(nn.Module):
 
 def _conv(like, n_in, n_out, groups):
     "A convolution such as `like` with other channels"
-    new = nn.Conv2d(n_in, n_out, like.kernel_size, like.stride, like.padding, like.dilation, groups, False, like.padding_mode, device=like.weight.device, dtype=like.weight.dtype)
+    new = nn.Conv2d(n_in, n_out, like.kernel_size, like.stride, like.padding, like.dilation, groups,
+        False, like.padding_mode, device=like.weight.device, dtype=like.weight.dtype)
     nn.init.kaiming_normal_(new.weight, mode='fan_out')
     new.weight.requires_grad_(like.weight.requires_grad)
     return new.train(like.training)
@@ -55,28 +56,41 @@ def _bottlenecks(model, skip_first):
     for n,(stage,i,inner) in conv_places(model).items():
         block = n.removesuffix('.conv2')
         parts = [mods.get(f'{block}.{c}') for c in ('conv2','bn2','conv3')]
-        if inner != 'conv2' or i < skip_first or [type(p) for p in parts] != [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]: continue
-        if parts[2].kernel_size == (1,1) and parts[2].groups == 1 and parts[0].bias is parts[2].bias is None: res.setdefault(stage, []).append(block)
+        if (inner != 'conv2' or i < skip_first
+            or [type(p) for p in parts] != [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]):
+            continue
+        if (parts[2].kernel_size == (1,1) and parts[2].groups == 1
+            and parts[0].bias is parts[2].bias is None):
+            res.setdefault(stage, []).append(block)
     return {k: v for k,v in res.items() if len(v) > 1}
 
 def _checked(model, stages, shared_rank, unique_rank, scale_rank):
     "Shared and unique filters, and the groups of both, by stage; raises where they do not fit"
     for k,n in dict(shared_rank=shared_rank, unique_rank=unique_rank).items():
-        if isinstance(n, bool) or not isinstance(n, Integral) or n < 0 or n%4: raise ValueError(f"{k}={n!r}: filters come in groups of 4 here. Give a multiple of 4.")
-    if not shared_rank+unique_rank: raise ValueError("shared_rank=0, unique_rank=0: there is no filter to combine. Give at least one.")
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or call {way_out()} first.")
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 0 or n%4:
+            raise ValueError(f"{k}={n!r}: filters come in groups of 4 here. Give a multiple of 4.")
+    if not shared_rank+unique_rank:
+        raise ValueError(
+            "shared_rank=0, unique_rank=0: there is no filter to combine. Give at least one.")
+    if effects(model):
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or "
+            f"call {way_out()} first.")
     if not stages: raise ValueError(f"{type(model).__name__}: no stage has two bottleneck blocks of plain convolutions conv2, bn2, conv3. "
                                    f"Use {for_caller('learn.share_bases()', 'share_bases(model, x)')}, which takes any network.")
-    if model.__dict__.get('_pending'): raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
+    if model.__dict__.get('_pending'):
+        raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
     for ms in ([(b, model.get_submodule(f'{b}.conv2')) for b in v] for v in stages.values()):
-        odd = [b for b,m in ms if (m.in_channels, m.kernel_size) != (ms[0][1].in_channels, ms[0][1].kernel_size)]
+        odd = [b for b,m in ms if (m.in_channels, m.kernel_size) != (ms[0][1].in_channels,
+            ms[0][1].kernel_size)]
         if odd: raise ValueError(f"{odd[0]}.conv2: its channels or its kernel are not those of {ms[0][0]}.conv2, so they cannot share filters. "
                                   f"Use {for_caller('learn.share_bases', 'share_bases')} with groups={{name: [layers]}}.")
     width = {k: model.get_submodule(f'{v[0]}.conv2').in_channels for k,v in stages.items()}
     times = {k: w//min(width.values()) if scale_rank else 1 for k,w in width.items()}
     res = {k: (shared_rank*t, unique_rank*t, shared_rank//4, unique_rank*t//4) for k,t in times.items()}
     for k,(*_,gs,gu) in res.items():
-        if any(g and width[k]%g for g in (gs, gu)): raise ValueError(f"{stages[k][0]}.conv2: {width[k]} channels do not divide into {gs} and {gu} groups. Give ranks that are 4 times a divisor.")
+        if any(g and width[k]%g for g in (gs, gu)):
+            raise ValueError(f"{stages[k][0]}.conv2: {width[k]} channels do not divide into {gs} and "
+                f"{gu} groups. Give ranks that are 4 times a divisor.")
     return res
 
 def _join(model, block, owner, s, u, gs, gu):
@@ -88,9 +102,12 @@ def _join(model, block, owner, s, u, gs, gu):
         nn.init.orthogonal_(shared.weight)
         shared = SharedConv2d.of(shared, owner or shared.weight)
         shared.stage = block.rpartition('.')[0]
-    new = nn.BatchNorm2d(s+u, norm.eps, norm.momentum, device=conv.weight.device, dtype=conv.weight.dtype)
+    new = nn.BatchNorm2d(s+u, norm.eps, norm.momentum, device=conv.weight.device,
+        dtype=conv.weight.dtype)
     new.requires_grad_(norm.weight is None or norm.weight.requires_grad)
-    for c,m in (('conv2', Joined(unique, shared)), ('bn2', new), ('conv3', _conv(last, s+u, last.out_channels, 1))): swap_module(model, f'{block}.{c}', m)
+    for c,m in (('conv2', Joined(unique, shared)), ('bn2', new),
+        ('conv3', _conv(last, s+u, last.out_channels, 1))):
+        swap_module(model, f'{block}.{c}', m)
     return owner or shared
 
 def _put(model, stages, ranks):
@@ -117,7 +134,8 @@ def join_bases(
     _put(model, stages, {k: [*v] for k,v in ranks.items()})
     params,macs = n_params(model)[0],count_macs(model, sample)[0]
     return Table([dict(stage=k, blocks=len(v), shared=ranks[k][0], unique=ranks[k][1]) for k,v in stages.items()],
-                 note=f'{sum(map(len, stages.values()))} blocks share {len(stages)} bases; parameters {before[0]:,} -> {params:,}, multiply-adds {before[1]:,} -> {macs:,}')
+                 note=f'{sum(map(len, stages.values()))} blocks share {len(stages)} bases; parameters '
+                 f'{before[0]:,} -> {params:,}, multiply-adds {before[1]:,} -> {macs:,}')
 
 # %% ../../nbs/bases/06_join.ipynb #f158c4c4
 def plan_join(
@@ -134,7 +152,9 @@ join_bases.plan = plan_join
 def _join_again(model, stages, ranks):
     known = sum(_bottlenecks(model, False).values(), [])
     for b in sum(stages.values(), []):
-        if b not in known: raise ValueError(f"{b}: the recorded network had a plain bottleneck block here. Build it as it was.")
+        if b not in known:
+            raise ValueError(f"{b}: the recorded network had a plain bottleneck block here. Build it "
+                "as it was.")
     return _put(model, stages, ranks)
 
 # %% ../../nbs/bases/06_join.ipynb #030034e4
@@ -142,11 +162,14 @@ def _check_groups(learn, skip_first):
     "Raise where the optimizer keeps blocks of one stage in different parameter groups"
     model = root_module(learn.model)
     ps = param_lists(learn.opt) if learn.opt is not None else L(learn.splitter(model))
-    at = {id(p): i for i,g in enumerate([ps] if len(ps) and isinstance(ps[0], torch.Tensor) else ps) for p in g}
+    at = {id(p): i for i,g in enumerate([ps] if len(ps) and isinstance(ps[0], torch.Tensor) else ps)
+        for p in g}
     for v in _bottlenecks(model, skip_first).values():
         first,*rest = [(b, at.get(id(model.get_submodule(f'{b}.conv2').weight))) for b in v]
         for b,i in rest:
-            if i != first[1]: raise ValueError(f"{b}.conv2: in parameter group {i} of the optimizer, {first[0]}.conv2 in {first[1]}. Let the splitter keep stages whole.")
+            if i != first[1]:
+                raise ValueError(f"{b}.conv2: in parameter group {i} of the optimizer, "
+                    f"{first[0]}.conv2 in {first[1]}. Let the splitter keep stages whole.")
 
 @patch
 @delegates(join_bases, keep=True, but='model')
@@ -161,7 +184,9 @@ def join_bases(self:Learner,
         anew = has_trained(self)
         renew_opt(self)
     blocks = sum(r['blocks'] for r in rows)
-    if anew: warnings.warn(f"join_bases: the convolutions of {blocks} trained blocks begin anew. It is for training from scratch; `learn.share_bases(init='svd')` keeps what was learned.")
+    if anew:
+        warnings.warn(f"join_bases: the convolutions of {blocks} trained blocks begin anew. It is for "
+            "training from scratch; `learn.share_bases(init='svd')` keeps what was learned.")
     return add_report(self, 'join_bases', rows)
 
 Learner.join_bases.effect = join_bases # what `learn.plan` looks at

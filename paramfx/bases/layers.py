@@ -36,14 +36,20 @@ class Sharing:
         self.__dict__['_owner'] = owner.owner # not by `setattr`, which would register it
 
     def _replicate_for_data_parallel(self):
-        if self.owner is not self: raise RuntimeError(f"{type(self).__name__}: `nn.DataParallel` leaves shared filters on the first device. Use `learn.distrib_ctx()`, or call {way_out()} before.")
+        if self.owner is not self:
+            raise RuntimeError(f"{type(self).__name__}: `nn.DataParallel` leaves shared filters on the "
+                f"first device. Use `learn.distrib_ctx()`, or call {way_out()} before.")
         return super()._replicate_for_data_parallel()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = f'{prefix}weight'
         if strict and key in state_dict and 'weight' not in self._parameters: errors.append(
-            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one shares its filters. Load it before {for_caller('learn.share_bases()', 'share_bases(model, x)')}, or call {way_out()} first.")
-        else: super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one shares its "
+            f"filters. Load it before {for_caller('learn.share_bases()', 'share_bases(model, x)')}, or "
+            f"call {way_out()} first.")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
+                unexpected, errors)
 
 def remade(
     old:nn.Conv2d, # It is left alone
@@ -53,15 +59,19 @@ def remade(
     "A convolution of another class in the place of `old`"
     new = cls.__new__(cls)
     nn.Module.__init__(new)
-    vars(new).update({k: copy(v) if isinstance(v, (dict, set)) else v for k,v in vars(old).items() if k not in ('_owner', 'stage', 'slot')})
+    vars(new).update({k: copy(v) if isinstance(v, (dict, set)) else v for k,v in vars(old).items()
+        if k not in ('_owner', 'stage', 'slot')})
     new._modules.pop('norm', None)
     new._parameters = params if 'bias' in params else params | dict(bias=old._parameters.get('bias'))
     return new
 
 # %% ../../nbs/bases/01_layers.ipynb #452f3330
 def _rank(name, n, groups, low=0):
-    if isinstance(n, bool) or not isinstance(n, int) or n < low: raise ValueError(f"{name}={n!r}: give a whole number of filters, at least {low}.")
-    if n%groups: raise ValueError(f"{name}={n}: {n} filters do not divide into {groups} groups. Give a multiple of {groups}.")
+    if isinstance(n, bool) or not isinstance(n, int) or n < low:
+        raise ValueError(f"{name}={n!r}: give a whole number of filters, at least {low}.")
+    if n%groups:
+        raise ValueError(f"{name}={n}: {n} filters do not divide into {groups} groups. Give a multiple "
+            f"of {groups}.")
     return n
 
 class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
@@ -82,16 +92,24 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
         device=None,
         dtype=None
     ):
-        owner,kw = (shared if isinstance(shared, BasisConv2d) else None),dict(device=device, dtype=dtype)
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **kw)
-        shape,new = conv.weight.shape[1:],lambda n: nn.Parameter(torch.empty(n, *conv.weight.shape[1:], **kw))
+        owner,kw = (shared if isinstance(shared, BasisConv2d) else None),dict(device=device,
+            dtype=dtype)
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            bias, padding_mode, **kw)
+        shape,new = conv.weight.shape[1:],lambda n: nn.Parameter(
+            torch.empty(n, *conv.weight.shape[1:], **kw))
         if owner is not None and owner.basis is not None and owner.basis.shape[1:] != shape: raise ValueError(
-            f"shared: its filters have shape {tuple(owner.basis.shape[1:])}, those of this layer {tuple(shape)}. Share between layers of equal input channels, groups and kernel.")
-        u,own = _rank('unique', unique, groups),None if owner is not None else _rank('shared', shared, groups)
+            f"shared: its filters have shape {tuple(owner.basis.shape[1:])}, those of this layer "
+            f"{tuple(shape)}. Share between layers of equal input channels, groups and kernel.")
+        u,own = (_rank('unique', unique, groups),
+            None if owner is not None else _rank('shared', shared, groups))
         n = u+(own if owner is None else len(owner.basis))
-        if not n: raise ValueError("shared=0, unique=0: there is no filter to combine. Give at least one.")
-        params = dict(unique=new(u) if u else None, **({} if owner is not None else dict(shared=new(own) if own else None)))
-        other = remade(conv, BasisConv2d, **params, coeff=nn.Parameter(torch.empty(out_channels, n//groups, 1, 1, **kw)), bias=conv.bias)
+        if not n:
+            raise ValueError("shared=0, unique=0: there is no filter to combine. Give at least one.")
+        params = dict(unique=new(u) if u else None,
+            **({} if owner is not None else dict(shared=new(own) if own else None)))
+        other = remade(conv, BasisConv2d, **params,
+            coeff=nn.Parameter(torch.empty(out_channels, n//groups, 1, 1, **kw)), bias=conv.bias)
         vars(self).update(vars(other))
         self.register_module('norm', nn.BatchNorm2d(n, **kw) if norm else None)
         if owner is not None: self._share(owner)
@@ -107,7 +125,8 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
     ):
         "A layer in the place of `conv`, with these tensors and its bias"
         owner = shared if isinstance(shared, BasisConv2d) else None
-        new = remade(conv, cls, unique=unique, **({} if owner is not None else dict(shared=shared)), coeff=coeff, bias=conv.bias)
+        new = remade(conv, cls, unique=unique, **({} if owner is not None else dict(shared=shared)),
+            coeff=coeff, bias=conv.bias)
         new.register_module('norm', norm)
         if owner is not None: new._share(owner)
         return new.train(conv.training)
@@ -143,7 +162,8 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
 
     def _in_two(self, x):
         "Is it much less work to convolve with the filters and combine than to combine the kernel first?"
-        (t,r),c,k = self.coeff.shape[:2],self.in_channels,prod(self.kernel_size)*self.in_channels//self.groups
+        (t,r),c,k = self.coeff.shape[:2],self.in_channels,prod(
+            self.kernel_size)*self.in_channels//self.groups
         n = x.numel()//(c*prod(self.stride)) # pixels of the output, about
         return min(t, c) >= 32*self.groups and 2*n*r*(k*self.groups+t) <= t*k*(n+r)
 
@@ -151,13 +171,16 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
         tell_export('Shared filters and their norms are')
         if self._live(): return self._in_layers(x)
         c,bias = self.scaled()
-        if self._in_two(x): return F.conv2d(self.responses(x), c[..., None, None], bias, groups=self.groups)
+        if self._in_two(x):
+            return F.conv2d(self.responses(x), c[..., None, None], bias, groups=self.groups)
         return self._conv_forward(x, self._kernel(c), bias)
 
     def _in_layers(self, x):
         "Filters, the norm of the batch, coefficients; the layout of `x` stays"
-        # A CPU pads contiguous maps to full vectors of channels: measured, 17 filters on 16 channels are faster with channels last, 9 are not
-        inside = x.device.type == 'cpu' and x.dtype is torch.float32 and self.rank > self.in_channels and x.ndim == 4 and x.is_contiguous()
+        # A CPU pads contiguous maps to full vectors of channels: measured, 17 filters on 16 channels
+        # are faster with channels last, 9 are not
+        inside = (x.device.type == 'cpu' and x.dtype is torch.float32 and self.rank > self.in_channels
+            and x.ndim == 4 and x.is_contiguous())
         z = self.responses(x.contiguous(memory_format=torch.channels_last) if inside else x)
         out = F.conv2d(self.norm(z), self.coeff, self.bias, groups=self.groups)
         return out.contiguous() if inside else out
@@ -175,13 +198,18 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
 
     def _kernel(self, c):
         f = self.filters
-        if self.groups > 1 or f.is_contiguous() or not f.is_contiguous(memory_format=torch.channels_last): return self._combine(c, f).unflatten(1, (-1, *self.kernel_size))
-        return (c@f.permute(0, 2, 3, 1).flatten(1)).unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2) # channels last stay so, without a copy
+        if (self.groups > 1 or f.is_contiguous()
+            or not f.is_contiguous(memory_format=torch.channels_last)):
+            return self._combine(c, f).unflatten(1, (-1, *self.kernel_size))
+        # channels last stay so, without a copy
+        return (c@f.permute(0, 2, 3, 1).flatten(1)).unflatten(1, (*self.kernel_size, -1)).permute(0, 3,
+            1, 2)
 
     def _combine(self, c, f):
         "Coefficients times filters, group by group"
         if self.groups == 1: return c@f.flatten(1) if f.ndim > 1 else c@f[:,None]
-        return torch.bmm(c.unflatten(0, (self.groups, -1)), f.reshape(self.groups, c.shape[1], -1)).flatten(0, 1)
+        return torch.bmm(c.unflatten(0, (self.groups, -1)),
+            f.reshape(self.groups, c.shape[1], -1)).flatten(0, 1)
 
     @property
     def weight(self):
@@ -197,14 +225,17 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
 
     def macs(self, x, out):
         "Dense: filters, then coefficients. Executed: what runs in this mode"
-        per,(t,c,k) = out.numel()//self.out_channels,(self.out_channels, self.in_channels//self.groups, prod(self.kernel_size))
+        per,(t,c,k) = out.numel()//self.out_channels,(self.out_channels, self.in_channels//self.groups,
+            prod(self.kernel_size))
         dense = per*(self.rank*c*k + t*self.coeff.shape[1])
         live = per*sum(map(n_nonzero, (self.filters, self.coeff)))
-        return dense,dense if self._live() or self._in_two(x) else per*t*c*k + t*self.coeff.shape[1]*c*k,live
+        return (dense,dense if self._live() or self._in_two(x)
+            else per*t*c*k + t*self.coeff.shape[1]*c*k,live)
 
     def extra_repr(self):
         u,s = (0 if f is None else len(f) for f in (self.unique, self.basis))
-        return f"{super().extra_repr()}, shared={s}{'' if self.owner is self else ' of another layer'}, unique={u}"
+        return (f"{super().extra_repr()}, "
+            f"shared={s}{'' if self.owner is self else ' of another layer'}, unique={u}")
 
 # %% ../../nbs/bases/01_layers.ipynb #c856639f
 class SharedConv2d(Sharing, nn.Conv2d):
@@ -230,7 +261,8 @@ class SharedConv2d(Sharing, nn.Conv2d):
         w = self.weight
         return remade(self, nn.Conv2d, weight=nn.Parameter(w.detach().clone(), w.requires_grad))
 
-    def extra_repr(self): return super().extra_repr() + (', shared' if self.owner is self else ', of another layer')
+    def extra_repr(self):
+        return super().extra_repr() + (', shared' if self.owner is self else ', of another layer')
 
 # %% ../../nbs/bases/01_layers.ipynb #ce2ee109
 def sharing_layers(
@@ -241,5 +273,8 @@ def sharing_layers(
     mods = {n:m for n,m in model.named_modules() if isinstance(m, types)}
     inside = {*mods.values()}
     for n,m in mods.items():
-        if m.owner not in inside: raise ValueError(f"{n}: the layer that owns its shared filters is not in this model, so nothing would train them. Keep both, or call {way_out()} on the whole before taking it apart.")
+        if m.owner not in inside:
+            raise ValueError(f"{n}: the layer that owns its shared filters is not in this model, so "
+                f"nothing would train them. Keep both, or call {way_out()} on the whole before taking "
+                "it apart.")
     return mods

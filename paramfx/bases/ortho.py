@@ -41,25 +41,38 @@ def _terms(shared, unique, auto):
 # %% ../../nbs/bases/00_ortho.ipynb #cbb05e66
 def _check_group(i, g, joint):
     if not (isinstance(g, (tuple, list)) and len(g) == 2 and all(isinstance(o, (tuple, list)) for o in g)): raise ValueError(
-        f"groups[{i}]: give a pair (list of shared tensors, list of unique tensors), not {type(g).__name__}.")
+        f"groups[{i}]: give a pair (list of shared tensors, list of unique tensors), not "
+        f"{type(g).__name__}.")
     for kind,ts in zip(('shared', 'unique'), g):
         for j,t in enumerate(ts):
             what = f"groups[{i}]: {kind} tensor {j}"
-            if not isinstance(t, torch.Tensor): raise ValueError(f"{what} is a {type(t).__name__}. Give the weights themselves.")
-            if t.ndim < 2 or not t.numel(): raise ValueError(f"{what} has shape {tuple(t.shape)}. A filter basis is (filters, channels, ...), and holds at least one.")
-            if not t.is_floating_point(): raise ValueError(f"{what} is of {t.dtype}. Give floating point weights.")
+            if not isinstance(t, torch.Tensor):
+                raise ValueError(f"{what} is a {type(t).__name__}. Give the weights themselves.")
+            if t.ndim < 2 or not t.numel():
+                raise ValueError(f"{what} has shape {tuple(t.shape)}. A filter basis is (filters, "
+                    "channels, ...), and holds at least one.")
+            if not t.is_floating_point():
+                raise ValueError(f"{what} is of {t.dtype}. Give floating point weights.")
     sizes = {t[0].numel() for t in g[0]+g[1]} if joint else set()
-    if len(sizes) > 1: raise ValueError(f"groups[{i}]: rows of {' and '.join(map(str, sorted(sizes)))} entries cannot be held orthogonal to each other. Use joint=False, or make them groups of their own.")
+    if len(sizes) > 1:
+        raise ValueError(f"groups[{i}]: rows of {' and '.join(map(str, sorted(sizes)))} entries cannot "
+            "be held orthogonal to each other. Use joint=False, or make them groups of their own.")
 
 def _check(groups, unique, norm, joint, side):
     for k,v in dict(unique=unique, joint=joint).items():
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: say True or False.")
-    if norm not in ('global', 'group', 'sum'): raise ValueError(f"norm={norm!r}: choose 'global', 'group' or 'sum'.")
+    if norm not in ('global', 'group', 'sum'):
+        raise ValueError(f"norm={norm!r}: choose 'global', 'group' or 'sum'.")
     if side not in ('rows', 'auto'): raise ValueError(f"side={side!r}: choose 'rows' or 'auto'.")
-    if not isinstance(groups, (tuple, list)) or not groups: raise ValueError(f"groups={as_shapes(groups)}: give a list of (list of shared tensors, list of unique tensors), at least one.")
-    groups = [(list(g[0]), list(g[1])) if isinstance(g, (tuple, list)) and len(g) == 2 and all(isinstance(o, (tuple, list)) for o in g) else g for g in groups]
+    if not isinstance(groups, (tuple, list)) or not groups:
+        raise ValueError(f"groups={as_shapes(groups)}: give a list of (list of shared tensors, list of "
+            "unique tensors), at least one.")
+    groups = [(list(g[0]), list(g[1])) if isinstance(g, (tuple, list)) and len(g) == 2
+        and all(isinstance(o, (tuple, list)) for o in g) else g for g in groups]
     for i,g in enumerate(groups): _check_group(i, g, joint)
-    if not any(s or (u and unique) for s,u in groups): raise ValueError("groups: no filter to penalize in any of them. Give shared tensors, or unique ones with unique=True.")
+    if not any(s or (u and unique) for s,u in groups):
+        raise ValueError("groups: no filter to penalize in any of them. Give shared tensors, or unique "
+            "ones with unique=True.")
     return groups
 
 # %% ../../nbs/bases/00_ortho.ipynb #3712b63a
@@ -71,7 +84,8 @@ def _parts(groups, joint):
     "Lists of groups, each of which is averaged on its own"
     if joint: return [groups]
     places,bare = zip_longest(*[s for s,_ in groups]),[g for g in groups if not g[0]]
-    return [[([t], groups[i][1]) for i,t in enumerate(ts) if t is not None] for ts in places] + ([bare] if bare else [])
+    return ([[([t], groups[i][1]) for i,t in enumerate(ts) if t is not None] for ts in places]
+        + ([bare] if bare else []))
 
 def _averaged(terms, norm):
     terms = [(n,d) for n,d in terms if d] or [(0.,1)]
@@ -91,4 +105,5 @@ def ortho_penalty(
     dev = next(t for g in groups for ts in g for t in ts).device.type
     with torch.autocast(dev, enabled=False) if torch.amp.is_autocast_available(dev) else nullcontext():
         rows = [([_rows(t) for t in s], [_rows(t) for t in u] if unique else []) for s,u in groups]
-        return sum(_averaged([_terms(*g, side == 'auto') for g in part], norm) for part in _parts(rows, joint))
+        return sum(_averaged([_terms(*g, side == 'auto') for g in part], norm)
+            for part in _parts(rows, joint))

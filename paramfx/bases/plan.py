@@ -24,7 +24,8 @@ def _blocks(mods, counts, name, least):
     res = {}
     for c in mods[name]._modules:
         n = f'{name}.{c}'.lstrip('.')
-        if n in counts and counts[n] >= least and (least == 0) == isinstance(mods[n], CONVS): res.setdefault(type(mods[n]), []).append(n)
+        if n in counts and counts[n] >= least and (least == 0) == isinstance(mods[n], CONVS):
+            res.setdefault(type(mods[n]), []).append(n)
     return [v for v in res.values() if len(v) > 1]
 
 def _place(mods, counts, name, least):
@@ -57,12 +58,18 @@ def why_not(
     "Why a convolution cannot share filters, and what to do about it"
     w = m._parameters.get('weight')
     if isinstance(m, Sharing): return 'it shares filters already',f'Call {way_out()} first.'
-    if any(is_lazy(p) for p in m._parameters.values() if p is not None): return 'lazy','Run one batch through the model first.'
-    if w is None: return 'its weight is computed, as by a parametrization','Make it an ordinary one, as with `torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`.'
+    if any(is_lazy(p) for p in m._parameters.values() if p is not None):
+        return 'lazy','Run one batch through the model first.'
+    if w is None:
+        return ('its weight is computed, as by a parametrization','Make it an ordinary one, as with '
+            '`torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`.')
     if type(m) is not nn.Conv2d: return f'{type(m).__name__} is not Conv2d','Leave it out.'
-    if w.is_complex(): return 'its weight is complex, and the norm between filters and coefficients is of real numbers','Leave it out.'
+    if w.is_complex():
+        return ('its weight is complex, and the norm between filters and coefficients is of real '
+            'numbers','Leave it out.')
     if hasattr(m, 'weight_mask'): return 'masked',f'Call {way_out()} first.'
-    if users.get(id(w), 1) > 1: return 'its weight is used by another layer, too','Give each a weight of its own.'
+    if users.get(id(w), 1) > 1:
+        return 'its weight is used by another layer, too','Give each a weight of its own.'
     if 1 < m.groups == m.in_channels: return 'depthwise: each filter sees one channel','Leave it out.'
     if mode == 'basis' and not asked and prod(m.kernel_size) == 1: return "1x1: little to combine",''
     return '',''
@@ -86,9 +93,12 @@ class BasisGroup:
     unique:int=0 # Filters that each layer has of its own
 
 def _key(m, mode, apart):
-    return (m.in_channels, m.kernel_size, m.groups, m.padding_mode, *((m.out_channels,) if mode == 'tie' else ()), str(m.weight.device), m.weight.dtype, apart.get(id(m.weight)))
+    return (m.in_channels, m.kernel_size, m.groups, m.padding_mode,
+        *((m.out_channels,) if mode == 'tie' else ()), str(m.weight.device), m.weight.dtype,
+        apart.get(id(m.weight)))
 
-_KEYS = {'basis': ('in_channels', 'kernel_size', 'groups', 'padding_mode', 'device', 'dtype', 'parameter group of the optimizer')}
+_KEYS = {'basis': ('in_channels', 'kernel_size', 'groups', 'padding_mode', 'device', 'dtype',
+    'parameter group of the optimizer')}
 _KEYS['tie'] = (*_KEYS['basis'][:4], 'out_channels', *_KEYS['basis'][4:])
 
 def _chosen(block, mods, mode, n_bases):
@@ -116,14 +126,21 @@ def _named(model, mods, groups, n_bases, places):
     "Slots of the layers that the user has named, by group"
     if callable(groups):
         by = {n: g if (g := groups(n, m)) is None else str(g) for n,m in mods.items()}
-        groups = {g: [n for n in by if by[n] == g] for g in dict.fromkeys(g for g in by.values() if g is not None)}
-    if not isinstance(groups, dict) or not groups: raise ValueError(f"groups={groups!r:.80}: give {{name: [layers]}}, or f(name, module) that returns a name or None.")
+        groups = {g: [n for n in by if by[n] == g]
+            for g in dict.fromkeys(g for g in by.values() if g is not None)}
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError(f"groups={groups!r:.80}: give {{name: [layers]}}, or f(name, module) that "
+            "returns a name or None.")
     res,blocks = {},{}
     for g,specs in groups.items():
         hit = match_layers(model, specs, (*CONVS, Sharing))
-        if not hit: raise ValueError(f"groups[{g!r}]: {specs!r:.80} stands for no layer. Name two that share, or leave the group out.")
+        if not hit:
+            raise ValueError(f"groups[{g!r}]: {specs!r:.80} stands for no layer. Name two that share, "
+                "or leave the group out.")
         for n in (n for n in mods if n in hit):
-            if n in res: raise ValueError(f"{n}: named in the groups {res[n][0]!r} and {str(g)!r}. Name it once.")
+            if n in res:
+                raise ValueError(
+                    f"{n}: named in the groups {res[n][0]!r} and {str(g)!r}. Name it once.")
             k = (g, *places.get(n, (None, n))[:2])
             res[n] = (str(g), min(blocks.get(k, 0), n_bases-1))
             blocks[k] = blocks.get(k, 0)+1
@@ -136,12 +153,18 @@ def _sorted(slots, mods, mode, apart, asked):
         key = _key(mods[n], mode, apart)
         first = kinds.setdefault((stage, slot), (n, key))
         odd = [i for i,(a,b) in enumerate(zip(first[1], key)) if a != b]
-        if asked and odd: raise ValueError(f"{n}: its {_KEYS[mode][odd[0]]} is {key[odd[0]]}, that of {first[0]} in group {stage!r} is {first[1][odd[0]]}. Put them into different groups.")
+        if asked and odd:
+            raise ValueError(f"{n}: its {_KEYS[mode][odd[0]]} is {key[odd[0]]}, that of {first[0]} in "
+                f"group {stage!r} is {first[1][odd[0]]}. Put them into different groups.")
         groups.setdefault((stage, slot, key), []).append(n)
     alone = {v[0]: k for k,v in groups.items() if len(v) < 2}
     for n,k in alone.items():
-        if asked: raise ValueError(f"{n}: the only layer of group {k[0]!r}{f', place {k[1]+1}' if k[1] else ''}. Name a second one to share with, or leave it out.")
-    return [BasisGroup(*k[:2], v) for k,v in groups.items() if len(v) > 1],{n: 'the only one of its kind in its stage' for n in alone}
+        if asked:
+            raise ValueError(f"{n}: the only layer of group "
+                f"{k[0]!r}{f', place {k[1]+1}' if k[1] else ''}. Name a second one to share with, or "
+                "leave it out.")
+    return [BasisGroup(*k[:2], v) for k,v in groups.items()
+        if len(v) > 1],{n: 'the only one of its kind in its stage' for n in alone}
 
 # %% ../../nbs/bases/02_plan.ipynb #c0f2ffd5
 def basis_names(
@@ -158,8 +181,11 @@ def check_ranks(
     "Raise where these are no ranks"
     for k,v in dict(shared_rank=shared_rank, unique_rank=unique_rank).items():
         if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= (float('inf') if isinstance(v, Integral) else 1): raise ValueError(
-            f"{k}={v!r}: give a whole number of filters, or a float in [0, 1] as a share of the channels.")
-    if not shared_rank and not unique_rank: raise ValueError("shared_rank=0, unique_rank=0: there is no filter to combine. Give at least one.")
+            f"{k}={v!r}: give a whole number of filters, or a float in [0, 1] as a share of the "
+            "channels.")
+    if not shared_rank and not unique_rank:
+        raise ValueError(
+            "shared_rank=0, unique_rank=0: there is no filter to combine. Give at least one.")
 
 def _ranked(g, mods, shared_rank, unique_rank, low):
     "Set the ranks of a group; returns a reason and a cure where they do not fit"
@@ -167,9 +193,13 @@ def _ranked(g, mods, shared_rank, unique_rank, low):
     c,limit = m.in_channels,m.in_channels*prod(m.kernel_size)
     of = lambda r: int(r*c/low+.5) if isinstance(r, Integral) else int(r*c+.5)
     g.shared,g.unique = of(shared_rank),of(unique_rank)
-    if g.shared%m.groups or g.unique%m.groups: return f'{g.shared} shared and {g.unique} unique filters do not divide into its {m.groups} groups',f'Give ranks that are multiples of {m.groups}, and scale_rank=False.'
+    if g.shared%m.groups or g.unique%m.groups:
+        return (f'{g.shared} shared and {g.unique} unique filters do not divide into its {m.groups} '
+            'groups',f'Give ranks that are multiples of {m.groups}, and scale_rank=False.')
     if not g.shared+g.unique: return 'there is no filter left at these ranks','Give higher ranks.'
-    if g.shared+g.unique > limit: return f'{g.shared}+{g.unique} filters, where its kernels have {limit} dimensions','Give lower ranks.'
+    if g.shared+g.unique > limit:
+        return (f'{g.shared}+{g.unique} filters, where its kernels have {limit} dimensions',
+            'Give lower ranks.')
     return '',''
 
 def find_groups(
@@ -184,14 +214,18 @@ def find_groups(
     apart:dict=None # id of a weight -> number; those of different numbers do not share
 ) -> tuple: # List of `BasisGroup`, {name: reason} of the convolutions that are left alone
     "Sort the convolutions of `model` into groups that share filters; a layer that the user names and that cannot raises"
-    mods,users,asked = {n:m for n,m in model.named_modules() if isinstance(m, CONVS)},weight_users(model),groups is not None
+    mods,users,asked = {n:m for n,m in model.named_modules()
+        if isinstance(m, CONVS)},weight_users(model),groups is not None
     places,skip,apart = conv_places(model),{},apart or {}
     slots = _named(model, mods, groups, n_bases, places) if asked else {}
     for n in [*mods]:
         why,cure = why_not(mods[n], users, mode, n in slots)
         if why and n in slots: raise ValueError(f"{n}: {why}. {cure}".rstrip())
         if why or asked and n not in slots: skip[n] = why or 'not named'
-    if not asked: slots,more = _automatic(mods, mode, n_bases, skip_first, places, [n for n in mods if n not in skip]); skip.update(more)
+    if not asked:
+        slots,more = _automatic(mods, mode, n_bases, skip_first, places,
+            [n for n in mods if n not in skip])
+        skip.update(more)
     found,more = _sorted(slots, mods, mode, apart, asked)
     skip.update(more)
     if mode == 'basis': found = _fitting(found, mods, shared_rank, unique_rank, scale_rank, skip, asked)
@@ -201,7 +235,8 @@ def _fitting(found, mods, shared_rank, unique_rank, scale_rank, skip, asked):
     "The groups in which the ranks fit"
     low,res = min((mods[g.layers[0]].in_channels for g in found), default=1),[]
     for g in found:
-        why,cure = _ranked(g, mods, shared_rank, unique_rank, low if scale_rank else mods[g.layers[0]].in_channels)
+        why,cure = _ranked(g, mods, shared_rank, unique_rank,
+            low if scale_rank else mods[g.layers[0]].in_channels)
         if why and asked: raise ValueError(f"{g.layers[0]}: {why}. {cure}")
         if why: skip.update({n: why for n in g.layers})
         else: res.append(g)

@@ -40,7 +40,9 @@ def stage_filters(
     return {k: dict(sorted(v.items())) | last[k] for k,v in first.items()}
 
 # %% ../../nbs/bases/08_plots.ipynb #d9a8bd9b
-def _array(t): return t.detach().float().cpu().numpy() if isinstance(t, torch.Tensor) else np.asarray(t, np.float32)
+def _array(t):
+    return (t.detach().float().cpu().numpy() if isinstance(t, torch.Tensor)
+        else np.asarray(t, np.float32))
 
 def plot_filters(
     filters, # (filters, channels, height, width)
@@ -51,17 +53,22 @@ def plot_filters(
 ): # The axes
     "Filters as a grid of kernels: one per row, its channels from left to right"
     f = _array(filters)
-    if f.ndim != 4: raise ValueError(f"plot_filters draws (filters, channels, height, width), not the shape {f.shape}. Pass the basis of one layer, as `BasisConv2d.filters` is.")
+    if f.ndim != 4:
+        raise ValueError("plot_filters draws (filters, channels, height, width), not the shape "
+            f"{f.shape}. Pass the basis of one layer, as `BasisConv2d.filters` is.")
     n,c,h,w = f.shape
     f = f[:most,:most]
-    grid = np.pad(f, ((0,0), (0,0), (0,1), (0,1)), constant_values=np.nan).transpose(0,2,1,3).reshape(len(f)*(h+1), -1)[:-1,:-1]
+    grid = np.pad(f, ((0,0), (0,0), (0,1), (0,1)), constant_values=np.nan).transpose(0,2,1,
+        3).reshape(len(f)*(h+1), -1)[:-1,:-1]
     if ax is None: ax = _new_axes((1.2+.045*grid.shape[1], .8+.045*grid.shape[0]))
     top = max(float(np.abs(f).max(initial=0)), 1e-12)
     from matplotlib import colormaps
-    ax.imshow(grid, cmap=colormaps['RdBu_r'].with_extremes(bad='#B8B8B8'), vmin=-top, vmax=top, interpolation='nearest')
+    ax.imshow(grid, cmap=colormaps['RdBu_r'].with_extremes(bad='#B8B8B8'), vmin=-top, vmax=top,
+        interpolation='nearest')
     bar = ax.figure.colorbar(ax.images[0], cax=ax.inset_axes([1.02, 0, .02, 1]), label='weight')
     bar.ax.locator_params(nbins=4)
-    ax.set(xticks=[], yticks=[], xlabel=_of('channels', f.shape[1], c), ylabel=_of('filters', len(f), n))
+    ax.set(xticks=[], yticks=[], xlabel=_of('channels', f.shape[1], c),
+        ylabel=_of('filters', len(f), n))
     if title: ax.set_title(title, fontsize='medium')
     return ax
 
@@ -76,7 +83,8 @@ def row_cosines(
     tensors # Filters, a tensor or a list; rows are what is left when the first dimension is taken off
 ) -> np.ndarray: # (rows, rows), 1 on the diagonal; 0 for a row of zeros
     "|cosine| between all rows"
-    rows = np.concatenate([_array(t).reshape(len(t), -1) for t in ([tensors] if hasattr(tensors, 'shape') else tensors)]).astype(np.float64)
+    rows = np.concatenate([_array(t).reshape(len(t), -1)
+        for t in ([tensors] if hasattr(tensors, 'shape') else tensors)]).astype(np.float64)
     size = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
     return np.abs(rows@rows.T)
@@ -94,7 +102,8 @@ def plot_cosines(
     off = cos[~np.eye(len(cos), dtype=bool)].max(initial=0)
     own = ax is None
     if own: ax = _new_axes((5, 4))
-    ax = plot_blocks(cos, sizes, sizes, ax=ax, title=title or f'|cosine|, at most {off:.2f} beside the diagonal')
+    ax = plot_blocks(cos, sizes, sizes, ax=ax, title=title or f'|cosine|, at most {off:.2f} beside the '
+        'diagonal')
     ax.images[0].set_clim(0, 1)
     ax.images[0].colorbar.set_label('|cosine|')
     mid = np.cumsum(sizes)-np.array(sizes)/2-.5
@@ -113,7 +122,9 @@ def settled_norm(
     ortho_lambda:float=10. # Weight of the penalty
 ) -> float: # 0 where weight decay wins
     "Length at which a filter comes to rest between weight decay and penalty"
-    if not ortho_lambda > 0: raise ValueError(f"ortho_lambda={ortho_lambda!r}: without a penalty filters come to rest nowhere. Give a positive number.")
+    if not ortho_lambda > 0:
+        raise ValueError(f"ortho_lambda={ortho_lambda!r}: without a penalty filters come to rest "
+            "nowhere. Give a positive number.")
     return max(0., 1-wd*entries/(4*ortho_lambda))**.5
 
 # %% ../../nbs/bases/08_plots.ipynb #1693d88a
@@ -125,11 +136,15 @@ def settled_norms(
     norm:str='global'
 ) -> dict: # Stage -> length
     "`settled_norm` of the shared filters of each stage under `OrthoReg`"
-    if norm not in ('global', 'group', 'sum'): raise ValueError(f"norm={norm!r}: choose 'global', 'group' or 'sum'.")
-    entries = {k: held_entries([(_part(v, True), _part(v, False))], unique)[0] for k,v in stage_filters(model).items()}
-    return {k: settled_norm(wd, {'sum': 1, 'group': n, 'global': sum(entries.values())}[norm], ortho_lambda) for k,n in entries.items()}
+    if norm not in ('global', 'group', 'sum'):
+        raise ValueError(f"norm={norm!r}: choose 'global', 'group' or 'sum'.")
+    entries = {k: held_entries([(_part(v, True), _part(v, False))], unique)[0]
+        for k,v in stage_filters(model).items()}
+    return {k: settled_norm(wd, {'sum': 1, 'group': n, 'global': sum(entries.values())}[norm],
+        ortho_lambda) for k,n in entries.items()}
 
-def _part(parts, shared): return [t for n,t in parts.items() if (n in ('shared', 'basis 1', 'basis 2')) == shared]
+def _part(parts, shared):
+    return [t for n,t in parts.items() if (n in ('shared', 'basis 1', 'basis 2')) == shared]
 
 def _lengths(v):
     v = _array(v)
@@ -137,10 +152,13 @@ def _lengths(v):
 
 def _dots(ax, i, v, rest):
     "A row: shared filters above unique ones, and a line at their balance"
-    kinds = {n: np.concatenate([*map(_lengths, ts)]) for n,ts in (dict(shared=_part(v, True), unique=_part(v, False)) if isinstance(v, dict) else dict(filters=[v])).items() if ts}
+    kinds = {n: np.concatenate([*map(_lengths, ts)])
+        for n,ts in (dict(shared=_part(v, True), unique=_part(v, False)) if isinstance(v, dict)
+        else dict(filters=[v])).items() if ts}
     for j,(n,ln) in enumerate(kinds.items()):
         at = i + ((j-.5)*.36 if len(kinds) == 2 else 0)
-        ax.plot(ln, at+np.linspace(-.12, .12, len(ln)), '^' if n == 'unique' else 'o', ms=3.5, alpha=.7, color='#E69F00' if n == 'unique' else '#0072B2', label=n)
+        ax.plot(ln, at+np.linspace(-.12, .12, len(ln)), '^' if n == 'unique' else 'o', ms=3.5, alpha=.7,
+            color='#E69F00' if n == 'unique' else '#0072B2', label=n)
     if rest is not None: ax.plot([rest]*2, [i-.38, i+.38], color='#D55E00', lw=1.5, label='balance')
 
 def plot_row_norms(
@@ -152,7 +170,9 @@ def plot_row_norms(
 ): # The axes
     "Lengths of all filters, a row of points per group, against what the balance says"
     if not norms: raise ValueError('plot_row_norms needs at least one group: {name: filters}')
-    if isinstance(settled, dict) and not {*settled} <= {*norms}: raise ValueError(f"settled: {', '.join(map(str, {*settled}-{*norms}))} is no group. There are: {', '.join(map(str, norms))}.")
+    if isinstance(settled, dict) and not {*settled} <= {*norms}:
+        raise ValueError(f"settled: {', '.join(map(str, {*settled}-{*norms}))} is no group. There are: "
+            f"{', '.join(map(str, norms))}.")
     ax = _new_axes((6, .9+.5*len(norms))) if ax is None else ax
     rests = {k: settled.get(k) if isinstance(settled, dict) else settled for k in norms}
     for i,(k,v) in enumerate(norms.items()): _dots(ax, i, v, rests[k])
@@ -164,7 +184,9 @@ def plot_row_norms(
     ax.spines[['top','right']].set_visible(False)
     if title: ax.set_title(title, fontsize='medium')
     names = {l.get_label(): l for l in ax.lines}
-    if len(names) > 1: ax.legend(names.values(), names, loc='center left', bbox_to_anchor=(1,.5), frameon=False, fontsize='small')
+    if len(names) > 1:
+        ax.legend(names.values(), names, loc='center left', bbox_to_anchor=(1,.5), frameon=False,
+            fontsize='small')
     return ax
 
 # %% ../../nbs/bases/08_plots.ipynb #60ae7231
@@ -195,9 +217,12 @@ def use_grads(
     own,res = _own_bases(new),{}
     if not own: raise ValueError(f"{type(model).__name__}: no layer of this model uses a shared basis. "
                               "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, x, shared_rank=16)` first.")
-    bare = lambda t: t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t # types of fastai do not mix
-    with rng_guard(), torch.enable_grad(): loss_func(new(*map(bare, x if isinstance(x, tuple) else (x,))), bare(y)).backward()
-    for n,(stage,t) in own.items(): res.setdefault(stage, {})[n] = torch.zeros_like(t) if t.grad is None else t.grad
+    # types of fastai do not mix
+    bare = lambda t: t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t
+    with rng_guard(), torch.enable_grad():
+        loss_func(new(*map(bare, x if isinstance(x, tuple) else (x,))), bare(y)).backward()
+    for n,(stage,t) in own.items():
+        res.setdefault(stage, {})[n] = torch.zeros_like(t) if t.grad is None else t.grad
     return res
 
 def plot_use_grads(
@@ -208,8 +233,10 @@ def plot_use_grads(
 ): # The axes
     "Norm of each layer's part of the gradient, by its place in the stage"
     norms = {k: [float(np.linalg.norm(_array(g))) for g in v.values()] for k,v in grads.items()}
-    if not norms: raise ValueError('plot_use_grads needs at least one stage, as `use_grads` returns them')
-    ax = plot_traces(norms, xlabel='use, in the order of the layers', ylabel='norm of the gradient', log_y=all(min(v) > 0 for v in norms.values()), ax=ax, title=title)
+    if not norms:
+        raise ValueError('plot_use_grads needs at least one stage, as `use_grads` returns them')
+    ax = plot_traces(norms, xlabel='use, in the order of the layers', ylabel='norm of the gradient',
+        log_y=all(min(v) > 0 for v in norms.values()), ax=ax, title=title)
     for l in ax.lines: l.set_marker('o')
     n = max(map(len, norms.values()))
     ax.set_xticks(range(0, n, -(-n//12)), range(1, n+1, -(-n//12)))
@@ -242,8 +269,11 @@ def stage_energy(
     "What the layers that can share filters have in common"
     model = root_module(model)
     found,_ = find_groups(model, 1, 0, False, n_bases, 'basis', skip_first, groups)
-    if not found: raise ValueError(f"{type(model).__name__}: no layers that could share filters. `share_bases.plan(model, x)` says why.")
-    return {k: rank_energy([model.get_submodule(n).weight for n in g.layers]) for k,g in zip(basis_names(found), found)}
+    if not found:
+        raise ValueError(f"{type(model).__name__}: no layers that could share filters. "
+            "`share_bases.plan(model, x)` says why.")
+    return {k: rank_energy([model.get_submodule(n).weight for n in g.layers])
+        for k,g in zip(basis_names(found), found)}
 
 def plot_energy(
     curves:dict, # Name -> share kept by 0, 1, ... filters
@@ -254,9 +284,12 @@ def plot_energy(
 ): # The axes
     "Share of the squared weights that a basis keeps, against its size"
     for k,r in (ranks or {}).items():
-        if k not in curves: raise ValueError(f"ranks: {k!r} is no curve. There are: {', '.join(map(str, curves))}.")
-        if not 0 <= r < len(curves[k]): raise ValueError(f"ranks: {r} filters for {k!r}, which has {len(curves[k])-1} at most.")
-    ax = plot_traces(curves, xlabel='shared filters', ylabel='share of the squared weights', ax=ax, title=title)
+        if k not in curves:
+            raise ValueError(f"ranks: {k!r} is no curve. There are: {', '.join(map(str, curves))}.")
+        if not 0 <= r < len(curves[k]):
+            raise ValueError(f"ranks: {r} filters for {k!r}, which has {len(curves[k])-1} at most.")
+    ax = plot_traces(curves, xlabel='shared filters', ylabel='share of the squared weights', ax=ax,
+        title=title)
     lines = dict(zip(curves, [*ax.lines]))
     for k,r in (ranks or {}).items(): ax.plot(r, curves[k][r], 'o', color=lines[k].get_color())
     ax.set_ylim(0, 1.03)
@@ -275,14 +308,21 @@ def plot_bases_cost(
     points = {c: {} for c in _COSTS}
     rows = list(rows)
     for r in rows:
-        bad = [k for k in ('network', *_COSTS) if k not in r] or ([] if {'accuracy', 'error'} & set(r) else ['error'])
-        if bad: raise ValueError(f"plot_bases_cost: a row has no {bad[0]!r}. It has: {', '.join(map(str, r))}.")
-        for c in _COSTS: points[c].setdefault(_line(r), []).append((r[c], r['accuracy'] if 'accuracy' in r else 100-r['error']))
+        bad = ([k for k in ('network', *_COSTS) if k not in r]
+            or ([] if {'accuracy', 'error'} & set(r) else ['error']))
+        if bad:
+            raise ValueError(f"plot_bases_cost: a row has no {bad[0]!r}. It has: "
+                f"{', '.join(map(str, r))}.")
+        for c in _COSTS:
+            points[c].setdefault(_line(r),
+                []).append((r[c], r['accuracy'] if 'accuracy' in r else 100-r['error']))
     if not points['params']: raise ValueError('plot_bases_cost needs at least one row')
     axs = _two_axes() if axs is None else list(np.ravel(axs))
     alone = {str(r['network']) for r in rows} # rows that share nothing
     for ax,(c,pts) in zip(axs, points.items()):
-        plot_tradeoff({k: v[0] if k in alone and len(v) == 1 else v for k,v in pts.items()}, xlabel=_COSTS[c], ylabel='accuracy, %' if c == 'params' else '', log_x=False, ax=ax, title=title if c == 'params' else None)
+        plot_tradeoff({k: v[0] if k in alone and len(v) == 1 else v for k,v in pts.items()},
+            xlabel=_COSTS[c], ylabel='accuracy, %' if c == 'params' else '', log_x=False, ax=ax,
+            title=title if c == 'params' else None)
         ax.xaxis.set_major_formatter(lambda v, pos: _short(v))
         ax.locator_params(axis='x', nbins=4)
         if c == 'params' and ax.get_legend(): ax.get_legend().remove() # one for both

@@ -27,7 +27,8 @@ _FORM = re.compile(r'S(?P<s>\d+)U(?P<u>\d+)(?P<star>\*?)|Shared(?P<two>Double|\+
 @lru_cache
 def _printed():
     "Row -> network"
-    return {f"{r['dataset']}/{r['row']}": r['network'] for r in zoo.published('shared_bases', count=False).to_dict('records')}
+    return {f"{r['dataset']}/{r['row']}": r['network']
+        for r in zoo.published('shared_bases', count=False).to_dict('records')}
 
 # %% ../../nbs/bases/07_published.ipynb #bc9f9bdb
 def shared_recipe(
@@ -36,8 +37,11 @@ def shared_recipe(
     "Settings of a published network with shared bases, as `share_published` takes them"
     network,_,form = str(name).partition('-')
     m = _FORM.fullmatch(form)
-    if not m: raise ValueError(f"{name!r}: {form!r} is no form of a network. There are S16U1, S16U1* with two bases, Shared and Shared++, behind a hyphen.")
-    res = dict(network=_printed().get(name, network), mode='basis' if m['s'] else 'tie', n_bases=2 if m['star'] or m['two'] else 1)
+    if not m:
+        raise ValueError(f"{name!r}: {form!r} is no form of a network. There are S16U1, S16U1* with "
+            "two bases, Shared and Shared++, behind a hyphen.")
+    res = dict(network=_printed().get(name, network), mode='basis' if m['s'] else 'tie',
+        n_bases=2 if m['star'] or m['two'] else 1)
     return res | (dict(shared_rank=int(m['s']), unique_rank=int(m['u'])) if m['s'] else {})
 
 # %% ../../nbs/bases/07_published.ipynb #ae3e0294
@@ -51,8 +55,10 @@ def share_published(
 ) -> Table: # As `share_bases` returns it
     "Share filters as the published form of `network` does"
     rules = RULES.get(str(network).partition('/')[2], {}) if mode == 'basis' else {}
-    if rules.get('mode') != 'join': return share_bases(model, sample, n_bases=n_bases, **dict(mode=mode) | rules | kwargs)
-    if n_bases != 1: raise ValueError(f"n_bases={n_bases!r}: {network} has one basis per stage. Use n_bases=1.")
+    if rules.get('mode') != 'join':
+        return share_bases(model, sample, n_bases=n_bases, **dict(mode=mode) | rules | kwargs)
+    if n_bases != 1:
+        raise ValueError(f"n_bases={n_bases!r}: {network} has one basis per stage. Use n_bases=1.")
     return join_bases(model, sample, **kwargs)
 
 # %% ../../nbs/bases/07_published.ipynb #853172ec
@@ -69,12 +75,14 @@ def shared_network(
     return net
 
 # %% ../../nbs/bases/07_published.ipynb #d0ba84e0
-ALSO = dict.fromkeys(('mobilenet_v2', 'mobilenet_v2_expand', 'mobilenet_v2_eca'), 'stem') | {'densenet121': r'features(\.norm5)?', 'resnext50_32x4d': r'relu|layer\d\.\d|layer\d\.0\.bn2'}
+ALSO = (dict.fromkeys(('mobilenet_v2', 'mobilenet_v2_expand', 'mobilenet_v2_eca'), 'stem')
+    | {'densenet121': r'features(\.norm5)?', 'resnext50_32x4d': r'relu|layer\d\.\d|layer\d\.0\.bn2'})
 _NORMS,_POOLS = nn.modules.batchnorm._BatchNorm,(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
 def _besides(m, x, out):
     "What `ptflops` adds to the multiply-adds of a layer"
-    if isinstance(m, BasisConv2d) and m.norm is not None: return 2*m.rank*out.numel()//m.out_channels # its norm does not run in evaluation mode
+    # its norm does not run in evaluation mode
+    if isinstance(m, BasisConv2d) and m.norm is not None: return 2*m.rank*out.numel()//m.out_channels
     if isinstance(m, _NORMS): return 2*out.numel()
     if isinstance(m, _POOLS): return x.numel()
     return out.numel() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None else 0
@@ -86,9 +94,11 @@ def printed_flops(
 ) -> tuple: # Multiply-adds; operations as they were printed, not doubled
     "Count one forward as the published table does"
     more,skip = [],{m.norm for m in model.modules() if isinstance(m, BasisConv2d)}
-    hooks = [m.register_forward_hook(lambda m, args, out: more.append(_besides(m, args[0], out))) for m in model.modules() if m not in skip]
+    hooks = [m.register_forward_hook(lambda m, args, out: more.append(_besides(m, args[0], out)))
+        for m in model.modules() if m not in skip]
     also = ALSO.get(str(network).partition('/')[2], '')
-    hooks += [m.register_forward_hook(lambda m, args, out: more.append(out.numel())) for n,m in model.named_modules() if n and re.fullmatch(also, n)]
+    hooks += [m.register_forward_hook(lambda m, args, out: more.append(out.numel()))
+        for n,m in model.named_modules() if n and re.fullmatch(also, n)]
     try: macs = count_macs(model, sample)[0]
     finally:
         for h in hooks: h.remove()
@@ -96,7 +106,8 @@ def printed_flops(
 
 def _shape_only(m, x):
     "An output of the right shape: what the layer multiplies it says itself"
-    return m._conv_forward(x, x.new_empty(m.out_channels, m.in_channels//m.groups, *m.kernel_size), None)
+    return m._conv_forward(x, x.new_empty(m.out_channels, m.in_channels//m.groups, *m.kernel_size),
+        None)
 
 @zoo.row_counts('shared_bases')
 def shared_counts(
@@ -111,7 +122,8 @@ def shared_counts(
         if row['mode']: share_published(net, x, **shared_recipe(name))
     for m in sharing_layers(net, BasisConv2d).values(): m.forward = partial(_shape_only, m)
     macs,flops = printed_flops(net, x, row['network'])
-    return dict(params=n_params(net)[0], macs=macs, flops=flops if row['flops_are'] == 'MACs' else 2*flops)
+    return dict(params=n_params(net)[0], macs=macs,
+        flops=flops if row['flops_are'] == 'MACs' else 2*flops)
 
 # %% ../../nbs/bases/07_published.ipynb #81a74e5d
 _PARTS = {'unique': 'basis_conv{}.weight', 'coeff': 'coeff_conv{}.weight', 'norm': 'basis_bn{}'}
@@ -122,13 +134,16 @@ def published_keys(
     "The key layout of a published checkpoint"
     kw = shared_recipe(name)
     if not re.fullmatch(r'cifar10/resnet\d+', kw['network']) or not (kw.get('shared_rank') and kw.get('unique_rank')): raise ValueError(
-        f"{name}: the key layout of its checkpoints is not known. Known are those of CIFAR-10 with shared and unique filters, such as cifar10/resnet32-S16U1.")
+        f"{name}: the key layout of its checkpoints is not known. Known are those of CIFAR-10 with "
+        "shared and unique filters, such as cifar10/resnet32-S16U1.")
     net,res = shared_network(name),{}
     layers = sharing_layers(net)
     own = {m: n for n,m in layers.items()}
     for n,m in layers.items():
         stage,slot = n[5],f'_{m.slot+1}' if kw['n_bases'] == 2 else ''
-        for key in (f'shared_basis_{stage}{slot}.weight', f"{n.rpartition('.')[0]}.shared_basis{slot}.weight"): res[key] = f'{own[m.owner]}.shared'
+        for key in (f'shared_basis_{stage}{slot}.weight',
+            f"{n.rpartition('.')[0]}.shared_basis{slot}.weight"):
+            res[key] = f'{own[m.owner]}.shared'
     for k in net.state_dict():
         m = re.fullmatch(r'(.+)\.conv(\d)\.(unique|coeff|norm)(\..+)?', k)
         if m: res[f'{m[1]}.{_PARTS[m[3]].format(m[2])}{m[4] or ""}'] = k
@@ -138,24 +153,36 @@ def published_keys(
 def _read(file):
     "The weights in a checkpoint"
     try: content = torch.load(file, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, AttributeError, KeyError) as e: raise ValueError(f"{file}: no checkpoint that can be read without running code from it: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, AttributeError, KeyError) as e:
+        raise ValueError(f"{file}: no checkpoint that can be read without running code from it: "
+            f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     state = content.get('net_state_dict') if isinstance(content, dict) else None
-    if not isinstance(state, dict): raise ValueError(f"{file}: no published checkpoint, which has its weights under 'net_state_dict'" + (f"; this has {', '.join(map(str, [*content][:5]))}." if isinstance(content, dict) else '.'))
+    if not isinstance(state, dict):
+        raise ValueError(f"{file}: no published checkpoint, which has its weights under "
+            "'net_state_dict'" + (f"; this has {', '.join(map(str, [*content][:5]))}."
+            if isinstance(content, dict) else '.'))
     return state
 
 def _checked(file, name, state, keys, own):
     "Raise where the file is not that of the row; our keys with their tensors otherwise"
     few = lambda ks: ', '.join(map(str, ks[:3])) + (f' and {len(ks)-3} more' if len(ks) > 3 else '')
-    for what,ks in (('lacks', [k for k in keys if k not in state]), ('has, and the network has not,', [k for k in state if k not in keys])):
+    for what,ks in (('lacks', [k for k in keys if k not in state]),
+        ('has, and the network has not,', [k for k in state if k not in keys])):
         if ks: raise ValueError(f"{file}: this is no checkpoint of {name}. It {what} {few(ks)}.")
     res = {}
     for k,o in keys.items():
         t = state[k]
-        if not isinstance(t, torch.Tensor) or t.layout != torch.strided: raise ValueError(f"{file}: {k} is no ordinary tensor.")
-        if t.shape != own[o].shape: raise ValueError(f"{file}: this is no checkpoint of {name}. {k} has shape {tuple(t.shape)}, that of the network {tuple(own[o].shape)}.")
-        if t.is_floating_point() != own[o].is_floating_point(): raise ValueError(f"{file}: {k} is of {t.dtype}, that of the network of {own[o].dtype}.")
+        if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
+            raise ValueError(f"{file}: {k} is no ordinary tensor.")
+        if t.shape != own[o].shape:
+            raise ValueError(f"{file}: this is no checkpoint of {name}. {k} has shape "
+                f"{tuple(t.shape)}, that of the network {tuple(own[o].shape)}.")
+        if t.is_floating_point() != own[o].is_floating_point():
+            raise ValueError(f"{file}: {k} is of {t.dtype}, that of the network of {own[o].dtype}.")
         first = res.setdefault(o, (k, t))
-        if not torch.equal(first[1], t): raise ValueError(f"{file}: {first[0]} and {k} hold the same basis, and differ. The file is damaged.")
+        if not torch.equal(first[1], t):
+            raise ValueError(f"{file}: {first[0]} and {k} hold the same basis, and differ. The file is "
+                "damaged.")
     return {o: t for o,(_,t) in res.items()}
 
 @zoo.row_files('shared_bases')

@@ -30,49 +30,73 @@ from .ortho import ortho_penalty
 from .callback import OrthoReg, check_once, param_lists
 from ..core.registry import recipe_verb
 from ..report.cost import layer_macs, n_params
-from ..core.state import add_report, add_step, all_or_nothing, effects, has_trained, lost_share, root_module, told_loss
+from ..core.state import (add_report, add_step, all_or_nothing, effects, has_trained, lost_share,
+    root_module, told_loss)
 
 # %% ../../nbs/bases/05_share.ipynb #4eb35d6a
-_all_ = ['BasisConv2d', 'SharedConv2d', 'OrthoReg', 'ortho_penalty', 'sharing_layers'] # from here as well
+# from here as well
+_all_ = ['BasisConv2d', 'SharedConv2d', 'OrthoReg', 'ortho_penalty', 'sharing_layers']
 
 def _check(model, n_bases, mode, basis_norm, init, **flags):
     "Raise where these are no settings, or the model is under an effect"
-    for k,v,ok in (('n_bases', n_bases, (1, 2)), ('mode', mode, ('basis', 'tie')), ('init', init, ('orthogonal', 'svd')), ('basis_norm', basis_norm, (True, False, 'calibrated'))):
-        if not any(v is o or (not isinstance(o, bool) and not isinstance(v, bool) and v == o) for o in ok): raise ValueError(f"{k}={v!r}: choose one of {', '.join(map(repr, ok))}.")
+    for k,v,ok in (('n_bases', n_bases, (1, 2)), ('mode', mode, ('basis', 'tie')),
+        ('init', init, ('orthogonal', 'svd')), ('basis_norm', basis_norm, (True, False, 'calibrated'))):
+        if not any(v is o or (not isinstance(o, bool) and not isinstance(v, bool) and v == o)
+            for o in ok):
+            raise ValueError(f"{k}={v!r}: choose one of {', '.join(map(repr, ok))}.")
     for k,v in flags.items():
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: say True or False.")
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or call {way_out()} first.")
-    if model.__dict__.get('_pending'): raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
+    if effects(model):
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or "
+            f"call {way_out()} first.")
+    if model.__dict__.get('_pending'):
+        raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
 
 def _check_init(model, mode, basis_norm, init, batches, sweeps):
     "Raise where filters or norms could not begin as they are asked to"
-    if isinstance(sweeps, bool) or not isinstance(sweeps, Integral) or sweeps < 0: raise ValueError(f"sweeps={sweeps!r}: give a whole number, 0 or larger.")
-    if basis_norm == 'calibrated' and mode == 'tie': raise ValueError("basis_norm='calibrated': a tied layer has no norm to calibrate. Leave it out with mode='tie'.")
-    if batches is not None and basis_norm != 'calibrated': raise ValueError(f"batches: nothing is calibrated on them with basis_norm={basis_norm!r}. Say basis_norm='calibrated', or leave them out.")
-    if isinstance(batches, torch.Tensor): raise ValueError("batches is a tensor. Give a list of inputs, such as [x].")
-    bare = [n for n,m in model.named_modules() if isinstance(m, CONVS) and any(p.is_meta for p in m.parameters(recurse=False))]
-    if init == 'svd' and bare: raise ValueError(f"{bare[0]}: its weight is on the device meta and has no values to convert. Load them first, or use init='orthogonal'.")
+    if isinstance(sweeps, bool) or not isinstance(sweeps, Integral) or sweeps < 0:
+        raise ValueError(f"sweeps={sweeps!r}: give a whole number, 0 or larger.")
+    if basis_norm == 'calibrated' and mode == 'tie':
+        raise ValueError("basis_norm='calibrated': a tied layer has no norm to calibrate. Leave it out "
+            "with mode='tie'.")
+    if batches is not None and basis_norm != 'calibrated':
+        raise ValueError(f"batches: nothing is calibrated on them with basis_norm={basis_norm!r}. Say "
+            "basis_norm='calibrated', or leave them out.")
+    if isinstance(batches, torch.Tensor):
+        raise ValueError("batches is a tensor. Give a list of inputs, such as [x].")
+    bare = [n for n,m in model.named_modules() if isinstance(m, CONVS)
+        and any(p.is_meta for p in m.parameters(recurse=False))]
+    if init == 'svd' and bare:
+        raise ValueError(f"{bare[0]}: its weight is on the device meta and has no values to convert. "
+            "Load them first, or use init='orthogonal'.")
 
 def _row(name, m, g, called, macs, mode, norm):
     "Parameters and multiply-adds of a layer, before and after"
     d,first = prod(m.weight.shape[1:]),name == g.layers[0]
     row = dict(layer=name, group=called)
-    if mode == 'tie': return row | dict(shared=m.out_channels, unique=0, params_before=m.weight.numel(), params_after=m.weight.numel()*first, macs_before=macs, macs_after=macs)
+    if mode == 'tie':
+        return (row | dict(shared=m.out_channels, unique=0, params_before=m.weight.numel(),
+            params_after=m.weight.numel()*first, macs_before=macs, macs_after=macs))
     r,t = g.shared+g.unique,m.out_channels
     after = d*(g.shared*first + g.unique) + t*r//m.groups + 2*r*norm
-    return row | dict(shared=g.shared, unique=g.unique, params_before=t*d, params_after=after, macs_before=macs, macs_after=macs//(t*d)*(r*d + t*r//m.groups))
+    return (row | dict(shared=g.shared, unique=g.unique, params_before=t*d, params_after=after,
+        macs_before=macs, macs_after=macs//(t*d)*(r*d + t*r//m.groups)))
 
 def _table(model, sample, found, skip, mode, norm):
     "A row per layer, those left alone last"
     mods,macs = dict(model.named_modules()),layer_macs(model, sample)
-    rows = [_row(n, mods[n], g, called, macs.get(n, 0), mode, norm) for g,called in zip(found, basis_names(found)) for n in g.layers]
+    rows = [_row(n, mods[n], g, called, macs.get(n, 0), mode, norm)
+        for g,called in zip(found, basis_names(found)) for n in g.layers]
     gain = lambda k: sum(r[f'{k}_after']-r[f'{k}_before'] for r in rows)
     params,all_macs = n_params(model)[0],sum(macs.values())
     for g in found:
         mine = [r for r in rows if r['layer'] in g.layers]
         a,b = (sum(r[f'params_{k}'] for r in mine) for k in ('before', 'after'))
-        if b >= a: warnings.warn(f"{g.stage}: {g.shared} shared and {g.unique} unique filters in {len(mine)} layers need {b:,} parameters, ordinary ones {a:,}. Give lower ranks.")
-    note = f"{len(rows)} layers share {len(found)} bases; parameters {params:,} -> {params+gain('params'):,}, multiply-adds {all_macs:,} -> {all_macs+gain('macs'):,}"
+        if b >= a:
+            warnings.warn(f"{g.stage}: {g.shared} shared and {g.unique} unique filters in {len(mine)} "
+                f"layers need {b:,} parameters, ordinary ones {a:,}. Give lower ranks.")
+    note = (f"{len(rows)} layers share {len(found)} bases; parameters {params:,} -> "
+        f"{params+gain('params'):,}, multiply-adds {all_macs:,} -> {all_macs+gain('macs'):,}")
     taken = [f"{r['layer']}.weight" for r in rows]
     why = lambda x: x.note or f'{type(x.module).__name__}: only convolutions share filters'
     return Table(rows+left_out(model, taken, skip, why), note=note)
@@ -89,18 +113,26 @@ def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode,
     _check(model, n_bases, mode, basis_norm, init, scale_rank=scale_rank, skip_first=skip_first)
     _check_init(model, mode, basis_norm, init, batches, sweeps)
     if mode == 'basis': check_ranks(shared_rank, unique_rank)
-    found,skip = find_groups(model, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, groups, _apart(model, splitter))
+    found,skip = find_groups(model, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first,
+        groups, _apart(model, splitter))
     why = tell_reasons([dict(layer=n, note=r) for n,r in skip.items()])
     why = why or f'the model has no convolution. {tell_unknown(model)}'.strip(' .')
-    if not found: raise ValueError(f"Nothing to share: {why}. Name layers by groups={{name: [layers]}}, or change the ranks.")
-    if n_bases == 2 and not any(g.slot for g in found): warnings.warn("n_bases=2: no block has a second layer that shares, so each stage has one basis. Use n_bases=1.")
-    if mode == 'basis' and init == 'svd' and basis_norm is True: warnings.warn("basis_norm=True: a new batch norm between filters and coefficients changes what init='svd' has converted. Use basis_norm='calibrated' or False.")
+    if not found:
+        raise ValueError(f"Nothing to share: {why}. Name layers by groups={{name: [layers]}}, or "
+            "change the ranks.")
+    if n_bases == 2 and not any(g.slot for g in found):
+        warnings.warn("n_bases=2: no block has a second layer that shares, so each stage has one "
+            "basis. Use n_bases=1.")
+    if mode == 'basis' and init == 'svd' and basis_norm is True:
+        warnings.warn("basis_norm=True: a new batch norm between filters and coefficients changes what "
+            "init='svd' has converted. Use basis_norm='calibrated' or False.")
     return found,_table(model, sample, found, skip, mode, bool(basis_norm))
 
 # %% ../../nbs/bases/05_share.ipynb #2be926ca
 def _bases(g, convs, init, sweeps, drawn):
     "Tensors of a group: shared, unique, coefficients"
-    if init == 'svd': return svd_filters([c.weight for c in convs], g.shared, g.unique, convs[0].groups, sweeps)[:3]
+    if init == 'svd':
+        return svd_filters([c.weight for c in convs], g.shared, g.unique, convs[0].groups, sweeps)[:3]
     b,us = drawn[id(g)]
     return b,us,[kaiming_coeff(c.out_channels, (g.shared+g.unique)//c.groups, c.weight) for c in convs]
 
@@ -109,23 +141,28 @@ def _drawn(found, mods):
     res,stages = {},{}
     for g in found: stages.setdefault((g.stage, mods[g.layers[0]].weight.shape[1:]), []).append(g)
     for (_,shape),gs in stages.items():
-        bs,us = ortho_filters([(g.shared, *shape) for g in gs], [[(g.unique, *shape)]*len(g.layers) for g in gs], mods[gs[0].layers[0]].weight.detach())
+        bs,us = ortho_filters([(g.shared, *shape) for g in gs],
+            [[(g.unique, *shape)]*len(g.layers) for g in gs], mods[gs[0].layers[0]].weight.detach())
         res.update({id(g): o for g,*o in zip(gs, bs, us)})
     return res
 
 def _tied(convs, init):
     "Layers with one weight: the mean, which is nearest to all of them, or a random orthogonal one"
-    w = torch.stack([c.weight.detach() for c in convs]).mean(0) if init == 'svd' else nn.init.orthogonal_(torch.empty_like(convs[0].weight, dtype=torch.float32)).to(convs[0].weight.dtype)
+    w = (torch.stack([c.weight.detach() for c in convs]).mean(0) if init == 'svd'
+        else nn.init.orthogonal_(torch.empty_like(convs[0].weight, dtype=torch.float32)).to(
+        convs[0].weight.dtype))
     first = SharedConv2d.of(convs[0], nn.Parameter(w, any(c.weight.requires_grad for c in convs)))
     return [first, *(SharedConv2d.of(c, first) for c in convs[1:])]
 
 def _combined(g, convs, norm, init, sweeps, drawn):
     "Layers with one basis"
-    (b,us,cs),grad,res = _bases(g, convs, init, sweeps, drawn),any(c.weight.requires_grad for c in convs),[]
+    (b,us,cs),grad,res = _bases(g, convs, init, sweeps,
+        drawn),any(c.weight.requires_grad for c in convs),[]
     p = lambda t, on: nn.Parameter(t.contiguous(), on) if len(t) else None
     for c,u,a in zip(convs, us, cs):
         on = c.weight.requires_grad
-        n = nn.BatchNorm2d(g.shared+g.unique, device=a.device, dtype=a.dtype).requires_grad_(on) if norm else None
+        n = (nn.BatchNorm2d(g.shared+g.unique, device=a.device, dtype=a.dtype).requires_grad_(on)
+            if norm else None)
         res.append(BasisConv2d.of(c, res[0] if res else p(b, grad), p(u, on), p(a, on), n))
     return res
 
@@ -141,11 +178,13 @@ def _built(model, found, mode, norm, init, sweeps=10):
 
 def _put(model, found, new, mode, norm, batches=None):
     "Let the new layers take their places, norms calibrated on `batches`, and note it"
-    plan = [dict(stage=g.stage, slot=g.slot, layers=list(g.layers), shared=int(g.shared), unique=int(g.unique)) for g in found]
+    plan = [dict(stage=g.stage, slot=g.slot, layers=list(g.layers), shared=int(g.shared),
+        unique=int(g.unique)) for g in found]
     with all_or_nothing(model):
         for n,m in new.items(): swap_module(model, n, m)
         if batches is not None: calibrate(model, [*new.values()], batches)
-        return add_step(model, 'share_bases', dict(plan=plan, mode=mode, norm=norm), f'{len(new)} layers, {len(found)} bases')
+        return add_step(model, 'share_bases', dict(plan=plan, mode=mode, norm=norm),
+            f'{len(new)} layers, {len(found)} bases')
 
 def share_bases(
     model:nn.Module, # Network, changed in place; make its optimizer afterwards, or use `learn.share_bases`
@@ -165,7 +204,8 @@ def share_bases(
 ) -> Table: # The plan that was carried out
     "Let layers of `model` combine their filters from bases that they share"
     model = root_module(model)
-    found,table = _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, basis_norm, init, groups, batches, sweeps, splitter)
+    found,table = _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode,
+        skip_first, basis_norm, init, groups, batches, sweeps, splitter)
     if basis_norm == 'calibrated' and batches is None: batches = [sample]
     new = _built(model, found, mode, bool(basis_norm), init, sweeps)
     lost = _errors(model, table, new) if init == 'svd' else None
@@ -179,7 +219,8 @@ def _errors(model, table, new):
     for r in table:
         if r['layer'] in pairs: r['lost'] = lost_share([pairs[r['layer']]])
     worst = max((r for r in table if 'lost' in r), key=lambda r: r['lost'])
-    return told_loss(lost_share(pairs.values()), f"{worst['layer']} loses most, {100*worst['lost']:.3g} %. Give higher ranks, or measure the norms anew and train on.")
+    return told_loss(lost_share(pairs.values()), f"{worst['layer']} loses most, "
+        f"{100*worst['lost']:.3g} %. Give higher ranks, or measure the norms anew and train on.")
 
 # %% ../../nbs/bases/05_share.ipynb #fe156737
 @delegates(share_bases)
@@ -192,7 +233,9 @@ def plan_bases(
     args = inspect.signature(share_bases).bind(model, sample, **kwargs)
     args.apply_defaults()
     a,(found,table) = args.arguments,_planned(*args.args)
-    if a['init'] == 'svd': _errors(root_module(model), table, _built(root_module(model), found, a['mode'], bool(a['basis_norm']), 'svd', a['sweeps']))
+    if a['init'] == 'svd':
+        _errors(root_module(model), table,
+            _built(root_module(model), found, a['mode'], bool(a['basis_norm']), 'svd', a['sweeps']))
     return table
 
 share_bases.plan = plan_bases
@@ -200,8 +243,10 @@ share_bases.plan = plan_bases
 @recipe_verb('share_bases')
 def _share_again(model, plan, mode, norm):
     model = root_module(model)
-    lost = [n for g in plan for n in g['layers'] if type(dict(model.named_modules()).get(n)) is not nn.Conv2d]
-    if lost: raise ValueError(f"{lost[0]}: the recorded network had a convolution here. Build it as it was.")
+    lost = [n for g in plan for n in g['layers']
+        if type(dict(model.named_modules()).get(n)) is not nn.Conv2d]
+    if lost:
+        raise ValueError(f"{lost[0]}: the recorded network had a convolution here. Build it as it was.")
     found = [BasisGroup(**g) for g in plan]
     return _put(model, found, _built(model, found, mode, norm, 'orthogonal'), mode, norm)
 
@@ -234,14 +279,19 @@ def share_bases(self:Learner,
     **kwargs # As in `share_bases` for a model
 ) -> Learner: # Itself
     "Let layers of the model combine their filters from bases that they share"
-    if kwargs.get('basis_norm') == 'calibrated' and kwargs.get('mode') != 'tie' and kwargs.get('batches') is None: kwargs['batches'] = _train_inputs(self.dls)
+    if (kwargs.get('basis_norm') == 'calibrated' and kwargs.get('mode') != 'tie'
+        and kwargs.get('batches') is None):
+        kwargs['batches'] = _train_inputs(self.dls)
     split = self.splitter if self.opt is None else lambda m: param_lists(self.opt)
     with all_or_nothing(root_module(self.model)):
-        rows = share_bases(self.model, sample_batch(self.dls) if sample is None else sample, splitter=split, **kwargs)
+        rows = share_bases(self.model, sample_batch(self.dls) if sample is None else sample,
+            splitter=split, **kwargs)
         anew = kwargs.get('init') != 'svd' and has_trained(self)
         renew_opt(self)
     n = len([r for r in rows if 'params_after' in r])
-    if anew: warnings.warn(f"share_bases: {n} trained layers begin anew, from random filters: init='orthogonal' is for training from scratch. Use init='svd' to keep what was learned.")
+    if anew:
+        warnings.warn(f"share_bases: {n} trained layers begin anew, from random filters: "
+            "init='orthogonal' is for training from scratch. Use init='svd' to keep what was learned.")
     return add_report(self, 'share_bases', rows)
 
 Learner.share_bases.effect = share_bases # what `learn.plan` looks at

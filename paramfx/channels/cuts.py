@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from ..core.layers import all_matrices
 from ..core.optimizers import caller_model, way_out
-from ..core.forward import asleep, awake, check_same, copy_model, fails_at, forget_states, lit, pack_sample, practising, still, tells
+from ..core.forward import (asleep, awake, check_same, copy_model, fails_at, forget_states, lit,
+    pack_sample, practising, still, tells)
 from .spaces import short_list
 from ..core.state import add_step, effects, root_module
 
 # %% ../../nbs/channels/04_cuts.ipynb #d17a48fb
-_SIZES = 'in_channels out_channels in_features out_features num_features num_channels num_parameters channels'.split()
+_SIZES = ('in_channels out_channels in_features out_features num_features num_channels num_parameters '
+    'channels'.split())
 
 def _occurrence(lab):
     "How often the same number came before"
@@ -60,7 +62,9 @@ class Cut:
         occ,n = _occurrence(lab),len(lab)+1
         order = np.argsort(key := lab*n+occ)
         at = np.searchsorted(key[order], want*n+occ[pos]).clip(max=len(lab)-1)
-        if (key[order][at] != want*n+occ[pos]).any(): raise ValueError("The units of a space are read unequally often: keep them in ascending order.")
+        if (key[order][at] != want*n+occ[pos]).any():
+            raise ValueError("The units of a space are read unequally often: keep them in ascending "
+                "order.")
         return order[at]
 
     def indices(self) -> dict:
@@ -77,7 +81,8 @@ class Cut:
         for d,idx in mine: t = t.index_select(d, idx.to(t.device))
         return t
 
-    def __repr__(self): return f"Cut({', '.join(f'{n}: {len(k)} of {self.cmap[n].size}' for n,k in self.keep.items())})"
+    def __repr__(self):
+        return f"Cut({', '.join(f'{n}: {len(k)} of {self.cmap[n].size}' for n,k in self.keep.items())})"
 
 def _check_units(space, idx):
     "Unit numbers as a sorted-out array, or an error"
@@ -86,7 +91,8 @@ def _check_units(space, idx):
     bad = a.ndim != 1 or not len(a) or not np.issubdtype(a.dtype, np.integer)
     if bad or a.min() < 0 or a.max() >= space.size or len(np.unique(a)) < len(a): raise ValueError(
         f"{space.name}: keep distinct units from 0 to {space.size-1}, at least one, not {str(idx)[:80]}." +
-        (f" A unit is {space.channels/space.size:g} channels here." if space.channels > space.size else ''))
+        (f" A unit is {space.channels/space.size:g} channels here." if space.channels > space.size
+            else ''))
     if not space.cuttable and not np.array_equal(a, np.arange(space.size)): raise ValueError(
         f"{space.name}: these channels must stay whole: {space.why}. Leave the space out of the cut.")
     return a
@@ -110,7 +116,8 @@ def _stages(m):
     "What timm tells of the stages of a network: dicts with `num_chs` and `module`"
     info = vars(m).get('feature_info')
     info = getattr(info, 'info', info)
-    return [o for o in info if isinstance(o, dict) and 'num_chs' in o] if isinstance(info, (list, tuple)) else []
+    return ([o for o in info if isinstance(o, dict) and 'num_chs' in o]
+        if isinstance(info, (list, tuple)) else [])
 
 def _became(v, hits, first=False):
     "What a width has become among these bindings (size before, after, is it read?)"
@@ -131,7 +138,8 @@ def _reads(found):
                 if k in names: seen.add((self, k))
                 return cls.__getattribute__(self, k)
             old.append((m, type(m)))
-            m.__class__ = type(type(m).__name__, (type(m),), dict(__getattribute__=get, __module__=type(m).__module__))
+            m.__class__ = type(type(m).__name__, (type(m),),
+                dict(__getattribute__=get, __module__=type(m).__module__))
         yield seen
     finally:
         for m,cls in old: m.__class__ = cls
@@ -149,9 +157,11 @@ def follow(self:Cut,
     found,hits = {},{}
     for n,m in new.named_modules() if changed else ():
         if type(m).__module__.startswith('torch.nn.'): continue # `sizes` knows torch's own
-        mine = [k for k,v in vars(m).items() if not k.startswith('_') and not changed.isdisjoint(_whole_numbers(v))]
+        mine = [k for k,v in vars(m).items() if not k.startswith('_')
+            and not changed.isdisjoint(_whole_numbers(v))]
         mine = [k for k in mine if not (n in owners and k in _SIZES)]
-        if mine or _stages(m): found[m],hits[m] = mine,[o[1:] for o in sizes if not n or f'{o[0]}.'.startswith(f'{n}.')]
+        if mine or _stages(m):
+            found[m],hits[m] = mine,[o[1:] for o in sizes if not n or f'{o[0]}.'.startswith(f'{n}.')]
     if not found: return []
     read,shapes = self._looked(new, found, hits)
     if read is None: return [] # it does not run
@@ -204,16 +214,20 @@ def _tensors(model, cmap):
     for m,t,_ in cmap.bindings:
         key = f'{m}.{t}'.lstrip('.')
         try: res[m, t] = getattr(model.get_submodule(m), t)
-        except AttributeError: raise ValueError(f"{key}: the model has no such tensor; the map is that of another model. Trace this one.") from None
+        except AttributeError:
+            raise ValueError(f"{key}: the model has no such tensor; the map is that of another model. "
+                "Trace this one.") from None
         if tuple(res[m, t].shape) != cmap.shapes[key]: raise ValueError(
-            f"{key} has shape {tuple(res[m, t].shape)}, {cmap.shapes[key]} when it was traced. Trace the model anew.")
+            f"{key} has shape {tuple(res[m, t].shape)}, {cmap.shapes[key]} when it was traced. Trace "
+            "the model anew.")
     return res
 
 def _smaller(t, indices):
     "A tensor of the same kind with the positions that stay"
     new = t.detach()
     for d,idx in indices: new = new.index_select(d, idx.to(t.device))
-    if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous(): new = new.contiguous(memory_format=torch.channels_last)
+    if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+        new = new.contiguous(memory_format=torch.channels_last)
     if not isinstance(t, nn.Parameter): return new
     new = nn.Parameter(new, requires_grad=t.requires_grad)
     new.__dict__.update(t.__dict__)
@@ -233,14 +247,19 @@ def apply(self:Cut,
 ) -> nn.Module: # A copy of the same classes, with smaller tensors
     "Cut the channels out of a copy of `model`"
     model = root_module(model)
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first.")
+    if effects(model):
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first.")
     if any(getattr(v, 'until_plain', False) for m in model.modules() for v in vars(m).values()): raise ValueError(
-        f"The model is sliced, and its slices would no longer fit. Call {way_out()} or `unslice({caller_model()})` first.")
+        f"The model is sliced, and its slices would no longer fit. Call {way_out()} or "
+        f"`unslice({caller_model()})` first.")
     new = self._small(model)
     if follow: tell_stale(self.follow(new))
     if check: self._check(model, new)
     add_step(new, **self._step())
-    if self.cmap.unseen: warnings.warn(f"{short_list(self.cmap.unseen)} did not run when the model was traced, so nothing in them was cut: what they read may no longer fit. Remove them if they are not needed.")
+    if self.cmap.unseen:
+        warnings.warn(f"{short_list(self.cmap.unseen)} did not run when the model was traced, so "
+            "nothing in them was cut: what they read may no longer fit. Remove them if they are not "
+            "needed.")
     return new
 
 @patch
@@ -261,12 +280,14 @@ def lost(self:Cut,
 ) -> float: # In [0, 1]
     "Share of the squared weight that goes, of what the channels that stay read"
     tensors,dims,kept,total = _tensors(root_module(model), self.cmap),{},0.,0.
-    for (m,t,d),(kind,lab) in self.cmap.bindings.items(): dims.setdefault((m, t), []).append((d, 'cols' in kind, torch.from_numpy(self.live[lab])))
+    for (m,t,d),(kind,lab) in self.cmap.bindings.items():
+        dims.setdefault((m, t), []).append((d, 'cols' in kind, torch.from_numpy(self.live[lab])))
     for key,sides in dims.items():
         w = tensors[key].detach().abs().double().square()
         if all(live.all() for _,reads,live in sides if reads): continue
         for reads in (False, True): # what is computed of channels that go does not count
-            for d,_,live in (s for s in sides if s[1] == reads): w = w.index_select(d, live.nonzero().flatten().to(w.device))
+            for d,_,live in (s for s in sides if s[1] == reads):
+                w = w.index_select(d, live.nonzero().flatten().to(w.device))
             if reads: kept += float(w.sum())
             else: total += float(w.sum())
     return 1-kept/total if total else 0.
@@ -276,7 +297,9 @@ def _step(self:Cut):
     "This cut as plain data"
     keep = {n: k.tolist() for n,k in self.keep.items()}
     sizes = {n: self.cmap[n].size for n in keep}
-    return dict(verb='cut', args=dict(keep=keep, sizes=sizes, sample=pack_sample(self.cmap.sample), pin=list(self.cmap.pin), **(dict(embeddings=True) if self.cmap.embeddings else {})), note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
+    return dict(verb='cut', args=dict(keep=keep, sizes=sizes, sample=pack_sample(self.cmap.sample),
+        pin=list(self.cmap.pin), **(dict(embeddings=True) if self.cmap.embeddings else {})),
+        note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
 
 @patch
 def matrices(self:Cut,
@@ -304,13 +327,15 @@ def matrices(self:Cut,
 def _whole(self:Cut, x, at):
     "Why nothing of a matrix goes, whose channels lie in the spaces `at`"
     spaces = [self.cmap.spaces[i] for i in at if i >= 0]
-    stuck = [s for s in spaces if not s.cuttable and not s.is_output] or [s for s in spaces if not s.cuttable]
+    stuck = ([s for s in spaces if not s.cuttable and not s.is_output]
+        or [s for s in spaces if not s.cuttable])
     if x.is_embedding or x.is_unknown and not spaces: return x.note
     free = [s.name for s in spaces if s.cuttable]
     if free: return f'{short_list(free)} not among what is cut'
     if stuck: return f'{stuck[0].name} must stay whole: {stuck[0].why}'
     if x.layer in self.cmap.unseen: return 'did not run on the sample'
-    return x.note or ('its weight is computed' if x.layer in self.cmap.computed else 'its channels cannot be followed')
+    return (x.note or ('its weight is computed' if x.layer in self.cmap.computed
+        else 'its channels cannot be followed'))
 
 @patch
 def sizes(self:Cut,
@@ -319,20 +344,25 @@ def sizes(self:Cut,
     "What becomes of the attributes in which modules hold numbers of channels, tied modules included"
     res,holders,small = {},{},self.indices()
     for m in model.modules():
-        for t in (*m._parameters.values(), *m._buffers.values()): holders.setdefault(id(t), []).append(m)
-    turned = lambda m: isinstance(m, (nn.modules.conv._ConvTransposeNd, nn.Embedding)) # inputs come first
+        for t in (*m._parameters.values(), *m._buffers.values()):
+            holders.setdefault(id(t), []).append(m)
+    # inputs come first
+    turned = lambda m: isinstance(m, (nn.modules.conv._ConvTransposeNd, nn.Embedding))
     for (n,t,d),(kind,lab) in self.cmap.bindings.items():
         idx = dict(small.get((n, t), ())).get(d)
         if idx is None or n in self.cmap.groups: continue
         owner = model.get_submodule(n)
         for m in holders[id(getattr(owner, t))]:
-            side = {'rows': ('out_', 'in_'), 'cols': ('in_', 'out_'), 'pass': ('num_', 'in_', 'out_', 'channels')}[kind.split('+')[0]]
+            side = {'rows': ('out_', 'in_'), 'cols': ('in_', 'out_'),
+                'pass': ('num_', 'in_', 'out_', 'channels')}[kind.split('+')[0]]
             if 'pass' not in kind: side = side[turned(m) != turned(owner)]
-            res.setdefault(m, {}).update({a: len(idx) for a in _SIZES if a.startswith(side) and getattr(m, a, None) == len(lab)})
+            res.setdefault(m, {}).update({a: len(idx) for a in _SIZES if a.startswith(side)
+                and getattr(m, a, None) == len(lab)})
     for (n,a),lab in self.cmap.counts.items():
         idx = self.index(lab)
         if idx is not None: res.setdefault(model.get_submodule(n), {})[a] = len(idx)
-    for n in self.cmap.groups: res.setdefault(model.get_submodule(n), {}).update(self._regrouped(model, n))
+    for n in self.cmap.groups:
+        res.setdefault(model.get_submodule(n), {}).update(self._regrouped(model, n))
     return {m:a for m,a in res.items() if a}
 
 @patch
@@ -359,14 +389,16 @@ def _masked(self:Cut, model, memo):
         w = tensors[m, t]
         old = memo.get(id(w), w)
         new = old.detach().index_fill(d, gone.to(w.device), 0)
-        memo[id(w)] = nn.Parameter(new, requires_grad=w.requires_grad) if isinstance(w, nn.Parameter) else new
+        memo[id(w)] = (nn.Parameter(new, requires_grad=w.requires_grad) if isinstance(w, nn.Parameter)
+            else new)
     return copy_model(model, memo)
 
 @patch
 def _inputs(self:Cut, model):
     "The sample of the trace, as the model wants it"
     p = next(model.parameters())
-    return tuple(x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device) for x in self.cmap.sample)
+    return tuple(x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device)
+        for x in self.cmap.sample)
 
 @patch
 def _check(self:Cut, model, new):
@@ -376,17 +408,20 @@ def _check(self:Cut, model, new):
     zero,ys = asleep(new),lit(xs)
     if not zero and all(y is x for x,y in zip(xs, ys)): return
     full = awake(model, zero)
-    self._compare(full, self._small(full), ys, f" (with numbers in {short_list(zero) or 'the sample'}, which is all zero now and hides it)")
+    self._compare(full, self._small(full), ys, f" (with numbers in {short_list(zero) or 'the sample'}, "
+        "which is all zero now and hides it)")
 
 @patch
 def _compare(self:Cut, model, new, xs, hidden=''):
     "Compare with the masked twin, which shares what it can with `model`, in all modes in which other modules run"
-    twin,late = self._masked(model, {id(t): t for t in (*model.parameters(), *model.buffers())}),self.cmap.late
+    twin,late = self._masked(model,
+        {id(t): t for t in (*model.parameters(), *model.buffers())}),self.cmap.late
     if self.cmap.counts: forget_states(twin)
     for mode in (still, practising) if late else (still,):
         try: check_same(new, twin, xs, mode=mode)
         except ValueError as e:
-            if (hidden or mode is practising) and not tells(twin, xs, mode): continue # random numbers, or none
+            # random numbers, or none
+            if (hidden or mode is practising) and not tells(twin, xs, mode): continue
             where = fails_at(new, tuple(x.to(next(model.parameters()).device) for x in xs), mode)
             more = f", such as pin={late!r}: these run in training only" if mode is practising else ''
             raise ValueError(

@@ -23,8 +23,10 @@ from .spaces import pin_names, short_list
 # %% ../../nbs/channels/06_dead.ipynb #c457fdc0
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
 _PRODUCTS = ('mul', 'multiply', 'rmul')
-_NORMS = dict(batch_norm=3, instance_norm=3, group_norm=2) # position of the weight, which the bias follows
-_BLIND = 'sign sgn nan_to_num fmax fmin copysign heaviside nansum nanmean'.split() # they make a number of NaN
+# position of the weight, which the bias follows
+_NORMS = dict(batch_norm=3, instance_norm=3, group_norm=2)
+# they make a number of NaN
+_BLIND = 'sign sgn nan_to_num fmax fmin copysign heaviside nansum nanmean'.split()
 
 def _out_dim(name): return 1 if 'transpose' in name else 0
 
@@ -64,31 +66,39 @@ class Probe(TorchFunctionMode):
         if zero is not None: out.masked_fill_(zero, 0)
         if name in _NORMS: self._norm(out, name, args, kwargs)
         if name in _BLIND: out = self._blind(func, out, ts)
-        if name == 'pad' and kwargs.get('value', args[3] if len(args) > 3 else 0): return self._spoil(func, out)
-        if name in ('pad', 'unfold', 'fold') or 'avg_pool' in name: out = torch.where(out == 0, out, self._spoil(func, out)) if self._borders(name, args, kwargs) else out
+        if name == 'pad' and kwargs.get('value', args[3] if len(args) > 3 else 0):
+            return self._spoil(func, out)
+        if name in ('pad', 'unfold', 'fold') or 'avg_pool' in name:
+            out = (torch.where(out == 0, out, self._spoil(func, out))
+                if self._borders(name, args, kwargs) else out)
         return self._spoil(func, out) if any(not t.is_floating_point() for t in ts) else out
 
     def _borders(self, name, args, kwargs):
         "Does it add zeros at the border, which a constant does not have? On a small map that may not show"
-        if name == 'pad': return (args[2] if len(args) > 2 else kwargs.get('mode', 'constant')) == 'constant'
+        if name == 'pad':
+            return (args[2] if len(args) > 2 else kwargs.get('mode', 'constant')) == 'constant'
         pad = kwargs.get('padding', args[3] if len(args) > 3 and 'adaptive' not in name else 0)
-        return name in ('unfold', 'fold') or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad]))
+        return (name in ('unfold', 'fold')
+            or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad])))
 
     def _norm(self, out, name, args, kwargs):
         "A channel that is scaled by 0 is its shift"
-        w,b = (kwargs.get(k, args[i] if len(args) > i else None) for i,k in enumerate(('weight', 'bias'), _NORMS[name]))
+        w,b = (kwargs.get(k, args[i] if len(args) > i else None)
+            for i,k in enumerate(('weight', 'bias'), _NORMS[name]))
         zero = None if w is None else w == 0
         if zero is not None and zero.any(): out.movedim(1, -1)[..., zero] = 0. if b is None else b[zero]
 
     def _blind(self, func, out, ts):
         unknown = sum(t for t in ts if t.is_floating_point()).isnan()
-        return out.masked_fill_(unknown, float('nan')) if unknown.shape == out.shape else self._spoil(func, out) if unknown.any() else out
+        return (out.masked_fill_(unknown, float('nan')) if unknown.shape == out.shape
+            else self._spoil(func, out) if unknown.any() else out)
 
     def _spoil(self, func, out):
         own = func.__name__.endswith('_') and not func.__name__.endswith('__')
         def nan(o):
             if not isinstance(o, torch.Tensor) or not o.is_floating_point(): return o
-            return o.fill_(float('nan')) if own else torch.full_like(o, float('nan')) # it may be a view of a weight
+            # it may be a view of a weight
+            return o.fill_(float('nan')) if own else torch.full_like(o, float('nan'))
         return tree_map(nan, out)
 
     def _layer(self, func, name, args, kwargs):
@@ -96,15 +106,18 @@ class Probe(TorchFunctionMode):
         dim = x.ndim-1 if name == 'linear' else x.ndim-w.ndim+1
         flat = x.movedim(dim, 0).flatten(1)
         const = (flat == flat[:, :1]).all(1) # NaN equals nothing
-        read = Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs), id(kwargs.get('bias', args[2] if len(args) > 2 else None)))
+        read = Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs),
+            id(kwargs.get('bias', args[2] if len(args) > 2 else None)))
         self.reads.setdefault(id(w), []).append(read)
-        if read.padded: args = (x.masked_fill(x != 0, float('nan')), *args[1:]) # a constant, but not at the border; a map of one position does not show it
+        # a constant, but not at the border; a map of one position does not show it
+        if read.padded: args = (x.masked_fill(x != 0, float('nan')), *args[1:])
         out = func(*args, **kwargs)
         rows = out.movedim(out.ndim-1 if name == 'linear' else dim, 0) # a view
         zero = _zero_rows(name, w)
         if read.padded: rows[rows.isnan().flatten(1).any(1)] = float('nan')
         if len(zero) == len(rows) and zero.any(): # else grouped and transposed
-            rows[zero] = func(torch.zeros_like(x), *args[1:], **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)[zero]
+            rows[zero] = func(torch.zeros_like(x), *args[1:],
+                **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)[zero]
         return out
 
 def _other_sizes(xs):
@@ -114,13 +127,16 @@ def _other_sizes(xs):
             if 0 < x.shape[d]: x = torch.cat([x, x] + [x.narrow(d, 0, 1)]*odd, d)
         return x
     for pick in (lambda n: range(min(n, 1)), lambda n: range(1, min(n, 2)), lambda n: range(2, n)):
-        if any(len(pick(x.ndim)) for x in xs): yield [tuple(grow(x, pick(x.ndim), odd) for x in xs) for odd in (1, 0)] # some networks want even sizes
+        # some networks want even sizes
+        if any(len(pick(x.ndim)) for x in xs):
+            yield [tuple(grow(x, pick(x.ndim), odd) for x in xs) for odd in (1, 0)]
 
 def _probe(model, xs):
     with Probe() as p: model(*(x.clone() for x in xs))
     return p.reads
 
-def _close(a, b): return (a-b).abs() <= min(1e3*torch.finfo(a.dtype).eps, .05)*a.abs() # a mean over more numbers is rounded in another way
+def _close(a, b): # a mean over more numbers is rounded in another way
+    return (a-b).abs() <= min(1e3*torch.finfo(a.dtype).eps, .05)*a.abs()
 
 def _narrow(reads, others):
     "Of what was read, keep what is the same constant at another size"
@@ -132,7 +148,8 @@ def _narrow(reads, others):
 
 def constant_reads(model, sample) -> dict: # id of each weight -> `Read`s
     "What each layer of `model` reads that does not depend on the input, nor on its size"
-    xs = tuple(x.as_subclass(torch.Tensor) for x in model_inputs(model, sample)) # constants of fastai's tensor types could not go into a bias
+    # constants of fastai's tensor types could not go into a bias
+    xs = tuple(x.as_subclass(torch.Tensor) for x in model_inputs(model, sample))
     xs = tuple(torch.full_like(x, float('nan')) if x.is_floating_point() else x for x in xs)
     with still(model):
         reads = _probe(model, xs)
@@ -154,9 +171,12 @@ class _Side:
     foldable:bool # Can a constant go into its bias?
 
     def unread(self, u): return not self.weight.index_select(self.key[2], self.cols[u]).any()
-    def constant(self, u): return bool(self.reads) and all(r.const[self.cols[u]].all() for r in self.reads)
+    def constant(self, u):
+        return bool(self.reads) and all(r.const[self.cols[u]].all() for r in self.reads)
     def values(self, u): return self.reads[0].value[self.cols[u]]
-    def steady(self, u): return self.constant(u) and all(torch.equal(r.value[self.cols[u]], self.values(u)) for r in self.reads)
+    def steady(self, u):
+        return (self.constant(u) and all(torch.equal(r.value[self.cols[u]], self.values(u))
+            for r in self.reads))
 
 def _biased(model, reads):
     "Names of the layers whose bias is theirs alone, as is their weight, and is added whenever the weight is used, without zeros at a border"
@@ -164,8 +184,10 @@ def _biased(model, reads):
     for m in model.modules():
         for t in m._parameters.values(): uses[id(t)] = uses.get(id(t), 0)+1
     own = lambda m: uses[id(m._parameters['weight'])] == uses[id(m._parameters['bias'])] == 1
-    fits = lambda m: all(r.bias == id(m._parameters['bias']) and not r.padded for r in reads.get(id(m._parameters['weight']), []))
-    return {n for n,m in model.named_modules() if isinstance(m._parameters.get('bias'), nn.Parameter) and m._parameters.get('weight') is not None and own(m) and fits(m)}
+    fits = lambda m: all(r.bias == id(m._parameters['bias'])
+        and not r.padded for r in reads.get(id(m._parameters['weight']), []))
+    return {n for n,m in model.named_modules() if isinstance(m._parameters.get('bias'), nn.Parameter)
+        and m._parameters.get('weight') is not None and own(m) and fits(m)}
 
 def _sides(model, twin, cmap, s, reads, biased):
     "The readers of space number `s`, with the weights of `twin`"
@@ -175,7 +197,8 @@ def _sides(model, twin, cmap, s, reads, biased):
         w,order = getattr(twin.get_submodule(m), t).detach(),np.argsort(lab, kind='stable')
         a,b = (np.searchsorted(lab[order], units, side) for side in ('left', 'right'))
         cols = [torch.from_numpy(order[i:j]).to(w.device) for i,j in zip(a, b)]
-        res.append(_Side((m, t, d), w, cols, reads.get(id(getattr(model.get_submodule(m), t)), []), m in biased and t == 'weight'))
+        res.append(_Side((m, t, d), w, cols, reads.get(id(getattr(model.get_submodule(m), t)), []),
+            m in biased and t == 'weight'))
     return res
 
 def _idle(model, cmap, s):
@@ -183,15 +206,19 @@ def _idle(model, cmap, s):
     zero = np.ones(len(cmap.space_of), bool)
     for (m,t,d),(kind,lab) in cmap.bindings.items():
         w = getattr(model.get_submodule(m), t)
-        if 'rows' in kind and w.ndim > 1: zero[lab[(w.detach().movedim(d, 0).flatten(1) != 0).any(1).cpu().numpy()]] = False
-    made = np.isin(cmap.units[s], np.concatenate([lab for (_,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind]))
+        if 'rows' in kind and w.ndim > 1:
+            zero[lab[(w.detach().movedim(d, 0).flatten(1) != 0).any(1).cpu().numpy()]] = False
+    made = np.isin(cmap.units[s],
+        np.concatenate([lab for (_,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind]))
     return np.flatnonzero(zero[cmap.units[s]] & made).tolist()
 
 def _stuck(model, cmap, s):
     "Number of dead channels in a space that stays whole; where several layers make it, only units count, which are dead in each"
-    made = [(getattr(model.get_submodule(m), t).detach().movedim(d, 0), np.isin(lab, cmap.units[s])) for (m,t,d),(kind,lab) in cmap.bindings.items() if 'rows' in kind]
+    made = [(getattr(model.get_submodule(m), t).detach().movedim(d, 0), np.isin(lab, cmap.units[s]))
+        for (m,t,d),(kind,lab) in cmap.bindings.items() if 'rows' in kind]
     made = [(w, mine) for w,mine in made if w.ndim > 1 and mine.any()]
-    return int((made[0][0].flatten(1) == 0).all(1).cpu().numpy()[made[0][1]].sum()) if len(made) == 1 else len(_idle(model, cmap, s))
+    return (int((made[0][0].flatten(1) == 0).all(1).cpu().numpy()[made[0][1]].sum()) if len(made) == 1
+        else len(_idle(model, cmap, s)))
 
 def _carrier(units, sides):
     "Of the constant `units` the one that can take over the others, and these; a constant near 0 could not be scaled to the others"
@@ -220,16 +247,20 @@ def _plan_space(n, sides, idle):
     fold = rest if all(s.foldable for s in sides) else []
     if rest and not fold:
         carrier,merged = _carrier(rest, sides)
-        what = f'{_plural(len(merged)+1, "constant channel")} merged into one' if merged else f'{_plural(len(rest), "constant channel")} kept'
+        what = (f'{_plural(len(merged)+1, "constant channel")} merged into one' if merged
+            else f'{_plural(len(rest), "constant channel")} kept')
         stays = not merged
         notes.append(f'{what}: a reader pads with zeros or has no bias of its own')
     gone = sorted({*(u for u in range(n) if unread[u]), *zero, *fold, *merged})
     varied = [u for u in idle if u not in gone and u not in rest]
     late = [s.key[0] for s in sides if not s.reads]
     if varied: notes.append(f'{_plural(len(varied), "dead channel")} kept: ' + (
-        f'{short_list(late)} reads them in training only' if late else 'what is read of them varies (a gate, or the border of a padded layer)'))
-    if len(gone) == n: gone,notes = gone[1:],['all channels are dead; one is kept'] # a layer needs a channel
-    return _Plan(gone, carrier, [u for u in merged if u in gone], [u for u in fold if u in gone], '; '.join(notes), stays or bool(varied))
+        f'{short_list(late)} reads them in training only' if late else 'what is read of them varies (a '
+        'gate, or the border of a padded layer)'))
+    # a layer needs a channel
+    if len(gone) == n: gone,notes = gone[1:],['all channels are dead; one is kept']
+    return _Plan(gone, carrier, [u for u in merged if u in gone], [u for u in fold if u in gone],
+        '; '.join(notes), stays or bool(varied))
 
 # %% ../../nbs/channels/06_dead.ipynb #c7ddc2f2
 def _shift(side, units):
@@ -242,7 +273,8 @@ def _take_over(side, carrier, merged):
     "Columns of the carrier, with those of the merged units added"
     w = side.weight.movedim(side.key[2], 0)
     own,value = side.cols[carrier],side.values(carrier).double()
-    scaled = [w[side.cols[u]].double()*(side.values(u).double()/value).view(-1, *[1]*(w.ndim-1)) for u in merged]
+    scaled = [w[side.cols[u]].double()*(side.values(u).double()/value).view(-1, *[1]*(w.ndim-1))
+        for u in merged]
     w[own] = (w[own].double()+sum(scaled)).to(w.dtype)
 
 @torch.no_grad()
@@ -269,9 +301,13 @@ def cut_dead(
 def has_dead(model) -> bool:
     "Is there a convolution or linear layer with a row or column of zeros, or a norm that scales a channel by 0?"
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    if any(isinstance(m, norms) and m.weight is not None and not m.weight.detach().all() for m in model.modules()): return True
-    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.weight.ndim > 1]
-    return any(not m.weight.detach().transpose(0, d).flatten(1).any(1).all() for m in layers for d in (0, 1))
+    if any(isinstance(m, norms) and m.weight is not None
+        and not m.weight.detach().all() for m in model.modules()):
+        return True
+    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
+        and m.weight.ndim > 1]
+    return any(not m.weight.detach().transpose(0, d).flatten(1).any(1).all() for m in layers
+        for d in (0, 1))
 
 def _prepare(model, cmap, reads):
     "Units to keep per space, a copy of the model in which constants are folded, and the rows"
@@ -280,12 +316,16 @@ def _prepare(model, cmap, reads):
     for i,space in enumerate(cmap):
         sides = _sides(model, twin, cmap, i, reads, biased) if space.cuttable else []
         n = 0 if space.cuttable or space.is_output else _stuck(twin, cmap, i)
-        if n: rows.append(dict(space=space.name, channels='kept', note=f'{_plural(n, "dead channel")} kept: {space.why}', stays=True))
+        if n:
+            rows.append(dict(space=space.name, channels='kept', note=f'{_plural(n, "dead channel")} '
+                f'kept: {space.why}', stays=True))
         if not sides: continue
         p = _plan_space(space.size, sides, _idle(twin, cmap, i))
         for s in sides:
             if p.merged: _take_over(s, p.carrier, p.merged)
             if p.fold: twin.get_submodule(s.key[0]).bias += _shift(s, p.fold).to(s.weight.dtype)
         if p.gone: keep[space.name] = [u for u in range(space.size) if u not in p.gone]
-        if p.gone or p.note: rows.append(dict(space=space.name, channels=f'{space.size} -> {space.size-len(p.gone)}' if p.gone else 'kept', note=p.note, stays=p.stays))
+        if p.gone or p.note:
+            rows.append(dict(space=space.name, channels=f'{space.size} -> {space.size-len(p.gone)}'
+                if p.gone else 'kept', note=p.note, stays=p.stays))
     return keep,twin,rows

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np, torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (_global_forward_hooks_with_kwargs, register_module_forward_hook,
+    register_module_forward_pre_hook)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,13 +58,15 @@ class Record:
         for n,m in model.named_modules():
             for k,t in (*m._parameters.items(), *m._buffers.items()):
                 if t is not None: self.owner.setdefault(id(t), (n, k))
-        self.known = {*self.owner, *(id(t) for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))}
-        self.bindings,self.producers,self.groups,self.counts,self.stack,self.ran,self.computed,self.same = {},[],{},{},[],set(),set(),[]
+        self.known = {*self.owner, *(id(t) for m in model.modules() for t in vars(m).values()
+            if isinstance(t, torch.Tensor))}
+        self.bindings,self.producers,self.groups,self.counts,self.stack,self.ran,self.computed,self.same = ({},[],{},{},[],set(),set(),[])
 
     @property
     def here(self): return self.stack[-1] if self.stack else self.model
     @property
-    def where(self): return (f"{self.names.get(id(self.here)) or 'the model itself'} ({type(self.here).__name__})")
+    def where(self):
+        return (f"{self.names.get(id(self.here)) or 'the model itself'} ({type(self.here).__name__})")
 
     def pin(self, ids, why):
         "These channels must stay whole, because of `why`"
@@ -73,7 +76,9 @@ class Record:
         "Channels `a` and `b` live or die together, pair by pair; what meets a raw channel stays whole"
         a,b = a.flatten(),b.flatten()
         raw = (a == 0) | (b == 0)
-        if raw.any(): self.pin(torch.maximum(a, b)[raw], why or f'{self.where} joins them with channels that stay whole')
+        if raw.any():
+            self.pin(torch.maximum(a, b)[raw], why or f'{self.where} joins them with channels that '
+                'stay whole')
         if why: self.ties.append((a, why))
         self.edges.append((a[~raw], b[~raw]) if raw.any() else (a, b))
 
@@ -92,7 +97,8 @@ class Record:
         ids = get_ids(x)
         if ids is None: return torch.zeros(x.shape[dim], dtype=torch.long)
         dim %= ids.ndim
-        return self.tie(ids, [d for d in range(ids.ndim) if d != dim], why).flatten().expand(x.shape[dim])
+        return self.tie(ids, [d for d in range(ids.ndim) if d != dim],
+            why).flatten().expand(x.shape[dim])
 
     def bind(self, t, dim, ids, kind, why=''):
         "Note that `ids` lie along `dim` of the stored tensor `t`; a tensor used twice binds both"
@@ -101,7 +107,8 @@ class Record:
         self.ran.add(id(t))
         if own is None:
             self.computed.add(self.where)
-            for i in (ids, get_ids(t)): self.pin(i, f'{self.where} computes its weight instead of storing it')
+            for i in (ids, get_ids(t)):
+                self.pin(i, f'{self.where} computes its weight instead of storing it')
             return
         old = self.bindings.get((*own, dim))
         if old is None: self.bindings[(*own, dim)] = Binding(*own, dim, ids, kind, why)
@@ -113,7 +120,8 @@ class Record:
         "Ids of the `n` channels that the stored tensor `t` hands out along `dim`: the same at each use"
         own = self.owner.get(id(t))
         if own is None: return None
-        if (*own, dim) in self.bindings and 'rows' in self.bindings[(*own, dim)].kind: return self.bindings[(*own, dim)].ids
+        if (*own, dim) in self.bindings and 'rows' in self.bindings[(*own, dim)].kind:
+            return self.bindings[(*own, dim)].ids
         ids = self.new(t, n)
         self.bind(t, dim, ids, 'rows')
         return ids
@@ -121,7 +129,9 @@ class Record:
     def new(self, t, n):
         "`n` new ids, made by the layer that owns `t`, or by the one that runs, where the other is an embedding and has made its own"
         module,name = self.owner[id(t)]
-        if any(p[1] == module for p in self.producers) and isinstance(self.model.get_submodule(module), nn.Embedding): module = self.names[id(self.here)]
+        if (any(p[1] == module for p in self.producers)
+            and isinstance(self.model.get_submodule(module), nn.Embedding)):
+            module = self.names[id(self.here)]
         self.producers.append((f'{module}.{name}'.lstrip('.'), module, self.n, n))
         self.n += n
         return torch.arange(self.n-n, self.n)
@@ -129,7 +139,8 @@ class Record:
     def what(self, t):
         "What a raw tensor is, in words"
         own = self.owner.get(id(t))
-        return f"the raw {'parameter' if isinstance(t, nn.Parameter) else 'buffer'} {'.'.join(filter(None, own))}" if own else 'channels that stay whole'
+        return (f"the raw {'parameter' if isinstance(t, nn.Parameter) else 'buffer'} "
+            f"{'.'.join(filter(None, own))}" if own else 'channels that stay whole')
 
     def whole(self, t, why=''):
         "A stored tensor stays whole in all dimensions, also where other layers use it"
@@ -146,7 +157,8 @@ class Record:
     @property
     def advice(self):
         n = self.names.get(id(self.here))
-        return f'keep it whole with pin=[{n!r}]' if n else 'move the operator into a module of its own, which pin=[...] can keep whole'
+        return (f'keep it whole with pin=[{n!r}]' if n else 'move the operator into a module of its '
+            'own, which pin=[...] can keep whole')
 
 # %% ../../nbs/channels/00_ids.ipynb #6e7b9389
 RULES = {}
@@ -167,19 +179,23 @@ ASKING = '''size dim ndimension numel stride is_contiguous is_floating_point is_
  __hash__ __bool__ is_tensor _assert broadcast_shapes broadcast_tensors_ result_type is_nonzero is_same_size new_zeros new_ones new_empty new_full
  new_tensor nelement has_names untyped_storage shape_ __class__ is_signed register_hook retain_grad __deepcopy__'''.split()
 
-SHAPING = 'expand_as view_as reshape_as to type_as'.split() # of other arguments, only the shape or the type counts
-READING = 'item tolist numpy __float__ __int__ __array__ __index__'.split() # numbers leave for Python: what happens to them cannot be seen
+# of other arguments, only the shape or the type counts
+SHAPING = 'expand_as view_as reshape_as to type_as'.split()
+# numbers leave for Python: what happens to them cannot be seen
+READING = 'item tolist numpy __float__ __int__ __array__ __index__'.split()
 
 def _tensors(o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
 
 def _plain_call(args, kwargs):
     "The first argument by position, and torch's names instead of NumPy's"
-    kwargs = {{'axis': 'dim', 'axes': 'dim', 'keepdims': 'keepdim', 'x': 'input', 'x2': 'other'}.get(k, k): v for k,v in kwargs.items()}
+    kwargs = {{'axis': 'dim', 'axes': 'dim', 'keepdims': 'keepdim', 'x': 'input', 'x2': 'other'}.get(k,
+        k): v for k,v in kwargs.items()}
     if kwargs.get('out', 0) is None: del kwargs['out']
     first = next((k for k in ('input', 'tensors', 'tensor') if k in kwargs), None)
     return (args, kwargs) if args or first is None else ((kwargs.pop(first),), kwargs)
 
-OUTPUT,EMBEDDING,PINNED = 'they are the output of the model','is an embedding','is pinned' # reasons to stay whole that go by themselves
+# reasons to stay whole that go by themselves
+OUTPUT,EMBEDDING,PINNED = 'they are the output of the model','is an embedding','is pinned'
 TRAINED = f'{OUTPUT} in training'
 
 class TraceError(NotImplementedError, ValueError):
@@ -189,11 +205,14 @@ class Flow(TorchFunctionMode):
     "Carries channel ids through what runs inside, and collects what it sees in `rec`"
     def __init__(self, model, boxes=(), embeddings=False):
         super().__init__()
-        self.rec,self.boxes,self.inside,self.marks = Record(model, embeddings),{id(m) for m in boxes},0,[]
-        self.within = {id(o) for m in boxes for o in m.modules()} # a list of modules is never called itself, its modules are
+        self.rec,self.boxes,self.inside,self.marks = Record(model,
+            embeddings),{id(m) for m in boxes},0,[]
+        # a list of modules is never called itself, its modules are
+        self.within = {id(o) for m in boxes for o in m.modules()}
 
     def __enter__(self):
-        self.handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave, with_kwargs=True)]
+        self.handles = [register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, with_kwargs=True)]
         return super().__enter__()
 
     def __exit__(self, *args):
@@ -212,7 +231,8 @@ class Flow(TorchFunctionMode):
         if id(m) not in self.rec.names: return
         ins = [t for t in tree_leaves((args, kwargs)) if is_traced(t)]
         if id(m) in self.within: self._close(m, ins, out)
-        lost = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point() and not is_traced(t) and id(t) not in self.rec.known]
+        lost = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()
+            and not is_traced(t) and id(t) not in self.rec.known]
         new = self.marks.pop() < self.rec.n # channels made inside
         if lost and ins and (new or any(get_ids(t) is not None for t in ins)): raise TraceError(
             f"{self.rec.where}: channels cannot be followed through it (scripted code, or an operator outside of torch's function protocol). "
@@ -243,11 +263,15 @@ class Flow(TorchFunctionMode):
             if name.startswith('new_'): self._tag(out, None)
             return out
         traced = [t for t in ins if is_traced(t)]
-        seen = all(is_traced(t) or id(t) in rec.known for t in ins) # else something came by a way that torch does not show
-        if traced or seen and rule and wants == 'all' and any(id(t) in rec.owner for t in ins): self._tag(out, self._ids(rule, wants, out, base, traced, args, kwargs))
+        # else something came by a way that torch does not show
+        seen = all(is_traced(t) or id(t) in rec.known for t in ins)
+        if traced or seen and rule and wants == 'all' and any(id(t) in rec.owner for t in ins):
+            self._tag(out, self._ids(rule, wants, out, base, traced, args, kwargs))
         else:
             for t in ins:
-                if id(t) in rec.owner and not any(o is t for o in _tensors(out)): rec.whole(t, f'{rec.where} computes with {".".join(filter(None, rec.owner[id(t)]))} ({base})')
+                if id(t) in rec.owner and not any(o is t for o in _tensors(out)):
+                    rec.whole(t, f'{rec.where} computes with '
+                        f'{".".join(filter(None, rec.owner[id(t)]))} ({base})')
             if seen: self._tag(out, None)
         return out
 
@@ -255,20 +279,27 @@ class Flow(TorchFunctionMode):
         if wants != 'all' and all(get_ids(t) is None for t in traced): return None # raw in, raw out
         if wants == 'first' and args and get_ids(args[0]) is None:
             if name not in SHAPING:
-                for t in traced: self.rec.pin(get_ids(t), f'{self.rec.where} applies them to channels that stay whole ({name})')
+                for t in traced:
+                    self.rec.pin(get_ids(t), f'{self.rec.where} applies them to channels that stay '
+                        f'whole ({name})')
             return None
-        if 'out' in kwargs: raise TraceError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). Take its result instead, or {self.rec.advice}.")
+        if 'out' in kwargs:
+            raise TraceError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). "
+                f"Take its result instead, or {self.rec.advice}.")
         if rule is not None: return rule(self.rec, out, name, *args, **kwargs)
         if name in READING: raise TraceError(
-            f"{self.rec.where}: {name!r} takes the numbers of channels out of torch, where they cannot be followed. Stay with tensors, or {self.rec.advice}.")
+            f"{self.rec.where}: {name!r} takes the numbers of channels out of torch, where they cannot "
+            f"be followed. Stay with tensors, or {self.rec.advice}.")
         raise TraceError(
-            f"{self.rec.where}: no rule tells how channels pass {name!r}. Give it one with `@channel_rule({name!r})`, or {self.rec.advice}.")
+            f"{self.rec.where}: no rule tells how channels pass {name!r}. Give it one with "
+            f"`@channel_rule({name!r})`, or {self.rec.advice}.")
 
     def _tag(self, out, ids):
         outs = tree_leaves(out)
         idss = tree_leaves(ids) if isinstance(ids, (tuple, list)) else [ids]*len(outs)
         for o,i in zip(outs, idss):
-            if isinstance(o, torch.Tensor) and id(o) not in self.rec.owner: o._channel_ids = None if i is None or not varying(i) and not i.any() else i
+            if isinstance(o, torch.Tensor) and id(o) not in self.rec.owner:
+                o._channel_ids = None if i is None or not varying(i) and not i.any() else i
 
     def inputs(self, xs):
         "Copies of the inputs, marked as raw"

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from .ids import EMBEDDING, channel_rule, get_ids, is_traced
 
 # %% ../../nbs/channels/02_recurrent.ipynb #36ab2d4f
-WIDTHS = 'n_hid n_hidden nhid hidden_size hidden_dim hidden_sz rnn_size'.split() # attributes by which a model makes the states of its recurrent layers
+# attributes by which a model makes the states of its recurrent layers
+WIDTHS = 'n_hid n_hidden nhid hidden_size hidden_dim hidden_sz rnn_size'.split()
 
 def count_channels(
     rec, # `Record` of a trace
@@ -43,14 +44,16 @@ def _start(rec, ids, hx):
     for h in tree_leaves(hx):
         if id(h) in rec.owner: rec.bind(h, h.ndim-1, ids, 'pass')
         elif get_ids(h) is not None: rec.join(rec.line(h, -1, f'{rec.where} reads them as states'), ids)
-        elif isinstance(h, torch.Tensor) and h.any(): rec.pin(ids, f'{rec.where} starts from a state that is given, and not zero')
+        elif isinstance(h, torch.Tensor) and h.any():
+            rec.pin(ids, f'{rec.where} starts from a state that is given, and not zero')
 
 def _holders(rec, ids, cols, ways):
     "Who holds the numbers of units and inputs: the layer, and the model that makes its states"
     count_channels(rec, rec.here, 'hidden_size', ids)
     count_channels(rec, rec.here, 'input_size', cols)
     for m in rec.stack[:-1]:
-        for a in WIDTHS if callable(getattr(m, 'reset', None)) else (): count_channels(rec, m, a, ids.repeat(ways))
+        for a in WIDTHS if callable(getattr(m, 'reset', None)) else ():
+            count_channels(rec, m, a, ids.repeat(ways))
 
 def _whole(rec, why, *args):
     for t in tree_leaves(args):
@@ -84,14 +87,16 @@ def _cell(rec, out, name, x, hx, *weights):
     weights = [w for w in weights if w is not None]
     why = _refused(rec, weights)
     if why: return _whole(rec, why, x, hx, weights)
-    ids,cols = _units(rec, weights[0], weights[1].shape[1]),rec.line(x, -1, f'{rec.where} reads them as positions')
+    ids,cols = _units(rec, weights[0], weights[1].shape[1]),rec.line(x, -1,
+        f'{rec.where} reads them as positions')
     _bind(rec, ids, cols, *weights)
     _start(rec, ids, hx)
     _holders(rec, ids, cols, 1)
     return tuple(ids.expand(o.shape) for o in out) if isinstance(out, tuple) else ids.expand(out.shape)
 
 # %% ../../nbs/channels/02_recurrent.ipynb #d40b2d3c
-def _last(rec, ids, out): return rec.line(ids, -1, f'{rec.where} packs or unpacks them').expand(out.shape)
+def _last(rec, ids, out):
+    return rec.line(ids, -1, f'{rec.where} packs or unpacks them').expand(out.shape)
 
 @channel_rule('_pack_padded_sequence')
 def _pack(rec, out, name, x, *args): return (_last(rec, x, out[0]), None)
@@ -111,7 +116,8 @@ def _clone(rec, out, name, x, *args, **kwargs):
 @channel_rule('embedding', wants='all')
 def _embedding(rec, out, name, x, weight, padding_idx=None, max_norm=None, *args, **kwargs):
     stored = id(weight) in rec.owner
-    if not stored or not rec.embeddings or max_norm is not None: return rec.whole(weight, f'{rec.where} {EMBEDDING}')
+    if not stored or not rec.embeddings or max_norm is not None:
+        return rec.whole(weight, f'{rec.where} {EMBEDDING}')
     ids = rec.emit(weight, 1, weight.shape[1])
     count_channels(rec, rec.model.get_submodule(rec.owner[id(weight)][0]), 'embedding_dim', ids)
     return ids.expand(out.shape)

@@ -28,7 +28,9 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
     "Whole groups: the group is the unit, on both sides"
     rec.ran.add(id(weight))
     if rec.owner.get(id(weight)) is None or not cols.all():
-        for i in (cols, get_ids(weight)): rec.pin(i, f'{rec.where} {"is a grouped layer of raw channels" if id(weight) in rec.owner else "computes its weight instead of storing it"}')
+        for i in (cols, get_ids(weight)):
+            rec.pin(i, f'{rec.where} '
+                f'{"is a grouped layer of raw channels" if id(weight) in rec.owner else "computes its weight instead of storing it"}')
         for t in (weight, bias):
             if id(t) in rec.owner: rec.whole(t, f'{rec.where} is a grouped layer of raw channels')
         return
@@ -36,7 +38,8 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
     if len(cols) == groups: rows = cols.repeat_interleave(c_out//groups) # depthwise
     else:
         rows,cols = torch.arange(rec.n, rec.n+c_out),rec.tie(cols.view(groups, -1), [1], why)
-        rec.producers.append(('.'.join(rec.owner[id(weight)]).lstrip('.'), rec.owner[id(weight)][0], rec.n, c_out))
+        rec.producers.append(('.'.join(rec.owner[id(weight)]).lstrip('.'), rec.owner[id(weight)][0],
+            rec.n, c_out))
         rec.n += c_out
         rec.join(rec.tie(rows.view(groups, -1), [1], why), cols)
         cols = cols.flatten()
@@ -65,15 +68,19 @@ channel_rule(*(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)), wan
 def _batch_norm(rec, out, name, x, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs):
     ids = rec.line(x, 1, f'{rec.where} normalizes them together')
     for t in (running_mean, running_var, weight, bias): rec.bind(t, 0, ids, 'pass')
-    if running_mean is None and weight is None and getattr(rec.here, 'num_features', None) == len(ids): rec.group(ids, f'{rec.where} has two sizes') # nothing to bind
+    # nothing to bind
+    if running_mean is None and weight is None and getattr(rec.here, 'num_features', None) == len(ids):
+        rec.group(ids, f'{rec.where} has two sizes')
     return get_ids(x)
 
 @channel_rule('group_norm', wants='all')
 def _group_norm(rec, out, name, x, num_groups, weight=None, bias=None, *args, **kwargs):
     ids = rec.line(x, 1, f'{rec.where} normalizes them together')
     ids = ids.clone() # to reshape
-    one = rec.tie(ids.view(num_groups, -1), [1], f'{rec.where} normalizes {"over all channels" if num_groups == 1 else "the channels of a group together"}').flatten()
-    if getattr(rec.here, 'num_groups', None) == num_groups: rec.group(one, f'{rec.where} normalizes with two numbers of groups')
+    one = rec.tie(ids.view(num_groups, -1), [1], f'{rec.where} normalizes '
+        f'{"over all channels" if num_groups == 1 else "the channels of a group together"}').flatten()
+    if getattr(rec.here, 'num_groups', None) == num_groups:
+        rec.group(one, f'{rec.where} normalizes with two numbers of groups')
     elif num_groups > 1: rec.pin(ids, f'{rec.where} has a fixed number of groups (group_norm)')
     for t in (weight, bias): rec.bind(t, 0, ids, 'pass')
     return get_ids(x)
@@ -82,12 +89,14 @@ def _group_norm(rec, out, name, x, num_groups, weight=None, bias=None, *args, **
 def _layer_norm(rec, out, name, x, shape, *args, **kwargs):
     for t in tree_leaves((args, kwargs)):
         if isinstance(t, torch.Tensor): rec.whole(t)
-    if get_ids(x) is not None and set(varying(get_ids(x))) & set(range(x.ndim-len(shape), x.ndim)): rec.pin(get_ids(x), f'{rec.where} normalizes over all channels ({name})')
+    if get_ids(x) is not None and set(varying(get_ids(x))) & set(range(x.ndim-len(shape), x.ndim)):
+        rec.pin(get_ids(x), f'{rec.where} normalizes over all channels ({name})')
     return get_ids(x)
 
 @channel_rule('prelu', wants='all')
 def _prelu(rec, out, name, x, weight):
-    if weight.numel() > 1: rec.bind(weight, 0, rec.line(x, 1, f'{rec.where} has one slope for them'), 'pass')
+    if weight.numel() > 1:
+        rec.bind(weight, 0, rec.line(x, 1, f'{rec.where} has one slope for them'), 'pass')
     return get_ids(x)
 
 # %% ../../nbs/channels/01_rules.ipynb #b7f30529
@@ -95,15 +104,18 @@ def _sizes(t, ndim): return (1,)*(ndim-t.ndim) + tuple(t.shape)
 
 def _elementwise(rec, out, name, *args, **kwargs):
     ts = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    shape = np.broadcast_shapes(*(tuple(t.shape) for t in ts)) # that of torch imports sympy, which takes a second
+    # that of torch imports sympy, which takes a second
+    shape = np.broadcast_shapes(*(tuple(t.shape) for t in ts))
     full = {id(t): get_ids(t).expand(shape) for t in ts if get_ids(t) is not None}
     vary = set().union(*(varying(i) for i in full.values()))
     res = None
     for t in ts:
         ids,flat = full.get(id(t)),[d for d in vary if _sizes(t, len(shape))[d] == 1]
-        if ids is not None and flat: rec.pin(ids, f'{rec.where} spreads them over other channels ({name})')
+        if ids is not None and flat:
+            rec.pin(ids, f'{rec.where} spreads them over other channels ({name})')
         elif ids is None and len(flat) < len(vary):
-            for other in full.values(): rec.pin(other, f'{rec.where} combines them with {rec.what(t)} ({name})')
+            for other in full.values():
+                rec.pin(other, f'{rec.where} combines them with {rec.what(t)} ({name})')
         elif ids is not None: res = ids if res is None else _joined(rec, res, ids)
     return res
 
@@ -112,7 +124,8 @@ def _joined(rec, a, b, why=''):
     if a is b: return a
     d = [d for d in range(a.ndim) if d in {*varying(a), *varying(b)}]
     small = lambda t: t[tuple(slice(None) if i in d else slice(0, 1) for i in range(t.ndim))]
-    rec.join(small(a), small(b), why or '' if varying(a) == varying(b) or not a.any() or not b.any() else f'{rec.where} combines each of them with the same channel')
+    rec.join(small(a), small(b), why or '' if varying(a) == varying(b) or not a.any()
+        or not b.any() else f'{rec.where} combines each of them with the same channel')
     return a if len(varying(a)) >= len(varying(b)) else b
 
 ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh sigmoid
@@ -124,24 +137,30 @@ ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu se
  tan asin acos atan sinh cosh asinh acosh atanh erfc erfinv trunc fix frac sgn exp2 log10 logit special_expit absolute negative lgamma digamma sinc
  logaddexp logaddexp2 hypot copysign heaviside ldexp isinf isposinf isneginf isclose arctan arctan2 atan2 gt lt ge le eq ne logical_and logical_or logical_not masked_fill zeros_like ones_like empty_like full_like rand_like
  randn_like bitwise_and bitwise_or bitwise_not isnan isfinite xlogy copy fill zero bernoulli'''.split()
-channel_rule(*ELEMENTWISE, *(f'__{o}__' for o in 'add radd sub rsub mul rmul truediv rtruediv div rdiv pow rpow neg pos abs'.split()), wants='any')(_elementwise)
+channel_rule(*ELEMENTWISE, *(f'__{o}__' for o in 'add radd sub rsub mul rmul truediv rtruediv div rdiv '
+    'pow rpow neg pos abs'.split()), wants='any')(_elementwise)
 
 # %% ../../nbs/channels/01_rules.ipynb #ba4c1787
 @channel_rule('to', 'type_as')
 def _convert(rec, out, name, x, *args, **kwargs): return get_ids(x)
 
 @channel_rule('broadcast_tensors', wants='any')
-def _broadcast(rec, out, name, *ts, **kwargs): return tuple(None if get_ids(t) is None else get_ids(t).expand(o.shape) for t,o in zip(tree_leaves(ts), out))
+def _broadcast(rec, out, name, *ts, **kwargs):
+    return tuple(None if get_ids(t) is None else get_ids(t).expand(o.shape)
+        for t,o in zip(tree_leaves(ts), out))
 
-def _apply(f, out, ids, *args, **kwargs): return tree_map(lambda i: tidy(i) if isinstance(i, torch.Tensor) else i, f(ids, *args, **kwargs))
+def _apply(f, out, ids, *args, **kwargs):
+    return tree_map(lambda i: tidy(i) if isinstance(i, torch.Tensor) else i, f(ids, *args, **kwargs))
 
-@channel_rule('view', 'reshape', 'flatten', 'unflatten', 'view_as', 'reshape_as', 'ravel', '_unsafe_view')
+@channel_rule('view', 'reshape', 'flatten', 'unflatten', 'view_as', 'reshape_as', 'ravel',
+    '_unsafe_view')
 def _reshape(rec, out, name, x, *args, **kwargs):
     ids = get_ids(x)
     res = tidy(ids.reshape(out.shape))
     dims = varying(res)
     if len(dims) > len(varying(ids)): # one dimension of channels became several
-        asked = kwargs.get('shape', kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args))
+        asked = kwargs.get('shape', kwargs.get('size',
+            args[0] if args and isinstance(args[0], (tuple, list)) else args))
         if name == 'unflatten':
             d,sizes = _dim(args, kwargs, 0)%x.ndim,kwargs.get('sizes', args[-1])
             asked = [*x.shape[:d], *sizes, *x.shape[d+1:]]
@@ -150,18 +169,24 @@ def _reshape(rec, out, name, x, *args, **kwargs):
     return res
 
 @channel_rule('permute', 'transpose', 'movedim', 'moveaxis', 'swapaxes', 'swapdims', 't', 'T', 'mT', 'H', 'mH', 'adjoint', 'squeeze', 'unsqueeze', 'expand',
-              'expand_as', 'broadcast_to', 'pixel_shuffle', 'pixel_unshuffle', 'tile', 'repeat', 'repeat_interleave', 'diagonal')
+              'expand_as', 'broadcast_to', 'pixel_shuffle', 'pixel_unshuffle', 'tile', 'repeat',
+              'repeat_interleave', 'diagonal')
 def _move(rec, out, name, x, *args, **kwargs):
-    if name == 'repeat_interleave' and any(isinstance(t, torch.Tensor) and t.numel() > 1 for t in (*args, *kwargs.values())): rec.pin(get_ids(x), f'{rec.where} repeats each a number of times of its own')
+    if (name == 'repeat_interleave'
+        and any(isinstance(t, torch.Tensor) and t.numel() > 1 for t in (*args, *kwargs.values()))):
+        rec.pin(get_ids(x), f'{rec.where} repeats each a number of times of its own')
     if name in ('T', 'mT', 'H', 'mH'): return getattr(get_ids(x), name)
-    f = getattr(torch.Tensor, name, None) or getattr(torch, name, None) or getattr(torch.nn.functional, name)
-    args,kwargs = tree_map(lambda a: a.cpu() if isinstance(a, torch.Tensor) else a, (args, kwargs)) # ids stay on the CPU
+    f = (getattr(torch.Tensor, name, None) or getattr(torch, name, None)
+        or getattr(torch.nn.functional, name))
+    # ids stay on the CPU
+    args,kwargs = tree_map(lambda a: a.cpu() if isinstance(a, torch.Tensor) else a, (args, kwargs))
     return _apply(f, out, get_ids(x), *args, **kwargs)
 
 @channel_rule('roll', 'flip', 'fliplr', 'flipud', 'rot90')
 def _turn(rec, out, name, x, *args, **kwargs):
     ids = get_ids(x)
-    dims = {'fliplr': 1, 'flipud': 0}.get(name, kwargs.get('dims', args if name == 'flip' else args[1] if len(args) > 1 else range(ids.ndim)))
+    dims = {'fliplr': 1, 'flipud': 0}.get(name,
+        kwargs.get('dims', args if name == 'flip' else args[1] if len(args) > 1 else range(ids.ndim)))
     dims = [d%ids.ndim for d in tree_leaves(dims if not isinstance(dims, range) else list(dims))]
     args = (dims,) if name == 'flip' else args
     if name != 'rot90' and not set(dims) & set(varying(ids)): return ids
@@ -170,7 +195,8 @@ def _turn(rec, out, name, x, *args, **kwargs):
 
 def _dim(args, kwargs, at, default=0): return kwargs.get('dim', args[at] if len(args) > at else default)
 
-@channel_rule('chunk', 'split', 'tensor_split', 'unbind', 'unsafe_chunk', 'unsafe_split', 'split_with_sizes')
+@channel_rule('chunk', 'split', 'tensor_split', 'unbind', 'unsafe_chunk', 'unsafe_split',
+    'split_with_sizes')
 def _parts(rec, out, name, x, *args, **kwargs):
     ids,at = get_ids(x),0 if name == 'unbind' else 1
     d = _dim(args, kwargs, at)%x.ndim
@@ -187,7 +213,8 @@ def _pick(rec, out, name, x, *args, **kwargs):
     ids = get_ids(x)
     idx = args[0] if name == '__getitem__' else None
     whole = name == '__getitem__' and _keeps(idx, x, varying(ids))
-    if not whole and not (name in ('narrow', 'select', 'index_select') and _dim(args, kwargs, 0)%x.ndim not in varying(ids)):
+    if (not whole and not (name in ('narrow', 'select', 'index_select')
+        and _dim(args, kwargs, 0)%x.ndim not in varying(ids))):
         rec.pin(ids, f'{rec.where} takes them at fixed positions ({name})')
     f = torch.Tensor.__getitem__ if name == '__getitem__' else getattr(torch.Tensor, name)
     return _apply(f, out, ids, *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
@@ -195,12 +222,14 @@ def _pick(rec, out, name, x, *args, **kwargs):
 def _keeps(idx, x, dims):
     "Does the index leave the dimensions `dims` of `x` whole?"
     idx = list(idx) if isinstance(idx, tuple) else [idx]
-    if any(isinstance(i, (torch.Tensor, list, np.ndarray)) or i is True or i is False for i in idx): return False
+    if any(isinstance(i, (torch.Tensor, list, np.ndarray)) or i is True or i is False for i in idx):
+        return False
     n = sum(i is not None and i is not Ellipsis for i in idx)
     at = next((k for k,i in enumerate(idx) if i is Ellipsis), None)
     if at is not None: idx[at:at+1] = [slice(None)]*(x.ndim-n)
     idx = [i for i in idx if i is not None]
-    return all(isinstance(i, slice) and i.indices(x.shape[d]) == (0, x.shape[d], 1) for d,i in enumerate(idx) if d in dims)
+    return all(isinstance(i, slice)
+        and i.indices(x.shape[d]) == (0, x.shape[d], 1) for d,i in enumerate(idx) if d in dims)
 
 def _side_by_side(rec, a, b, d, name):
     "Tensors that are put together along `d` (None: a new dimension) have one size in all others, so they share their channels there"
@@ -213,9 +242,11 @@ def _side_by_side(rec, a, b, d, name):
 def _cat(rec, out, name, xs, *args, **kwargs):
     zero = lambda x: torch.zeros((), dtype=torch.long).expand(x.shape)
     ids = [zero(x) if get_ids(x) is None else get_ids(x) for x in xs]
-    d = {'stack': None, 'hstack': min(1, out.ndim-1), 'vstack': 0, 'dstack': 2}.get(name, _dim(args, kwargs, 0)%out.ndim)
+    d = {'stack': None, 'hstack': min(1, out.ndim-1), 'vstack': 0, 'dstack': 2}.get(name,
+        _dim(args, kwargs, 0)%out.ndim)
     for i in ids[1:]: _side_by_side(rec, ids[0], i, d, name)
-    if 'stack' in name or any(i.ndim != out.ndim for i in ids): return tidy(getattr(torch, name)(ids, *args, **kwargs))
+    if 'stack' in name or any(i.ndim != out.ndim for i in ids):
+        return tidy(getattr(torch, name)(ids, *args, **kwargs))
     vary = set().union(*map(varying, ids)) | {d}
     small = [i[tuple(slice(None) if k in vary else slice(0, 1) for k in range(i.ndim))] for i in ids]
     return tidy(torch.cat(small, d)).expand(out.shape)
@@ -229,11 +260,14 @@ def _shuffle(rec, out, name, x, groups):
 # %% ../../nbs/channels/01_rules.ipynb #816b7e2f
 def _resized(rec, ids, out, k, why):
     "Ids of an activation whose last `k` dimensions got another size"
-    small = rec.tie(ids, range(ids.ndim-k, ids.ndim), why) if varying(ids)[-1:] and varying(ids)[-1] >= ids.ndim-k else squash(ids)
+    small = (rec.tie(ids, range(ids.ndim-k, ids.ndim), why) if varying(ids)[-1:]
+        and varying(ids)[-1] >= ids.ndim-k else squash(ids))
     return tree_map(lambda o: small.expand(o.shape), out)
 
-POOLS = [f'{a}{p}_pool{k}d' for a in ('', 'adaptive_') for p in ('avg', 'max', 'lp') for k in (1,2,3)] + ['fractional_max_pool2d']
-@channel_rule(*POOLS, *(p+'_with_indices' for p in POOLS), *(f'max_unpool{k}d' for k in (1,2,3)), 'interpolate', 'upsample', 'upsample_nearest', 'upsample_bilinear')
+POOLS = ([f'{a}{p}_pool{k}d' for a in ('', 'adaptive_') for p in ('avg', 'max', 'lp') for k in (1,2,3)]
+    + ['fractional_max_pool2d'])
+@channel_rule(*POOLS, *(p+'_with_indices' for p in POOLS), *(f'max_unpool{k}d' for k in (1,2,3)),
+    'interpolate', 'upsample', 'upsample_nearest', 'upsample_bilinear')
 def _pool(rec, out, name, x, *args, **kwargs):
     k = int(name.split('pool')[1][0]) if 'pool' in name else x.ndim-2
     return _resized(rec, get_ids(x), out, k, f'{rec.where} treats them as positions ({name})')
@@ -248,22 +282,30 @@ def _pad(rec, out, name, x, pad, *args, **kwargs):
 
 @channel_rule('unfold', 'im2col')
 def _unfold(rec, out, name, x, *args, **kwargs):
-    if 'dimension' in kwargs or name == 'unfold' and len(args) > 1 and isinstance(args[0], int): return _apply(torch.Tensor.unfold, out, get_ids(x), *args, **kwargs)
+    if 'dimension' in kwargs or name == 'unfold' and len(args) > 1 and isinstance(args[0], int):
+        return _apply(torch.Tensor.unfold, out, get_ids(x), *args, **kwargs)
     ids = rec.line(x, 1, f'{rec.where} treats them as positions (unfold)')
     return ids.repeat_interleave(out.shape[-2]//len(ids)).view(-1, 1).expand(out.shape)
 
-@channel_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'std', 'var', 'var_mean', 'std_mean', 'prod', 'norm', 'logsumexp', 'vector_norm', 'linalg_norm', 'linalg_vector_norm', 'nanmean', 'nansum', 'median', 'all', 'any')
+@channel_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'std', 'var', 'var_mean', 'std_mean', 'prod',
+    'norm', 'logsumexp', 'vector_norm', 'linalg_norm', 'linalg_vector_norm', 'nanmean', 'nansum',
+    'median', 'all', 'any')
 def _reduce(rec, out, name, x, *args, **kwargs):
     dims = _dim(args, kwargs, int('norm' in name), None)
-    if isinstance(dims, torch.Tensor) or 'other' in kwargs: return _elementwise(rec, out, name, x, *args, **kwargs) # max(x, y)
-    dims = range(x.ndim) if dims is None else [d%x.ndim for d in ((dims,) if isinstance(dims, int) else dims)]
+    # max(x, y)
+    if isinstance(dims, torch.Tensor) or 'other' in kwargs:
+        return _elementwise(rec, out, name, x, *args, **kwargs)
+    dims = (range(x.ndim) if dims is None
+        else [d%x.ndim for d in ((dims,) if isinstance(dims, int) else dims)])
     ids = rec.tie(get_ids(x), dims, f'{rec.where} takes the {name} over them')
     shape = [1 if d in dims else n for d,n in enumerate(x.shape)]
     return tree_map(lambda o: ids.expand(shape).reshape(o.shape) if o.ndim else None, out)
 
-@channel_rule('softmax', 'log_softmax', 'softmin', 'normalize', 'cumsum', 'cumprod', 'gumbel_softmax', 'glu')
+@channel_rule('softmax', 'log_softmax', 'softmin', 'normalize', 'cumsum', 'cumprod', 'gumbel_softmax',
+    'glu')
 def _over(rec, out, name, x, *args, **kwargs):
-    d = kwargs.get('dim', next((a for a in args if isinstance(a, int)), 1 if name == 'normalize' else -1))
+    d = kwargs.get('dim', next((a for a in args if isinstance(a, int)),
+        1 if name == 'normalize' else -1))
     d = (0 if x.ndim in (0, 1, 3) else 1) if d is None else d%x.ndim # a softmax without dim chooses one
     if name == 'glu':
         a,b = _parts(rec, torch.chunk(x, 2, d), 'chunk', x, 2, d)
@@ -279,5 +321,6 @@ def _over(rec, out, name, x, *args, **kwargs):
 def _mixes(rec, out, name, *args, **kwargs):
     for t in tree_leaves((args, kwargs)):
         if is_traced(t): rec.pin(get_ids(t), f'{rec.where} mixes them ({name})')
-        elif isinstance(t, torch.Tensor) and id(t) in rec.owner: rec.whole(t, f'{rec.where} mixes them ({name})')
+        elif isinstance(t, torch.Tensor) and id(t) in rec.owner:
+            rec.whole(t, f'{rec.where} mixes them ({name})')
     return None

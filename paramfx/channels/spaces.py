@@ -22,8 +22,11 @@ def pinned_modules(model:nn.Module, pin) -> list:
     "The modules that `pin` stands for: names, globs, classes or modules"
     names,res = dict(model.named_modules()),[]
     for p in listify(pin):
-        hit = [m for n,m in names.items() if m is p or isinstance(p, type) and isinstance(m, p) or isinstance(p, str) and p and (n == p or fnmatchcase(n, p))]
-        if not hit: raise ValueError(f"pin: no module is called {p!r}. Modules here: {', '.join(list(names)[1:30])}" + (', ...' if len(names) > 30 else '') + '.')
+        hit = [m for n,m in names.items() if m is p or isinstance(p, type) and isinstance(m, p)
+            or isinstance(p, str) and p and (n == p or fnmatchcase(n, p))]
+        if not hit:
+            raise ValueError(f"pin: no module is called {p!r}. Modules here: "
+                f"{', '.join(list(names)[1:30])}" + (', ...' if len(names) > 30 else '') + '.')
         res += hit
     return res
 
@@ -34,24 +37,39 @@ def pin_names(model:nn.Module, pin) -> list:
 
 def _is_quantized(cls):
     "A layer of torch with whole numbers for weights; a float one is only there to be watched and adds what it gets"
-    return cls.__module__.startswith('torch.') and 'quantized' in cls.__module__ and not cls.__name__.endswith('FloatFunctional')
+    return (cls.__module__.startswith('torch.') and 'quantized' in cls.__module__
+        and not cls.__name__.endswith('FloatFunctional'))
 
 def _hidden(m):
     "Why the weights of `m` cannot be cut, if so; and what to do about it"
-    if isinstance(m, torch.jit.ScriptModule): return 'it is scripted', 'Trace the model before it is scripted'
+    if isinstance(m, torch.jit.ScriptModule):
+        return 'it is scripted', 'Trace the model before it is scripted'
     if _is_quantized(type(m)): return 'it is quantized', 'Cut the model before it is quantized'
-    if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None): return 'it is lazy and has no weights yet', 'Run the model once, then trace it'
-    if nn.utils.parametrize.is_parametrized(m): return f"its {', '.join(m.parametrizations)} is parametrized", f"Call `torch.nn.utils.parametrize.remove_parametrizations({{}}, {next(iter(m.parametrizations))!r})`"
-    if any(isinstance(h, nn.utils.prune.BasePruningMethod) for h in m._forward_pre_hooks.values()): return 'its weight is computed by torch.nn.utils.prune', "Call `torch.nn.utils.prune.remove({}, 'weight')`"
-    old = [type(h).__name__ for h in m._forward_pre_hooks.values() if type(h).__name__ in ('WeightNorm', 'SpectralNorm')]
-    if old: return f'its weight is computed by {old[0]}', f"Call `torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm({{}})`"
+    if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None):
+        return 'it is lazy and has no weights yet', 'Run the model once, then trace it'
+    if nn.utils.parametrize.is_parametrized(m):
+        return (f"its {', '.join(m.parametrizations)} is parametrized",
+            f"Call `torch.nn.utils.parametrize.remove_parametrizations({{}}, "
+            f"{next(iter(m.parametrizations))!r})`")
+    if any(isinstance(h, nn.utils.prune.BasePruningMethod) for h in m._forward_pre_hooks.values()):
+        return ('its weight is computed by torch.nn.utils.prune',
+            "Call `torch.nn.utils.prune.remove({}, 'weight')`")
+    old = [type(h).__name__ for h in m._forward_pre_hooks.values()
+        if type(h).__name__ in ('WeightNorm', 'SpectralNorm')]
+    if old:
+        return (f'its weight is computed by {old[0]}',
+            f"Call `torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm({{}})`")
 
 def check_traceable(model:nn.Module, boxes:list) -> None:
     inside = {id(o) for b in boxes for o in b.modules()}
     for n,m in model.named_modules():
         why = None if id(m) in inside else _hidden(m)
         at = caller_model() + (f'.get_submodule({n!r})' if n else '')
-        if why: raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels cannot be cut. {why[1].format(at)}, or {'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
+        if why:
+            raise ValueError(f"{n or 'the model'} ({type(m).__name__}): {why[0]}, so its channels "
+                f"cannot be cut. {why[1].format(at)}, or "
+                f"{'keep it whole with pin=[' + repr(n) + ']' if n else 'keep it as it is'}.")
 
 # %% ../../nbs/channels/03_spaces.ipynb #46ca3292
 def short_list(names): return ', '.join(names[:3]) + (f', ... ({len(names)})' if len(names) > 3 else '')
@@ -75,10 +93,13 @@ class Units:
     def __init__(self, rec):
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
-        a,b = (torch.cat([e[i] for e in rec.edges]).numpy() if rec.edges else np.zeros(0, int) for i in (0, 1))
-        self.label = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(rec.n, rec.n)), directed=False)[1]
+        a,b = (torch.cat([e[i] for e in rec.edges]).numpy() if rec.edges else np.zeros(0, int)
+            for i in (0, 1))
+        self.label = connected_components(
+            coo_array((np.ones(len(a), bool), (a, b)), shape=(rec.n, rec.n)), directed=False)[1]
         self.starts = np.array([p[2] for p in rec.producers], int)
-        self.maker = np.searchsorted(self.starts, np.arange(rec.n), 'right')-1 # producer of each id; -1 for the raw id 0
+        # producer of each id; -1 for the raw id 0
+        self.maker = np.searchsorted(self.starts, np.arange(rec.n), 'right')-1
         self.n = self.label.max()+1
         self.first = np.full(self.n, rec.n)
         np.minimum.at(self.first, self.label, np.arange(rec.n))
@@ -98,7 +119,8 @@ class Units:
         sig = np.zeros(self.n, np.uint64)
         np.add.at(sig, self.label, code[self.maker])
         order = np.argsort(self.first)[1:] # unit of the raw id comes first
-        key = np.stack([self.maker[self.first[order]].astype(np.uint64), sig[order], (self.pinned[order] >= 0).astype(np.uint64)])
+        key = np.stack([self.maker[self.first[order]].astype(np.uint64), sig[order],
+            (self.pinned[order] >= 0).astype(np.uint64)])
         new = np.ones(len(order), bool)
         new[1:] = (key[:,1:] != key[:,:-1]).any(0)
         self.space,self.unit = np.full(self.n, -1),np.full(self.n, -1)
@@ -120,8 +142,11 @@ def describe(units, rec):
             if s >= 0: reads[s].append(b.module)
     tensors = {}
     for key,module,*_ in rec.producers: tensors.setdefault(module, set()).add(key)
-    name = lambda k: rec.producers[k][1] if len(tensors[rec.producers[k][1]]) == 1 and rec.producers[k][1] else rec.producers[k][0] # a module may have two weights
-    for s,ids in enumerate(members): # a name per maker, not per channel: wide networks have tens of thousands
+    # a module may have two weights
+    name = lambda k: rec.producers[k][1] if len(tensors[rec.producers[k][1]]) == 1 and rec.producers[k][
+        1] else rec.producers[k][0]
+    # a name per maker, not per channel: wide networks have tens of thousands
+    for s,ids in enumerate(members):
         makes[s] = list(dict.fromkeys(map(name, dict.fromkeys(units.maker[ids].tolist()))))
     return [_space(units, rec, s, members[s], makes[s], reads[s]) for s in range(len(members))]
 
@@ -130,5 +155,6 @@ def _space(units, rec, s, ids, makes, reads):
     rows = ids[units.maker[ids] == k]-rec.producers[k][2]
     name = makes[0] if len(rows) == rec.producers[k][3] else f'{makes[0]}[{rows.min()}:{rows.max()+1}]'
     pin,tie = units.pinned[labels[0]],units.tied[labels[0]]
-    why = rec.pins[pin][1] if pin >= 0 else '' if len(labels) > 1 else rec.ties[tie][1] if tie >= 0 else 'it is a single channel'
+    why = (rec.pins[pin][1] if pin >= 0 else '' if len(labels) > 1 else rec.ties[tie][1] if tie >= 0
+        else 'it is a single channel')
     return Space(name, len(labels), len(rows), makes, list(dict.fromkeys(reads)), why)

@@ -18,7 +18,8 @@ from fastcore.basics import listify, patch, store_attr
 from ..core.tables import Table
 from ..core.layers import all_matrices
 from ..core.optimizers import check_values
-from ..core.forward import forget_states, model_inputs, practising, run_model, running, show_shapes, still, whole
+from ..core.forward import (forget_states, model_inputs, practising, run_model, running,
+    show_shapes, still, whole)
 from .cuts import Cut
 from .ids import OUTPUT, TRAINED, Flow, TraceError
 import paramfx.channels.rules, paramfx.channels.recurrent # register how channels pass each operator
@@ -48,7 +49,8 @@ class ChannelMap:
         store_attr()
         self.counts = counts or {}
         n = max((u.max() for u in units), default=0)+2 # the last entry is that of raw channels, -1
-        self.space_of,self.unit_of = np.full(n, -1),np.full(n, -1) # of each unit number: position of its space, and which of its units it is
+        # of each unit number: position of its space, and which of its units it is
+        self.space_of,self.unit_of = np.full(n, -1),np.full(n, -1)
         for i,u in enumerate(units): self.space_of[u],self.unit_of[u] = i,np.arange(len(u))
 
     def __len__(self): return len(self.spaces)
@@ -61,23 +63,28 @@ class ChannelMap:
     def find(self, key) -> int:
         "Position of a space, by position, name, or the name of a layer that produces it alone"
         if isinstance(key, Space): key = key.name
-        if isinstance(key, (int, np.integer)) and -len(self) <= key < len(self): return int(key)%len(self)
-        hits = [i for i,s in enumerate(self.spaces) if s.name == key] or [i for i,s in enumerate(self.spaces) if key in s.producers]
+        if isinstance(key, (int, np.integer)) and -len(self) <= key < len(self):
+            return int(key)%len(self)
+        hits = ([i for i,s in enumerate(self.spaces) if s.name == key]
+            or [i for i,s in enumerate(self.spaces) if key in s.producers])
         if len(hits) == 1: return hits[0]
         names = [self.spaces[i].name for i in hits] or [s.name for s in self.spaces]
-        raise ValueError(f"{'Several spaces are' if hits else 'No space is'} produced by {key!r}. Choose one of: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}.")
+        raise ValueError(f"{'Several spaces are' if hits else 'No space is'} produced by {key!r}. "
+            f"Choose one of: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}.")
 
     def __getitem__(self, key) -> Space: return self.spaces[self.find(key)]
 
     def coverage(self, spaces=None) -> float:
         "Share of the numbers in convolutions and linear layers that lie in a row or column of `spaces` (default: all that can be cut)"
-        mine = np.isin(self.space_of, [self.find(s) for s in (self.cuttable if spaces is None else spaces)])
+        mine = np.isin(self.space_of,
+            [self.find(s) for s in (self.cuttable if spaces is None else spaces)])
         held = total = 0
         for key in self.weights:
             shape = self.shapes[key]
             free = int(np.prod(shape))
             for d,n in enumerate(shape):
-                b = next((v for (m,t,k),v in self.bindings.items() if k == d and f'{m}.{t}'.lstrip('.') == key), None)
+                b = next((v for (m,t,k),v in self.bindings.items() if k == d
+                    and f'{m}.{t}'.lstrip('.') == key), None)
                 if b is not None: free = free//n*int((~mine[b[1]]).sum())
             total,held = total+int(np.prod(shape)),held+int(np.prod(shape))-free
         return held/max(1, total)
@@ -86,11 +93,13 @@ class ChannelMap:
     def table(self) -> Table:
         "A row per space"
         size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
-        rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers), readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
+        rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers),
+            readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
         lists = {'Run in training only': self.late, 'Did not run, so stay as they are': self.unseen, 'Weights computed, so stay whole': self.computed,
                  'Outside of layers, so stay whole': self.outside}
         more = ''.join(f'. {what}: {short_list(names)}' for what,names in lists.items() if names)
-        return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold {100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
+        return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold '
+            f'{100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
     def _unknown(self):
@@ -126,7 +135,9 @@ def trace_channels(
         if late:
             try:
                 with practising(model): _follow(flow, model, xs, TRAINED)
-            except TraceError as e: raise TraceError(f'{e} This is in training mode, in which {short_list(late)} runs as well: {_without(late)}.') from e
+            except TraceError as e:
+                raise TraceError(f'{e} This is in training mode, in which {short_list(late)} runs as '
+                    f'well: {_without(late)}.') from e
         return _map(flow.rec, flow.boxes, model, sample, late)
 
 def _follow(flow, model, xs, why):
@@ -136,10 +147,14 @@ def _follow(flow, model, xs, why):
     except TraceError: raise # an operator without a rule
     except Exception as e:
         try: run_model(model, tuple(x.detach().clone() for x in xs))
-        except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e # what fails here, too, is the sample's fault
-        raise TraceError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: {type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
+        # what fails here, too, is the sample's fault
+        except ValueError as bad: raise ValueError(f'{flow.rec.where}: {bad}') from e
+        raise TraceError(f'{flow.rec.where}: the model runs on this sample, but cannot be traced: '
+            f'{type(e).__name__}: {e}. Keep this module whole with pin=[...].') from e
 
-def _without(late): return f"keep it whole with pin={late!r}, or build the network without it (aux_logits=False in torchvision)"
+def _without(late):
+    return (f"keep it whole with pin={late!r}, or build the network without it (aux_logits=False in "
+        "torchvision)")
 
 class _Uses(TorchFunctionMode):
     "Which of these tensors operators read"
@@ -148,7 +163,8 @@ class _Uses(TorchFunctionMode):
         self.ids,self.used = ids,set()
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(o, torch.Tensor) for o in tree_leaves(out)): # else it asks for a shape or type
+        # else it asks for a shape or type
+        if any(isinstance(o, torch.Tensor) for o in tree_leaves(out)):
             self.used.update(id(t) for t in tree_leaves((args, kwargs)) if id(t) in self.ids)
         return out
 
@@ -177,13 +193,18 @@ def _late(model, rec, xs):
 
 def _map(rec, boxes, model, sample, late):
     units = Units(rec)
-    number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1)) for k,b in rec.bindings.items()}
-    groups,counts = ({n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1) for n,ids in held.items()} for held in (rec.groups, rec.counts))
-    held = [(n, m._parameters.get('weight')) for n,m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1))
+        for k,b in rec.bindings.items()}
+    groups,counts = ({n: np.where(ids.numpy() > 0, units.label[ids.numpy()], -1)
+        for n,ids in held.items()} for held in (rec.groups, rec.counts))
+    held = [(n, m._parameters.get('weight')) for n,m in model.named_modules()
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     held = {f'{n}.weight'.lstrip('.'): tuple(w.shape) for n,w in held if w is not None}
-    shapes = {f'{m}.{t}'.lstrip('.'): tuple(getattr(model.get_submodule(m), t).shape) for m,t,_ in number} | held
+    shapes = ({f'{m}.{t}'.lstrip('.'): tuple(getattr(model.get_submodule(m), t).shape)
+        for m,t,_ in number} | held)
     sample = tuple(x.detach().cpu().clone() for x in model_inputs(model, sample))
-    mine = {n: [id(t) for t in m._parameters.values() if t is not None] for n,m in model.named_modules()}
+    mine = {n: [id(t) for t in m._parameters.values() if t is not None]
+        for n,m in model.named_modules()}
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
     cmap = ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes],
                       sorted(rec.computed), list(held), counts, rec.embeddings, late)
@@ -204,13 +225,21 @@ def cut(self:ChannelMap,
     "A cut of the same kind in every space"
     if isinstance(keep, dict): return Cut(self, keep)
     if whole not in ('raise', 'keep'): raise ValueError(f"whole={whole!r}: choose 'raise' or 'keep'.")
-    if not callable(keep) and not 0 < keep <= 1: raise ValueError(f'keep={keep}: the share of units to keep lies in (0, 1].')
-    chosen = [self[k] for k in listify(only)] if only is not None else [s for s in self if s.cuttable or s.size > 1 and not s.is_output]
+    if not callable(keep) and not 0 < keep <= 1:
+        raise ValueError(f'keep={keep}: the share of units to keep lies in (0, 1].')
+    chosen = ([self[k] for k in listify(only)] if only is not None
+        else [s for s in self if s.cuttable or s.size > 1 and not s.is_output])
     chosen = [s for s in chosen if self.find(s) not in {self.find(k) for k in listify(exclude)}]
     stuck = [s for s in chosen if not s.cuttable]
     if stuck and (whole == 'raise' or not any(s.cuttable for s in chosen)): raise ValueError(
-        f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if len(stuck) > 1 else '') + '. ' +
-        ("Cut the others with whole='keep', or name them with only=[...]." if any(s.cuttable for s in chosen) else f'Nothing else is left to cut{self._unknown()}.'))
-    if not any(s.cuttable for s in chosen): raise ValueError('Nothing to cut: ' + ('; '.join([f'{s.name}: {s.why}' for s in self] + [f'{n}: its weight is computed' for n in self.computed[:3]]) or 'the model has no layer whose channels could go') + f'{self._unknown()}.')
+        f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)'
+            if len(stuck) > 1 else '') + '. ' +
+        ("Cut the others with whole='keep', or name them with only=[...]."
+            if any(s.cuttable for s in chosen) else f'Nothing else is left to cut{self._unknown()}.'))
+    if not any(s.cuttable for s in chosen):
+        raise ValueError('Nothing to cut: '
+            + ('; '.join([f'{s.name}: {s.why}' for s in self]
+            + [f'{n}: its weight is computed' for n in self.computed[:3]])
+            or 'the model has no layer whose channels could go') + f'{self._unknown()}.')
     rule = keep if callable(keep) else lambda s: np.arange(ceil(round(s.size*keep, 9)))
     return Cut(self, {s.name: rule(s) for s in chosen if s.cuttable})

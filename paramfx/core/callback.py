@@ -24,14 +24,18 @@ from .state import EffectState, effects, root_module
 # %% ../../nbs/core/06_callback.ipynb #3d6f69d5
 class LeanCallback(Callback):
     "`Callback` that answers at once to the events its class does not define"
-    _own = frozenset()
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._own = frozenset(e for e in Callback._methods if e in dir(cls)) | {'after_fit'}
+    @classmethod
+    def events(cls) -> frozenset:
+        "Names of the events it answers, noted at the first call: `@patch` may add methods to a class that is there"
+        if '_events' not in cls.__dict__:
+            cls._events = frozenset(e for e in Callback._methods if e in dir(cls)) | {'after_fit'}
+        return cls._events
+
     def __call__(self, event_name):
-        if event_name not in self._own: return
+        if event_name not in self.events(): return
         if event_name not in _inner_loop: return super().__call__(event_name)
-        if self.run and (self.run_train if getattr(self.learn, 'training', True) else self.run_valid): getattr(self, event_name)()
+        on = self.run_train if getattr(self.learn, 'training', True) else self.run_valid
+        if self.run and on: getattr(self, event_name)()
 
 def in_fit(learn) -> bool:
     "False inside `validate` and `get_preds`, which fire before_fit and after_fit of every callback, too"
@@ -82,7 +86,8 @@ class EffectKeeper(LeanCallback):
         begun = self.flags.get('begun', {})
         for n,cb in self.held.items():
             if begun.get(n) is not cb: self._begin(cb, True)
-        if any([cb.on_grads(self.learn) for cb in self.held.values()]): # one of them makes a step of its own instead of the optimizer's
+        # one of them makes a step of its own instead of the optimizer's
+        if any([cb.on_grads(self.learn) for cb in self.held.values()]):
             self.flags['instead'] = True
             raise CancelStepException()
 
@@ -119,7 +124,8 @@ class EffectKeeper(LeanCallback):
 
     def redo_end(self):
         "The last epoch of this fit was trained in another process: what a fit does at its end is still to be done"
-        for cb in self.active(): cb.effect.clock.per_epoch = max(len(self.dls.train), 1) # no file tells it
+        # no file tells it
+        for cb in self.active(): cb.effect.clock.per_epoch = max(len(self.dls.train), 1)
         self.flags['trained'] = True
 
     def _add_columns(self):
@@ -141,17 +147,22 @@ class EffectKeeper(LeanCallback):
 def _same(a, b):
     "Equality of settings: tensors by value, functions by code and what they close over, schedules by what they hold"
     if a is b: return True
-    if torch.is_tensor(a) or torch.is_tensor(b): return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
+    if torch.is_tensor(a) or torch.is_tensor(b):
+        return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray): return np.array_equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and type(a) is type(b): return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_same, a, b))
     if type(a) is not type(b): return a == b
     parts = next((f for t,f in _PARTS.items() if isinstance(a, t)), None)
     return _same(parts(a), parts(b)) if parts else a == b
 
 _PARTS = { # a function moved to another line of a cell is still the same; one that closes over another value is not
-    FunctionType: lambda f: [f.__code__, f.__defaults__, f.__kwdefaults__, [c.cell_contents for c in f.__closure__ or () if c.cell_contents is not f]],
-    MethodType: lambda f: [f.__func__, f.__self__], CodeType: lambda c: [c.co_code, c.co_names, c.co_consts],
+    FunctionType: lambda f: [f.__code__, f.__defaults__, f.__kwdefaults__,
+        [c.cell_contents for c in f.__closure__ or () if c.cell_contents is not f]],
+    MethodType: lambda f: [f.__func__, f.__self__], CodeType: lambda c: [c.co_code, c.co_names,
+        c.co_consts],
     partial: lambda p: [p.func, p.args, p.keywords], type(SchedCos(0, 1)): vars}
 
 class EffectSlot:
@@ -185,7 +196,9 @@ class EffectCallback(LeanCallback):
         init = type(self).__init__
         names = [] if init is Callback.__init__ else list(inspect.signature(init).parameters)[1:]
         lost = [n for n in names if n not in self.__dict__]
-        if lost: raise TypeError(f"{type(self).__name__} does not store {', '.join(lost)}: call store_attr() in `__init__`.")
+        if lost:
+            raise TypeError(f"{type(self).__name__} does not store {', '.join(lost)}: call "
+                "store_attr() in `__init__`.")
         return {n: self.__dict__[n] for n in names}
 
     @property
@@ -203,7 +216,8 @@ class EffectCallback(LeanCallback):
         old = effects(model).get(self.name)
         if old is not None:
             self._check_settings(old)
-            old.settings = {**old.settings, **self.settings} # a verb on the model may have recorded fewer
+            # a verb on the model may have recorded fewer
+            old.settings = {**old.settings, **self.settings}
         self.__dict__['effect'] = old or self._converted(model, learner)
         if 'effect_keeper' not in learner.__dict__: learner.add_cb(EffectKeeper())
         learner.effect_keeper.hold(self)
@@ -212,7 +226,8 @@ class EffectCallback(LeanCallback):
         "The new effect; an optimizer of parameters that are no longer there has to go, unless it was re-pointed"
         before = {*model.parameters()}
         effect,now = self.convert(model, learner).attach(model),{*model.parameters()}
-        if before != now and not now <= {p for g in getattr(learner.opt, 'param_lists', ()) for p in g}: learner.opt = None
+        if before != now and not now <= {p for g in getattr(learner.opt, 'param_lists', ()) for p in g}:
+            learner.opt = None
         return effect
 
     def _unbind(self, learner):
@@ -221,7 +236,8 @@ class EffectCallback(LeanCallback):
 
     def _check_settings(self, old):
         new = self.settings
-        diff = [f'{k}={reprlib.repr(old.settings[k])} -> {reprlib.repr(v)}' for k,v in new.items() if k in old.settings and not _same(old.settings[k], v)]
+        diff = [f'{k}={reprlib.repr(old.settings[k])} -> {reprlib.repr(v)}' for k,v in new.items()
+            if k in old.settings and not _same(old.settings[k], v)]
         if diff: raise ValueError(
             f"{type(self).__name__}: this model already carries it with other settings ({', '.join(diff)}). "
             "Call `learn.release()` to end the old effect, or pass the old settings to continue it.")
@@ -229,7 +245,10 @@ class EffectCallback(LeanCallback):
     def after_loss(self):
         "Add the penalty, in full precision; the logged loss stays the task's"
         if not self.penalizes: return
-        if getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name, self) is not self: return # a second instance, added by a cell run again
+        # a second instance, added by a cell run again
+        if getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name,
+            self) is not self:
+            return
         with torch.autocast(self.loss_grad.device.type, enabled=False): pen = self.penalty()
         if pen is not None: self.learn.loss_grad = self.loss_grad + pen
 
@@ -238,13 +257,17 @@ class EffectCallback(LeanCallback):
         "Could there be a penalty at all?"
         return type(self).penalty is not EffectCallback.penalty
 
-    def convert(self, model, learn=None) -> EffectState: raise TypeError(f'{type(self).__name__} defines no `convert`.')
+    def convert(self, model, learn=None) -> EffectState:
+        raise TypeError(f'{type(self).__name__} defines no `convert`.')
     def plan(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `plan`.')
     @classmethod
-    def without(cls, model) -> str: return None # what a fit in which no such callback takes part would lose, and what to do
+    def without(cls, model) -> str: # what a fit in which no such callback takes part would lose, and what to do
+        return None
     @classmethod
-    def unfinished(cls, model) -> str: return None # what `materialize` would end before it has come to its end, and what to do
-    def final(self, model, learn=None) -> EffectState: return self.convert(model, learn) # what the cost after, in `learn.plan`, is that of
+    def unfinished(cls, model) -> str: # what `materialize` would end before it has come to its end, and what to do
+        return None
+    def final(self, model, learn=None) -> EffectState: # what the cost after, in `learn.plan`, is that of
+        return self.convert(model, learn)
     def penalty(self): return None
     def columns(self) -> dict: return {}
     def more_metrics(self, metrics) -> list: return [] # for this fit, besides those of the Learner
@@ -270,7 +293,8 @@ def _check_all(learn, cbs):
         cb._check_settings(old) if old is not None else cb.plan(model, learn)
         seen[cb.name] = SimpleNamespace(settings=cb.settings)
 
-def _takes_part(cls, cbs): return any(issubclass(c if isinstance(c, type) else type(c), cls) for c in cbs)
+def _takes_part(cls, cbs):
+    return any(issubclass(c if isinstance(c, type) else type(c), cls) for c in cbs)
 
 def _warn_without(learn, cbs):
     "Tell what a fit without a method's callback would lose: once, until the callback is back"
@@ -295,7 +319,8 @@ def add_cbs(self:Learner, cbs):
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit `self.model` for `n_epoch` using `cbs`. Optionally `reset_opt`."
     cbs = L(cbs).map(lambda c: c() if isinstance(c, type) else c)
-    loose = [n for n in effects(self.model) if n not in getattr(self.__dict__.get('effect_keeper'), 'held', {})]
+    loose = [n for n in effects(self.model)
+        if n not in getattr(self.__dict__.get('effect_keeper'), 'held', {})]
     loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in cbs)]
     if loose: raise ValueError(f"The model carries {', '.join(loose)}, and nothing on this Learner holds it in force. "
                                f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
@@ -304,4 +329,5 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     try: _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
     finally:
         if 'effect_keeper' in self.__dict__: self.effect_keeper.leave()
-    for cb in [*self.cbs, *cbs]: getattr(type(cb), 'after_leave', noop)(cb, self) # `RunState` saves what is left
+    # `RunState` saves what is left
+    for cb in [*self.cbs, *cbs]: getattr(type(cb), 'after_leave', noop)(cb, self)

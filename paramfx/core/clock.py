@@ -24,14 +24,16 @@ class Clock:
         epochs:int=None # Epochs in all, for span='total'
     ):
         if span not in ('fit', 'total'): raise ValueError(f"span={span!r}: choose 'fit' or 'total'.")
-        if span == 'total' and not epochs: raise ValueError("span='total' needs epochs=, the number of epochs of all fits together.")
+        if span == 'total' and not epochs:
+            raise ValueError("span='total' needs epochs=, the number of epochs of all fits together.")
         store_attr()
         self.steps = self.batches = self.planned = self.done = self.epoch = self.mark = 0
         self.per_epoch = 1
 
     def start(self, epoch, n_epoch, n_batches, new_fit=False):
         "An epoch of `n_batches` batches begins; `new_fit`: it is the first one of this fit that is trained"
-        if new_fit: self.done = max(0, self.done+self.batches-epoch*n_batches) # start_epoch: those were counted before
+        # start_epoch: those were counted before
+        if new_fit: self.done = max(0, self.done+self.batches-epoch*n_batches)
         self.epoch,self.per_epoch,self.planned = epoch,max(n_batches, 1),n_epoch*n_batches
         self.batches = self.mark = epoch*n_batches
 
@@ -82,7 +84,8 @@ class SchedSteps:
     def at(self, epoch): return self.values[max(0, bisect_right(self.keys, epoch)-1)]
     def __call__(self, pos): return self.at(pos*self.n_epoch + 1e-9) # 29/100*100 is 28.999...
     def __eq__(self, o): return type(o) is type(self) and vars(o) == vars(self)
-    def __repr__(self): return f'SchedSteps({dict(zip(self.keys, self.values))}, n_epoch={self.n_epoch})'
+    def __repr__(self):
+        return f'SchedSteps({dict(zip(self.keys, self.values))}, n_epoch={self.n_epoch})'
 
 class SchedConst:
     "The same value everywhere"
@@ -100,14 +103,16 @@ def as_sched(
     if isinstance(v, dict): return SchedSteps(v, n_epoch)
     if isinstance(v, (tuple, list)) and len(v) == 2: return SchedCos(*v)
     if isinstance(v, Real): return SchedConst(v)
-    raise ValueError(f"{v!r} is no schedule. Give a number, a (start, end) pair, {{epoch: value}} or a callable of the position.")
+    raise ValueError(f"{v!r} is no schedule. Give a number, a (start, end) pair, {{epoch: value}} or a "
+        "callable of the position.")
 
 # %% ../../nbs/core/04_clock.ipynb #89f35e4e
 def check_sched(name, v, ok, remedy):
     "Raise where a number, a table or a schedule takes a value that is not `ok`; None is none"
     if v is None: return
     sched = as_sched(v)
-    if not all(map(ok, sched.values if isinstance(sched, SchedSteps) else map(sched, (0., .5, 1.)))): raise ValueError(f"{name}={v!r}: {remedy}.")
+    if not all(map(ok, sched.values if isinstance(sched, SchedSteps) else map(sched, (0., .5, 1.)))):
+        raise ValueError(f"{name}={v!r}: {remedy}.")
 
 # %% ../../nbs/core/04_clock.ipynb #b941c361
 def read_steps(
@@ -115,12 +120,16 @@ def read_steps(
     n_epoch:float=1 # Epochs of the run
 ) -> dict: # Knob -> `SchedSteps`
     "Read step tables (`lr`, `period`, `temperature`, ... by epoch) from YAML"
-    text = str(file) if '\n' in str(file) or ':' in str(file) and '{' in str(file) else open(file, encoding='utf8').read()
+    text = (str(file) if '\n' in str(file) or ':' in str(file)
+        and '{' in str(file) else open(file, encoding='utf8').read())
     tables = yaml.safe_load(text)
-    if not isinstance(tables, dict): raise ValueError(f"{file}: expected `knob: {{epoch: value}}`, found {type(tables).__name__}.")
-    return {_KNOBS.get(k, k): SchedSteps({float(e): float(x) for e,x in _pairs(v)}, n_epoch) for k,v in tables.items()}
+    if not isinstance(tables, dict):
+        raise ValueError(f"{file}: expected `knob: {{epoch: value}}`, found {type(tables).__name__}.")
+    return {_KNOBS.get(k, k): SchedSteps({float(e): float(x) for e,x in _pairs(v)}, n_epoch)
+        for k,v in tables.items()}
 
-_KNOBS = {'lr_schedule': 'lr', 'rewire_period_schedule': 'period', 'DeepR_temperature_schedule': 'temperature'}
+_KNOBS = {'lr_schedule': 'lr', 'rewire_period_schedule': 'period',
+    'DeepR_temperature_schedule': 'temperature'}
 
 def _pairs(v):
     "Pairs (epoch, value) of a mapping, a list of pairs or a list of one-entry mappings"

@@ -26,7 +26,8 @@ from .samples import as_shapes, rng_guard
 from .optimizers import check_values
 
 # %% ../../nbs/core/08_forward.ipynb #7c1e09ab
-_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, FunctionType, ModuleType, torch.dtype, torch.device, torch.Size))
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, FunctionType, ModuleType,
+    torch.dtype, torch.device, torch.Size))
 _GROWING = dict, list, set, deque, bytearray # a model may write into these in place
 _SMALL = 2**20 # numbers of parameters of torch's own layers that are kept, the smallest first
 _STATES = { # generators of random numbers that a model has for itself
@@ -37,8 +38,11 @@ _STATES = { # generators of random numbers that a model has for itself
 def _is_plain(cls):
     "Are its objects nothing but their attributes? What tells itself how it is copied (a Learner, a plan of slices) is left alone"
     if issubclass(cls, SimpleNamespace): return True
-    if cls.__module__.partition('.')[0] == 'torch' or issubclass(cls, (type, FunctionType, ModuleType)) or cls in copyreg.dispatch_table: return False
-    default = all(getattr(cls, k, None) is getattr(object, k, None) for k in ('__reduce__', '__reduce_ex__', '__getstate__'))
+    if (cls.__module__.partition('.')[0] == 'torch' or issubclass(cls, (type, FunctionType, ModuleType))
+        or cls in copyreg.dispatch_table):
+        return False
+    default = all(getattr(cls, k, None) is getattr(object, k, None)
+        for k in ('__reduce__', '__reduce_ex__', '__getstate__'))
     return default and not hasattr(cls, '__deepcopy__')
 
 def _place(t):
@@ -66,10 +70,12 @@ class _Kept:
             else: parts = self.note(o)
             todo += [v for v in parts if type(v) not in _ATOMS]
         left = _SMALL
-        for t in sorted((t for t in self.tensors if isinstance(t, nn.Parameter) and id(t) not in self.writers), key=torch.Tensor.numel):
+        for t in sorted((t for t in self.tensors if isinstance(t, nn.Parameter)
+            and id(t) not in self.writers), key=torch.Tensor.numel):
             left -= t.numel()
             if left >= 0: self.writers.add(id(t))
-        self.tensors = [self.values(t, not isinstance(t, nn.Parameter) or id(t) in self.writers) for t in self.tensors if not t.is_inference()]
+        self.tensors = [self.values(t, not isinstance(t, nn.Parameter) or id(t) in self.writers)
+            for t in self.tensors if not t.is_inference()]
 
     def note(self, o):
         "Keep what `o` holds itself; returns what there is to go on with"
@@ -90,10 +96,14 @@ class _Kept:
     def module(self, m):
         "Its class, its flag, and what stands in the class for all of its modules"
         self.mods.append((m, type(m), m.training))
-        own = [c for c in type(m).__mro__ if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
-        if own and not own[0].__module__.startswith('paramfx.') or getattr(m, 'max_norm', None) is not None: # torch's other layers never write into their parameters
+        own = [c for c in type(m).__mro__
+            if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
+        # torch's other layers never write into their parameters
+        if (own and not own[0].__module__.startswith('paramfx.')
+            or getattr(m, 'max_norm', None) is not None):
             self.writers.update(map(id, m._parameters.values()))
-        return [vars(m), *(v for c in own for v in vars(c).values() if isinstance(v, (*_GROWING, torch.Tensor, np.ndarray)))]
+        return [vars(m), *(v for c in own for v in vars(c).values()
+            if isinstance(v, (*_GROWING, torch.Tensor, np.ndarray)))]
 
     def tensor(self, t):
         if is_lazy(t): raise ValueError('The model has lazy layers: run one batch through it first.')
@@ -102,7 +112,8 @@ class _Kept:
 
     def values(self, t, copied):
         "A tensor, the memory it lies in, a copy of what lies there, and what belongs to its gradient"
-        grad = (t.requires_grad, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) if t.is_leaf else None
+        grad = ((t.requires_grad, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) if t.is_leaf
+            else None)
         data = t.detach()
         return t, data, t._version, data.clone() if copied else None, grad
 
@@ -112,10 +123,13 @@ class _Kept:
         for o in self.empty:
             if o: self.redict(o, (), ())
         for o,keys,values in self.dicts:
-            if len(o) != len(keys) or not all(map(is_, o, keys)) or not all(map(is_, o.values(), values)): self.redict(o, keys, values)
+            if (len(o) != len(keys) or not all(map(is_, o, keys))
+                or not all(map(is_, o.values(), values))):
+                self.redict(o, keys, values)
         for o,old in self.held: self.refill(o, old)
         for m,_,training in self.mods:
-            if m.training != training: m.training = training # a scripted module keeps its flag elsewhere
+            # a scripted module keeps its flag elsewhere
+            if m.training != training: m.training = training
         with torch.no_grad(): lost = {id(t) for t,*old in self.tensors if not self.restore(t, *old)}
         if not lost: return
         names = [n for n,p in self.model.named_parameters() if id(p) in lost]
@@ -123,7 +137,8 @@ class _Kept:
                       "that looked at it. Look at a deepcopy of the model to keep them as they were.")
 
     def redict(self, o, keys, values):
-        kind = OrderedDict if isinstance(o, OrderedDict) else dict # a class may have other ideas of its own
+        # a class may have other ideas of its own
+        kind = OrderedDict if isinstance(o, OrderedDict) else dict
         kind.clear(o)
         for k,v in zip(keys, values): kind.__setitem__(o, k, v)
 
@@ -160,7 +175,8 @@ def untouched(
     dls=None # Loaders whose random states are put back, too
 ):
     "Whatever runs inside, `model` behaves afterwards as if nothing had"
-    for m in model.modules(): # an average masks itself before it runs; were that taken back, it would take itself for masked
+    # an average masks itself before it runs; were that taken back, it would take itself for masked
+    for m in model.modules():
         for st in m.__dict__.get('_effects', {}).values():
             if st.copied: st.catch_up()
     kept = _Kept(model)
@@ -168,7 +184,9 @@ def untouched(
         with rng_guard(dls): yield model
     finally: kept.put_back()
 
-_NUMBERS = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention # training changes numbers here, not what runs
+# training changes numbers here, not what runs
+_NUMBERS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase,
+    nn.MultiheadAttention)
 
 class _NoDropout(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -187,7 +205,8 @@ def practising(model:nn.Module):
 def running():
     "The modules that run at the moment, the outermost first; after an error, those in which it happened"
     stack = []
-    hooks = [register_module_forward_pre_hook(lambda m, args: stack.append(m)), register_module_forward_hook(lambda m, args, out: stack.pop() and None)]
+    hooks = [register_module_forward_pre_hook(lambda m, args: stack.append(m)),
+        register_module_forward_hook(lambda m, args, out: stack.pop() and None)]
     try: yield stack
     finally:
         for h in hooks: h.remove()
@@ -206,14 +225,16 @@ def still(model:nn.Module):
 @contextmanager
 def whole(model:nn.Module):
     "Inside, all of a sliced model runs, whichever slice is in force"
-    plans = {id(v): v for m in model.modules() for v in vars(m).values() if getattr(v, 'until_plain', False)}
+    plans = {id(v): v for m in model.modules() for v in vars(m).values()
+        if getattr(v, 'until_plain', False)}
     with ExitStack() as stack:
         for p in plans.values(): stack.enter_context(p.at(1.))
         yield model
 
 class _Detached(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf: return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone())
         return func(*args, **(kwargs or {}))
 
 def copy_model(
@@ -223,9 +244,11 @@ def copy_model(
     "A deep copy, also of models that keep computed weights or activations (as hooks do), which `deepcopy` refuses"
     memo = {} if memo is None else memo
     with _Detached(): new = deepcopy(model, memo)
-    for p,q in zip(model.parameters(), new.parameters()): vars(q).update(vars(p)) # torch copies a parameter without them
+    # torch copies a parameter without them
+    for p,q in zip(model.parameters(), new.parameters()): vars(q).update(vars(p))
     for m in new.modules():
-        for d in (vars(m), *(v for k,v in vars(m).items() if k.endswith('_hooks') and isinstance(v, dict))):
+        for d in (vars(m), *(v for k,v in vars(m).items() if k.endswith('_hooks')
+            and isinstance(v, dict))):
             d.update({k: _rebound(f, memo) for k,f in d.items() if isinstance(f, FunctionType)})
     return new
 
@@ -236,16 +259,19 @@ def _rebound(f, memo):
     held = [getattr(c, 'cell_contents', None) for c in cells]
     if all(copied(o) is o for o in (*held, *defaults)): return f
     cells = tuple(c if copied(o) is o else CellType(copied(o)) for c,o in zip(cells, held))
-    new = FunctionType(f.__code__, f.__globals__, f.__name__, tuple(map(copied, defaults)) or None, cells or None)
+    new = FunctionType(f.__code__, f.__globals__, f.__name__, tuple(map(copied, defaults)) or None,
+        cells or None)
     new.__kwdefaults__ = f.__kwdefaults__
     return update_wrapper(new, f)
 
 def state_keepers(model:nn.Module) -> dict: # Name -> module
     "The modules with recurrent layers that can be reset, as fastai does before each text: they may keep states from batch to batch"
     def resets(m):
-        try: return callable(getattr(m, 'reset', None)) and inspect.signature(m.reset).bind() is not None
+        try:
+            return callable(getattr(m, 'reset', None)) and inspect.signature(m.reset).bind() is not None
         except (TypeError, ValueError): return False
-    return {n:m for n,m in model.named_modules() if resets(m) and any(isinstance(o, (nn.RNNBase, nn.RNNCellBase)) for o in m.modules())}
+    return {n:m for n,m in model.named_modules() if resets(m)
+        and any(isinstance(o, (nn.RNNBase, nn.RNNCellBase)) for o in m.modules())}
 
 def forget_states(model:nn.Module) -> None:
     "Let every text begin anew"
@@ -258,7 +284,8 @@ def model_inputs(
     "The positional inputs of `model`, on its device"
     xs = tuple(sample) if isinstance(sample, (tuple,list)) else (sample,)
     if not (xs and all(isinstance(x, torch.Tensor) for x in xs)):
-        raise ValueError(f'sample must be a tensor or a tuple of tensors, one for each positional input, not {as_shapes(sample)}')
+        raise ValueError('sample must be a tensor or a tuple of tensors, one for each positional '
+            f'input, not {as_shapes(sample)}')
     p = next(model.parameters(), None)
     return xs if p is None else tuple(x.to(p.device) for x in xs)
 
@@ -284,7 +311,8 @@ def run_model(
     "One forward; a failure names the shapes it was tried with"
     try: return model(*xs)
     except Exception as e:
-        raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}') from e
+        raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: '
+            f'{type(e).__name__}: {e}') from e
 
 def fails_at(
     model:nn.Module, # The network
@@ -296,7 +324,9 @@ def fails_at(
     with running() as stack:
         try:
             with mode(model): model(*xs)
-        except Exception: return f'{names.get(id(stack[-1]), "a part")} ({type(stack[-1]).__name__})' if stack else type(model).__name__
+        except Exception:
+            return (f'{names.get(id(stack[-1]), "a part")} ({type(stack[-1]).__name__})' if stack
+                else type(model).__name__)
     return ''
 
 # %% ../../nbs/core/08_forward.ipynb #3129ee5c
@@ -306,7 +336,8 @@ _TOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bf
 def _outputs(model, sample, mode=still):
     "Tensors that a forward gives, in float64 unless they are whole numbers, and the coarsest precision among them"
     xs = tuple(x.clone() for x in model_inputs(model, sample)) # the network may write into its inputs
-    with mode(model): outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
+    with mode(model):
+        outs = [o for o in tree_leaves(run_model(model, xs)) if isinstance(o, torch.Tensor)]
     types = [o.dtype for o in outs if o.dtype in _TOL]
     outs = [torch.view_as_real(o) if o.is_complex() else o for o in outs]
     return [o.detach().cpu().double() for o in outs],max(types, key=_TOL.get, default=torch.float64)
@@ -321,11 +352,17 @@ def check_same(
     "Compare two networks in evaluation mode; a difference above `tol` raises"
     for m in (a, b): check_values(m)
     (xs,ta),(ys,tb) = _outputs(a, sample, mode),_outputs(b, sample, mode)
-    if [x.shape for x in xs] != [y.shape for y in ys]: raise ValueError(f'The outputs have shapes {show_shapes(xs)} and {show_shapes(ys)}: these are not the same network.')
-    if any(y.isnan().any() for y in ys): raise ValueError('The reference puts out NaN on this sample, so there is nothing to compare with. Look at its weights and at the sample.')
+    if [x.shape for x in xs] != [y.shape for y in ys]:
+        raise ValueError(f'The outputs have shapes {show_shapes(xs)} and {show_shapes(ys)}: these are '
+            'not the same network.')
+    if any(y.isnan().any() for y in ys):
+        raise ValueError('The reference puts out NaN on this sample, so there is nothing to compare '
+            'with. Look at its weights and at the sample.')
     rel = max((_relative(x, y) for x,y in zip(xs, ys)), default=0.)
     tol = max(_TOL[ta], _TOL[tb]) if tol is None else tol
-    if not rel <= tol: raise ValueError(f'The networks differ: {rel:.3g} of the largest output, where at most {tol:g} is allowed.')
+    if not rel <= tol:
+        raise ValueError(f'The networks differ: {rel:.3g} of the largest output, where at most {tol:g} '
+            'is allowed.')
     return rel
 
 def _relative(x, y):
@@ -352,7 +389,9 @@ def tells(
 def asleep(model:nn.Module) -> list:
     "Names of the weights that are zero throughout, as in blocks that begin as identities: the outputs cannot tell what comes before them"
     def zero(n, p):
-        if 'bias' in n.rpartition('.')[2] or not p.is_floating_point() or p.layout != torch.strided or p.is_meta: return False
+        if ('bias' in n.rpartition('.')[2] or not p.is_floating_point() or p.layout != torch.strided
+            or p.is_meta):
+            return False
         return p.numel() > 0 and not p.detach().any()
     return [n for n,p in model.named_parameters() if zero(n, p)]
 
@@ -361,15 +400,18 @@ def awake(
     names:list # From `asleep`
 ) -> nn.Module: # A copy that shares all other tensors
     "The network with random numbers in place of the zeros of these weights"
-    memo,gen = {id(t): t for t in (*model.parameters(), *model.buffers())},torch.Generator().manual_seed(0)
+    memo,gen = {id(t): t for t in (*model.parameters(),
+        *model.buffers())},torch.Generator().manual_seed(0)
     for n in names:
         p = model.get_parameter(n)
         new = torch.rand(p.shape, generator=gen)
         new = (2*new-1)*(3/max(p[0].numel(), 1))**.5 if p.ndim > 1 else new+.5
-        memo[id(p)] = nn.Parameter(torch.where(p.detach() == 0, new.to(p), p.detach()), requires_grad=p.requires_grad)
+        memo[id(p)] = nn.Parameter(torch.where(p.detach() == 0, new.to(p), p.detach()),
+            requires_grad=p.requires_grad)
     return copy_model(model, memo)
 
 def lit(xs:tuple) -> tuple:
     "Inputs with random numbers where all is zero, which hides what layers do"
     gen = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(x.shape, generator=gen).to(x) if x.is_floating_point() and not x.any() else x for x in xs)
+    return tuple(torch.randn(x.shape, generator=gen).to(x) if x.is_floating_point()
+        and not x.any() else x for x in xs)

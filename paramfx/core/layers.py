@@ -34,12 +34,14 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.batchnorm
 
 def weight_names(module:nn.Module) -> list:
     "Names of the parameters of `module` that are connections (at least two dimensions)"
-    return [n for n,p in module._parameters.items() if p is not None and p.ndim > 1 and _WEIGHT.fullmatch(n)]
+    return [n for n,p in module._parameters.items() if p is not None and p.ndim > 1
+        and _WEIGHT.fullmatch(n)]
 
 class Matrix(NamedTuple):
     "A parameter of at least two dimensions, and the module that holds it"
     name:str # As in `named_parameters`; of a tied one that of its owner
-    layer:str # Name of the module; where the parameter stands for a weight, of the module that has the weight
+    # Name of the module; where the parameter stands for a weight, of the module that has the weight
+    layer:str
     module:nn.Module
     key:str # Its name in there
     param:nn.Parameter
@@ -66,9 +68,12 @@ def _owner(model, layer, m, key, types):
         if _WEIGHT.fullmatch(key): return layer,m,''
         if key.startswith('weight'): return layer,m,_COMPUTED
         return layer,m,'the weight is made of it' if made else f'{key} is no weight between units'
-    if isinstance(m, WEIGHTED): return layer,m,f'a parameter of {type(m).__name__}, which is not asked for'
-    if isinstance(m, _NORMS) or type(m).__name__.endswith('Norm'): return layer,m,'scale or shift of a norm'
-    dropped = key.endswith('_raw') and isinstance(getattr(m, 'module', None), nn.RNNBase) # fastai's WeightDropout
+    if isinstance(m, WEIGHTED):
+        return layer,m,f'a parameter of {type(m).__name__}, which is not asked for'
+    if isinstance(m, _NORMS) or type(m).__name__.endswith('Norm'):
+        return layer,m,'scale or shift of a norm'
+    # fastai's WeightDropout
+    dropped = key.endswith('_raw') and isinstance(getattr(m, 'module', None), nn.RNNBase)
     if dropped: return layer,m,'its weight is computed, by dropout'
     return layer,m,f'a parameter of {type(m).__name__}{_UNKNOWN}'
 
@@ -101,9 +106,11 @@ def left_out(
     skip,taken = skip or {},{*taken}
     rest = [x for x in all_matrices(model, types) if x.name not in taken]
     shapes = {n: ', '.join(x.shape for x in rest if n in (x.layer, x.name)) for n in skip}
-    rows = [dict(layer=n, **({'shape': shapes[n]} if shapes[n] else {}), note=why) for n,why in skip.items()]
+    rows = [dict(layer=n, **({'shape': shapes[n]} if shapes[n] else {}), note=why)
+        for n,why in skip.items()]
     why = note if callable(note) else lambda x: x.note or note
-    return rows+[dict(layer=x.name, shape=x.shape, note=why(x)) for x in rest if x.layer not in skip and x.name not in skip]
+    return (rows+[dict(layer=x.name, shape=x.shape, note=why(x)) for x in rest if x.layer not in skip
+        and x.name not in skip])
 
 def tell_reasons(
     rows:list, # Rows with `layer` and `note`
@@ -132,7 +139,8 @@ def tell_unknown(
             f"({classes}): {', '.join(x.name for x in unknown[:3])}{more}.")
 
 # %% ../../nbs/core/02_layers.ipynb #c1618d44
-def _inside(names, prefix): return [n for n in names if n == prefix or n.startswith(prefix+'.') or not prefix]
+def _inside(names, prefix):
+    return [n for n in names if n == prefix or n.startswith(prefix+'.') or not prefix]
 
 def _trunk(model, names):
     "Prefix of the module whose children are the stages, and those children"
@@ -156,20 +164,25 @@ def stages(
     order = {n:i for i,n in enumerate(names)}
     first,last = order[groups[0][0]], order[groups[-1][-1]]
     res,start = {'stem': names[:first], 'head': names[last+1:], 'fc': names[-1:]},first
-    for i,g in enumerate(groups): # layers between two stages, such as a downsampling, belong to the second
+    # layers between two stages, such as a downsampling, belong to the second
+    for i,g in enumerate(groups):
         res[f'stage{i+1}'] = res[f'stage{i-len(groups)}'] = names[start:order[g[-1]]+1]
         start = order[g[-1]]+1
     return {k:v for k,v in res.items() if v}
 
 # %% ../../nbs/core/02_layers.ipynb #b1099d2d
-def _alias(spec): return 'stage'+spec[5:] if spec.startswith('layer') and spec[5:].lstrip('-').isdigit() else spec
+def _alias(spec):
+    return 'stage'+spec[5:] if spec.startswith('layer') and spec[5:].lstrip('-').isdigit() else spec
 
 def _match(spec, layers, model, types):
     "Layer names that one `spec` (str, class or predicate) stands for"
-    if isinstance(spec, nn.Module): return [n for n,m in layers.items() if any(m is o for o in spec.modules())]
+    if isinstance(spec, nn.Module):
+        return [n for n,m in layers.items() if any(m is o for o in spec.modules())]
     if isinstance(spec, type): return [n for n,m in layers.items() if isinstance(m, spec)]
     if callable(spec): return [n for n,m in layers.items() if spec(n, m)]
-    if not isinstance(spec, str): raise ValueError(f"{spec!r} selects no layer. Give a name, glob, class, module, predicate(name, module) or position.")
+    if not isinstance(spec, str):
+        raise ValueError(f"{spec!r} selects no layer. Give a name, glob, class, module, "
+            "predicate(name, module) or position.")
     hit = _inside(layers, spec) if spec else []
     hit = hit or [n for n in layers if fnmatchcase(n, spec)]
     return hit or [n for n in stages(model, types).get(_alias(spec), []) if n in layers]
@@ -185,7 +198,8 @@ def match_layers(
         hit = _match(spec, layers, model, types)
         if not hit and isinstance(spec, (str, nn.Module)):
             known = ', '.join(list(layers)[:40]) + (', ...' if len(layers) > 40 else '')
-            what = _what_is(model, spec, types) or f"No layer {'is called' if isinstance(spec, str) else 'lies in'} {spec!r}."
+            what = (_what_is(model, spec, types)
+                or f"No layer {'is called' if isinstance(spec, str) else 'lies in'} {spec!r}.")
             raise ValueError(f"{what} Layers here: {known or 'none'}. "
                              f"Positions: {', '.join(stages(model, types)) or 'none'}. Globs such as '*conv1' work too.")
         res |= set(hit)
@@ -208,7 +222,8 @@ def _what_is(model, spec, types):
             return f'{name!r} is a parameter of shape {list(own.shape)}, no layer.'
         if not mine: return ''
         layer = name.rpartition('.')[0]
-        if own is not None and isinstance(mods[layer], types): return f'{name!r} is a parameter: name its layer, {layer!r}.'
+        if own is not None and isinstance(mods[layer], types):
+            return f'{name!r} is a parameter: name its layer, {layer!r}.'
         what = f'No layer is called {name!r}, and what is cannot be taken'
     some = '; '.join(f'{x.name} ({x.shape}) is {x.note}' for x in mine[:3] if x.note)
     more = f'; and {len(mine)-3} more' if len(mine) > 3 else ''
@@ -222,6 +237,7 @@ def pick_layers(
     types:tuple=WEIGHTED # Classes of layer to choose from
 ) -> dict: # Layer name -> module, in order of definition
     "Select layers of `model`; an unknown name raises `ValueError` and lists the real ones"
-    keep = set(weighted_layers(model, types)) if include is None else match_layers(model, include, types)
+    keep = (set(weighted_layers(model, types)) if include is None
+        else match_layers(model, include, types))
     drop = match_layers(model, exclude, types) if exclude is not None else set()
     return {n:m for n,m in weighted_layers(model, types).items() if n in keep-drop}

@@ -23,11 +23,14 @@ def opt_state(
     "State that `opt` keeps for `p`: momentum and the like"
     if isinstance(opt, OptimWrapper): opt = opt.opt
     state = opt.state[p] if opt is not None and p in opt.state else {}
-    slow = opt.__dict__.get('slow_weights') if opt is not None else None # `Lookahead` keeps its copy outside of the state
-    copies = [] if slow is None else [s for ps,ss in zip(opt.param_lists, slow) for q,s in zip(ps, ss) if q is p]
+    # `Lookahead` keeps its copy outside of the state
+    slow = opt.__dict__.get('slow_weights') if opt is not None else None
+    copies = ([] if slow is None else [s for ps,ss in zip(opt.param_lists, slow) for q,s in zip(ps, ss)
+        if q is p])
     return {**state, 'slow_weights': copies[0]} if copies else state
 
-def _groups(opt): return opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
+def _groups(opt):
+    return opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
 
 def swap_params(
     opt, # Optimizer of any kind, or None
@@ -69,7 +72,8 @@ def swap_module(
     old = model.get_submodule(name)
     if opt is not None: swap_params(opt, _pairs(model, name, old, new))
     new.train(old.training)
-    for n in [n for n,m in model.named_modules(remove_duplicate=False) if m is old]: model.set_submodule(n, new)
+    for n in [n for n,m in model.named_modules(remove_duplicate=False) if m is old]:
+        model.set_submodule(n, new)
     return new
 
 def _pairs(model, name, old, new):
@@ -81,7 +85,8 @@ def _pairs(model, name, old, new):
         f"{name}: parameters {', '.join(extra)} have no counterpart in the old module, so the existing optimizer "
         "would not train them. Swap before the optimizer is made: pass opt=None, and call `learn.create_opt()` afterwards.")
     pairs,inside = {olds[n]:p for n,p in news.items() if p not in kept},{*old.modules()}
-    shared = [f'{n}.{k}' for n,m in model.named_modules() if m not in inside for k,p in m._parameters.items() if p is not None and p in pairs]
+    shared = [f'{n}.{k}' for n,m in model.named_modules() if m not in inside
+        for k,p in m._parameters.items() if p is not None and p in pairs]
     if shared: raise ValueError(
         f"{name}: {', '.join(shared)} shares a parameter with it, which the existing optimizer would train no more. "
         "Give the new module the old parameter, or pass opt=None, and call `learn.create_opt()` afterwards.")
@@ -101,8 +106,10 @@ def zero_is_fixed(opt) -> bool:
         getattr(getattr(c, 'func', c), '__name__', '') in _FIXED_FASTAI for c in opt.cbs) # Adam's first one is a partial
 
 # %% ../../nbs/core/03_optimizers.ipynb #c7d10a42
-_ROOTED = 'sqr_avg exp_avg_sq max_exp_avg_sq square_avg sum'.split() # averages that torch's steps take the root of
-_TINY = {t: torch.finfo(t).tiny for t in (torch.float32, torch.float64, torch.bfloat16)} # its root is lost in any `eps` above 1e-10
+# averages that torch's steps take the root of
+_ROOTED = 'sqr_avg exp_avg_sq max_exp_avg_sq square_avg sum'.split()
+# its root is lost in any `eps` above 1e-10
+_TINY = {t: torch.finfo(t).tiny for t in (torch.float32, torch.float64, torch.bfloat16)}
 
 class _Rooted(torch.Tensor):
     "An average whose root is taken of nothing below the smallest normal number; all else is as in any tensor"
@@ -115,7 +122,8 @@ class _Passing(_Rooted):
     sqrt_ = sqrt
 
 def _passing(f): return lambda self, *args, **kwargs: f(self, *args, **kwargs).as_subclass(_Passing)
-for _name in ('div', '__truediv__', 'addcmul', '__rmul__', '__radd__'): setattr(_Rooted, _name, _passing(getattr(torch.Tensor, _name)))
+for _name in ('div', '__truediv__', 'addcmul', '__rmul__', '__radd__'):
+    setattr(_Rooted, _name, _passing(getattr(torch.Tensor, _name)))
 
 def _rooted(t, eps):
     fits = type(t) is torch.Tensor and t.device.type == 'cpu' and t.dtype in _TINY and eps >= 1e-10
@@ -124,7 +132,8 @@ def _rooted(t, eps):
 class _Spared:
     "A step of a fastai optimizer, `func`, with roots that are quick"
     def __init__(self, func): self.func = func
-    def __call__(self, p, sqr_avg, eps, **kwargs): return self.func(p, sqr_avg=_rooted(sqr_avg, eps), eps=eps, **kwargs)
+    def __call__(self, p, sqr_avg, eps, **kwargs):
+        return self.func(p, sqr_avg=_rooted(sqr_avg, eps), eps=eps, **kwargs)
 
 def _averages(opt):
     "State of a torch optimizer that holds one, the name of that, and `eps`"
@@ -149,7 +158,8 @@ def spare_roots(
         opt.register_step_post_hook(_after_step)
     elif hasattr(opt, 'cbs'): opt.cbs = L(_Spared(c) if c in _FASTAI_ROOTS else c for c in opt.cbs)
 
-_FASTAI_ROOTS = optimizer.adam_step, optimizer.radam_step, optimizer.qhadam_step, optimizer.lamb_step, optimizer.rms_prop_step
+_FASTAI_ROOTS = (optimizer.adam_step, optimizer.radam_step, optimizer.qhadam_step, optimizer.lamb_step,
+    optimizer.rms_prop_step)
 
 # %% ../../nbs/core/03_optimizers.ipynb #ddb5f4e7
 def _on_learner() -> bool:
@@ -176,7 +186,8 @@ def caller_model() -> str:
 def tell_export(what:str) -> None:
     "Warn where a layer that is there for training only is being exported, as `torch.export` and `torch.onnx.export` do"
     if not (getattr(torch.compiler, 'is_exporting', bool)() or torch.onnx.is_in_onnx_export()): return
-    warnings.warn(f'{what} exported as they are trained, with all that goes on the way out. Export what {way_out()} makes of the network.')
+    warnings.warn(f'{what} exported as they are trained, with all that goes on the way out. Export '
+        f'what {way_out()} makes of the network.')
 
 def way_out() -> str:
     "The remedy of all that wants an ordinary network"
@@ -205,11 +216,15 @@ def check_kernels(
     if dtype in known: return
     name = str(dtype).removeprefix('torch.')
     raise TypeError(f"{layer.label or layer}: there are no sparse kernels for {name}, and the network was converted to it. Make an ordinary network before: "
-        + for_caller(f'learn.model.float(); learn.materialize(); learn.model.to(torch.{name})', f'model = materialize(model.float(), x).to(torch.{name})') + ', or train and run it in float32, under autocast if need be.')
+        + for_caller(f'learn.model.float(); learn.materialize(); learn.model.to(torch.{name})',
+            f'model = materialize(model.float(), x).to(torch.{name})') + ', or train and run it in '
+            'float32, under autocast if need be.')
 
 # %% ../../nbs/core/03_optimizers.ipynb #c7d10a45
 def check_values(model:nn.Module) -> None:
     "Raise where a weight of `model` has no values, as one has that was built on the meta device"
-    empty = next((n for m in (model.named_parameters, model.named_buffers) for n,t in m() if t.is_meta), None)
+    empty = next((n for m in (model.named_parameters, model.named_buffers) for n,t in m() if t.is_meta),
+        None)
     if empty: raise ValueError(f"{empty}: it is on the meta device and has no values. Build the network on a real device; or give it memory, and load its weights after that: "
-                               + for_caller("learn.model.to_empty(device='cpu')", "model.to_empty(device='cpu')") + '.')
+                               + for_caller("learn.model.to_empty(device='cpu')",
+                                   "model.to_empty(device='cpu')") + '.')

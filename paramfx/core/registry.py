@@ -35,14 +35,16 @@ def find_verb(
     return VERBS.get(name)
 
 # %% ../../nbs/core/09_registry.ipynb #ceef3e92
-FAMILY_ROOMS = dict(shared_bases='bases.published', dynamic_sparse='sparse.demo') # where each family registers
+# where each family registers
+FAMILY_ROOMS = dict(shared_bases='bases.published', dynamic_sparse='sparse.demo')
 
 def ask_family(
     table:dict, # Family -> what it has registered
     family:str # Of the published rows
 ):
     "What `family` has registered in `table`, or None; its module is imported if need be"
-    if family not in table and family in FAMILY_ROOMS: importlib.import_module(f'paramfx.{FAMILY_ROOMS[family]}')
+    if family not in table and family in FAMILY_ROOMS:
+        importlib.import_module(f'paramfx.{FAMILY_ROOMS[family]}')
     return table.get(family)
 
 # %% ../../nbs/core/09_registry.ipynb #e3c70616

@@ -17,7 +17,8 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import noop, patch, snake2camel, store_attr
 from fastcore.foundation import L
-from fastai.basics import Callback, CancelEpochException, Learner, get_model, join_path_file, num_distrib, rank_distrib
+from fastai.basics import (Callback, CancelEpochException, Learner, get_model, join_path_file,
+    num_distrib, rank_distrib)
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
@@ -82,7 +83,8 @@ def model_path(
     "Path of a file of this Learner; a known suffix is kept, '.pth' is added else"
     file = Path(file)
     known = file.suffix in ('.pth', '.pt', '.safetensors')
-    return join_path_file(file.with_suffix('') if known else file, learn.path/learn.model_dir, ext=file.suffix if known else '.pth')
+    return join_path_file(file.with_suffix('') if known else file, learn.path/learn.model_dir,
+        ext=file.suffix if known else '.pth')
 
 # %% ../../nbs/core/07_runs.ipynb #8d09a848
 @patch
@@ -105,7 +107,8 @@ def save_plain(self:Learner,
 
 def _unshared(state):
     "One entry per storage: safetensors refuses tied weights"
-    return {k:v for k,v in reversed({v.data_ptr() if v.numel() else k: (k, v) for k,v in reversed(state.items())}.values())}
+    return {k:v for k,v in reversed({v.data_ptr() if v.numel() else k: (k, v)
+        for k,v in reversed(state.items())}.values())}
 
 # %% ../../nbs/core/07_runs.ipynb #658620da
 def safe_data(o) -> bool:
@@ -134,8 +137,10 @@ def told_steps(
 
 def missing_effects(model:nn.Module, state_dict:dict, prefix='') -> list:
     "Keys of effects in `state_dict` that `model` does not carry"
-    have,ours = set(root_module(model).state_dict()),lambda v: getattr(v, 'dtype', None) == torch.int64 and v.ndim == 1
-    return [k for k,v in state_dict.items() if k.endswith('_effect') and '.' not in k[len(prefix):] and k[len(prefix):] not in have and ours(v)]
+    have,ours = set(root_module(model).state_dict()),lambda v: getattr(v, 'dtype',
+        None) == torch.int64 and v.ndim == 1
+    return [k for k,v in state_dict.items() if k.endswith('_effect') and '.' not in k[len(prefix):]
+        and k[len(prefix):] not in have and ours(v)]
 
 def _refuse_effects(module, state_dict, prefix, *args):
     extra = missing_effects(module, state_dict, prefix)
@@ -143,20 +148,29 @@ def _refuse_effects(module, state_dict, prefix, *args):
         f"The file was saved with an effect in force ({', '.join(extra)}), and this Learner has no such callback. Add it first, as in "
         f"`Learner(..., cbs={snake2camel(extra[0][len(prefix):-len('_effect')])}(...))`, then load; or save with `learn.save_plain` to get a plain file.")
 
-_FASTAI = [L, np.dtype, np.float64(0).__reduce__()[0], *(getattr(np.dtypes, n) for n in np.dtypes.__all__)] # what its optimizers save besides tensors
+# what its optimizers save besides tensors
+_FASTAI = [L, np.dtype, np.float64(0).__reduce__()[0],
+    *(getattr(np.dtypes, n) for n in np.dtypes.__all__)]
 
 def read_torch(file, device='cpu'):
     "What a file of torch holds: tensors and plain data; nothing else is built"
-    with torch.serialization.safe_globals(_FASTAI): return torch.load(file, map_location=device, weights_only=True)
+    with torch.serialization.safe_globals(_FASTAI):
+        return torch.load(file, map_location=device, weights_only=True)
 
 def what_file(content) -> str: # None: it cannot be told
     "What a file of torch holds, and the call that reads it"
     has = set(content) if isinstance(content, dict) else set()
-    if {'fit', 'epoch', 'rng', 'model'} <= has: return "a file of `RunState`. Continue its run with `learn.resume`"
-    if {'evolution', 'generation'} <= has: return "a file of `learn.evolve`. Go on with `learn.evolve(..., resume=True)`"
-    if {'recipe', 'state'} <= has: return "a file of `save_recipe`. Read it with `load_recipe(file, net)`, `net` as it was first built"
+    if {'fit', 'epoch', 'rng', 'model'} <= has:
+        return "a file of `RunState`. Continue its run with `learn.resume`"
+    if {'evolution', 'generation'} <= has:
+        return "a file of `learn.evolve`. Go on with `learn.evolve(..., resume=True)`"
+    if {'recipe', 'state'} <= has:
+        return (
+            "a file of `save_recipe`. Read it with `load_recipe(file, net)`, `net` as it was first built")
     if has == {'model', 'opt'}: return "a file of `learn.save`. Read it with `learn.load`"
-    if has and all(map(torch.is_tensor, content.values())): return "a file of weights alone. Read them with `learn.load(file, with_opt=False)`, or `load_state_dict`"
+    if has and all(map(torch.is_tensor, content.values())):
+        return ("a file of weights alone. Read them with `learn.load(file, with_opt=False)`, or "
+            "`load_state_dict`")
 
 def _verbs(steps): return [s['verb'] for s in steps]
 
@@ -169,9 +183,13 @@ def _differences(module, state, prefix=''):
     "Where a state dict does not fit, in words; '' where it does"
     mine = {prefix+k: v for k,v in module.state_dict().items()}
     few = lambda ks: f"{len(ks)} ({', '.join(ks[:2])}{', ...' if len(ks) > 2 else ''})"
-    res = [f"{few(ks)} {what}" for what,ks in dict(missing=[k for k in mine if k not in state], unknown=[k for k in state if k.startswith(prefix) and k not in mine]).items() if ks]
-    other = [k for k,v in mine.items() if torch.is_tensor(v) and torch.is_tensor(state.get(k)) and v.shape != state[k].shape]
-    if other: res.append(f"{few(other)} of another shape ({tuple(state[other[0]].shape)} in the file, {tuple(mine[other[0]].shape)} here)")
+    res = [f"{few(ks)} {what}" for what,ks in dict(missing=[k for k in mine if k not in state],
+        unknown=[k for k in state if k.startswith(prefix) and k not in mine]).items() if ks]
+    other = [k for k,v in mine.items() if torch.is_tensor(v) and torch.is_tensor(state.get(k))
+        and v.shape != state[k].shape]
+    if other:
+        res.append(f"{few(other)} of another shape ({tuple(state[other[0]].shape)} in the file, "
+            f"{tuple(mine[other[0]].shape)} here)")
     return ', '.join(res)
 
 def _misfit(name, there, here, diff):
@@ -179,14 +197,21 @@ def _misfit(name, there, here, diff):
     tell = lambda steps, new='as it was built': f'after {_told(steps)}' if steps else new
     res = f"{name}: it does not fit this network: {diff}. "
     if there is None: return res + (f"This network is {tell(here)}; load what was saved before ahead of that. " if here else '') + (
-        "The file does not tell how its network was changed. If a verb (`split`, `materialize`, `tie`, ...) did, do the same to the network as it was built, then load.")
-    if _verbs(there) == _verbs(here): return res + f"Build the network as it was when the file was saved{', and change it with the same settings' if here else ''}."
+        "The file does not tell how its network was changed. If a verb (`split`, `materialize`, `tie`, "
+        "...) did, do the same to the network as it was built, then load.")
+    if _verbs(there) == _verbs(here):
+        return (res + "Build the network as it was when the file was "
+            f"saved{', and change it with the same settings' if here else ''}.")
     res += f"The file holds a network {tell(there)}, and this one is {tell(here)}. "
     verbs = _verbs(there)
     if not there: return res + "Load it into the network as it was built, before the verb."
-    redo = f"do the same to the network as it was built ({', '.join(f'`learn.{v}(...)`' for v in verbs)}), then load" if all(hasattr(Learner, v) for v in verbs) else ''
-    whole = f"begin with `load_recipe({name!r}, net)`, which makes that network of `net`, the one that was first built" if all('args' in s for s in there) else ''
-    ways = ', or '.join(o for o in (redo, whole) if o) or "change the network in the same way, then load; `save_recipe` writes files that can do so"
+    redo = ("do the same to the network as it was built "
+        f"({', '.join(f'`learn.{v}(...)`' for v in verbs)}), then load"
+        if all(hasattr(Learner, v) for v in verbs) else '')
+    whole = (f"begin with `load_recipe({name!r}, net)`, which makes that network of `net`, the one "
+        "that was first built" if all('args' in s for s in there) else '')
+    ways = (', or '.join(o for o in (redo, whole) if o) or "change the network in the same way, then "
+        "load; `save_recipe` writes files that can do so")
     return res + f"{ways[0].upper()}{ways[1:]}."
 
 @contextmanager
@@ -198,10 +223,14 @@ def explained(
     "Inside, weights that do not fit are refused in words, and `model` stays as it was"
     root,was = root_module(model),{}
     def look(module, state, prefix, meta, *args):
-        if not prefix and (kind := what_file(state)) and not all(map(torch.is_tensor, state.values())): raise ValueError(f'{name}: {kind}.')
+        if not prefix and (kind := what_file(state)) and not all(map(torch.is_tensor, state.values())):
+            raise ValueError(f'{name}: {kind}.')
         if strict: _refuse_effects(module, state, prefix)
         diff = _differences(module, state, prefix)
-        if diff: was.update(diff=diff, steps=meta.get(_STEPS), runs=effect_runs(module), state={k: v.clone() if torch.is_tensor(v) else v for k,v in module.state_dict().items()})
+        if diff:
+            was.update(diff=diff, steps=meta.get(_STEPS), runs=effect_runs(module),
+                state={k: v.clone() if torch.is_tensor(v) else v
+                for k,v in module.state_dict().items()})
     handle = root.register_load_state_dict_pre_hook(look)
     try: yield
     except RuntimeError as e:
@@ -209,7 +238,9 @@ def explained(
         if not was: raise
         root.load_state_dict(was['state'])
         set_effect_runs(root, was['runs'])
-        ours = [l for l in str(e).splitlines()[1:] if l.strip() and not l.lstrip().startswith(('Missing key', 'Unexpected key', 'size mismatch', 'While copying'))]
+        ours = [l for l in str(e).splitlines()[1:] if l.strip()
+            and not l.lstrip().startswith(
+            ('Missing key', 'Unexpected key', 'size mismatch', 'While copying'))]
         there,here = was['steps'],known_steps(root)
         if ours and (not there or _verbs(there) == _verbs(here)): raise # a layer has said it better
         raise ValueError(_misfit(name, there, here, was['diff'])) from None
@@ -231,7 +262,8 @@ def plain_types(o):
     "Numbers, strings, tensors, lists and dicts only: loads with `weights_only=True`"
     if isinstance(o, dict): return {k:plain_types(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [plain_types(v) for v in o]
-    if torch.is_tensor(o): return o.detach().as_subclass(torch.Tensor) # fastai's TensorBase is no safe type
+    # fastai's TensorBase is no safe type
+    if torch.is_tensor(o): return o.detach().as_subclass(torch.Tensor)
     if o is None or isinstance(o, (bool, int, str)): return o
     return float(o)
 
@@ -239,33 +271,40 @@ def _trackers(learn): return [cb for cb in learn.cbs if isinstance(cb, TrackerCa
 def _schedulers(learn): return [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)]
 
 def _callback_state(learn):
-    res = {'trackers': [[cb.name, {k: getattr(cb, k) for k in ('best', 'wait') if k in cb.__dict__}] for cb in _trackers(learn)]}
+    res = {'trackers': [[cb.name, {k: getattr(cb, k) for k in ('best', 'wait') if k in cb.__dict__}]
+        for cb in _trackers(learn)]}
     if 'recorder' in learn.__dict__:
         rec = learn.recorder
-        res['recorder'] = {k: rec.__dict__[k] for k in _KEEP['recorder'] if k in rec.__dict__} | {'smooth': [rec.smooth_loss.count, rec.smooth_loss.val]}
+        res['recorder'] = ({k: rec.__dict__[k] for k in _KEEP['recorder'] if k in rec.__dict__}
+            | {'smooth': [rec.smooth_loss.count, rec.smooth_loss.val]})
     res['scheduled'] = [cb.__dict__.get('hps', {}) for cb in _schedulers(learn)] # for `plot_sched`
     if getattr(learn, 'scaler', None) is not None: res['scaler'] = learn.scaler.state_dict()
     if 'gradient_accumulation' in learn.__dict__: res['accumulated'] = learn.gradient_accumulation.count
     return plain_types(res)
 
 def _set_callback_state(learn, state):
-    if 'accumulated' in state and 'gradient_accumulation' in learn.__dict__: learn.gradient_accumulation.count = state['accumulated']
+    if 'accumulated' in state and 'gradient_accumulation' in learn.__dict__:
+        learn.gradient_accumulation.count = state['accumulated']
     for cb,(name,saved) in zip(_trackers(learn), state['trackers']):
         if cb.name == name: cb.__dict__.update(saved)
-    for cb,hps in zip(_schedulers(learn), state.get('scheduled', [])): cb.__dict__['hps'] = {k: list(v) for k,v in hps.items()}
+    for cb,hps in zip(_schedulers(learn), state.get('scheduled', [])):
+        cb.__dict__['hps'] = {k: list(v) for k,v in hps.items()}
     rec = state.get('recorder')
     if rec and 'recorder' in learn.__dict__:
         for k in _KEEP['recorder']:
             if k not in rec: continue
             v = rec[k]
-            setattr(learn.recorder, k, [L(o) if isinstance(o, list) else o for o in v] if isinstance(v, list) else v)
+            setattr(learn.recorder, k, [L(o) if isinstance(o, list) else o for o in v]
+                if isinstance(v, list) else v)
         learn.recorder.smooth_loss.count,learn.recorder.smooth_loss.val = rec['smooth']
-    if 'scaler' in state and getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(state['scaler'])
+    if 'scaler' in state and getattr(learn, 'scaler', None) is not None:
+        learn.scaler.load_state_dict(state['scaler'])
 
 def effect_runs(model) -> dict: # history, held
     "What the effects on `model` need to continue, besides what is in its `state_dict`"
     return dict(history={n: plain_types(s.history) for n,s in effects(model).items()},
-                held={n: plain_types(s.holder.run_state()) for n,s in effects(model).items() if hasattr(s.holder, 'run_state')})
+                held={n: plain_types(s.holder.run_state()) for n,s in effects(model).items()
+                    if hasattr(s.holder, 'run_state')})
 
 def set_effect_runs(model, state:dict) -> None:
     "Put back what `effect_runs` returned"
@@ -275,7 +314,8 @@ def set_effect_runs(model, state:dict) -> None:
 
 def _grads(model):
     "Gradients that are left between two epochs: accumulated ones, and zeros as True. fastai decays frozen weights that have one"
-    return [None if p.grad is None else p.grad.clone() if p.grad.any() else True for p in model.parameters()]
+    return [None if p.grad is None else p.grad.clone() if p.grad.any() else True
+        for p in model.parameters()]
 
 def _set_grads(model, grads):
     for p,g in zip(model.parameters(), grads): p.grad = torch.zeros_like(p) if g is True else g
@@ -301,15 +341,18 @@ class RunState(Callback):
 
     def before_train(self):
         if finding_lr(self.learn): return
-        if not self.flags.get('counted'): self.learn.__dict__['_n_fits'] = self.learn.__dict__.get('_n_fits', 0)+1
+        if not self.flags.get('counted'):
+            self.learn.__dict__['_n_fits'] = self.learn.__dict__.get('_n_fits', 0)+1
         self.flags.update(counted=True, trained=True)
 
     def after_epoch(self):
         if not in_fit(self.learn) or not self.flags.pop('trained', False): return
-        if (self.epoch+1)%self.every == 0 or self.epoch == self.n_epoch-1: self._save(self.learn, _callback_state(self.learn))
+        if (self.epoch+1)%self.every == 0 or self.epoch == self.n_epoch-1:
+            self._save(self.learn, _callback_state(self.learn))
 
     def after_fit(self):
-        if in_fit(self.learn) and self.flags.get('counted'): self.flags['over'] = _callback_state(self.learn)
+        if in_fit(self.learn) and self.flags.get('counted'):
+            self.flags['over'] = _callback_state(self.learn)
 
     def after_leave(self, learn):
         "The fit is over, and so is what callbacks and effects do at its end; those of `fit(cbs=...)` are gone"
@@ -321,15 +364,18 @@ class RunState(Callback):
         opt,model = learn.opt.state_dict(),get_model(learn.model)
         with telling_steps(model): weights = model.state_dict()
         state = dict(version=1, fit=learn.__dict__['_n_fits'], epoch=learn.epoch, n_epoch=learn.n_epoch, ended=ended, rng=rngs,
-                     model=weights, opt=plain_types(opt), callbacks=callbacks, grads=_grads(model), **effect_runs(model))
+                     model=weights, opt=plain_types(opt), callbacks=callbacks, grads=_grads(model),
+                     **effect_runs(model))
         with atomic_path(model_path(learn, self.file)) as tmp: torch.save(state, tmp)
 
 # %% ../../nbs/core/07_runs.ipynb #39c2fda7
 class _Resume(Callback):
     "Skip what is done, then put the saved state back"
     order,_only_train_loop = -100,True # `learn.summary` fires before_epoch, too
-    def __init__(self, state): self.__dict__['saved'],self.__dict__['seen'] = state,{'fits': 0, 'now': 0, 'off': []}
-    ended = property(lambda self: self.saved.get('ended', False), doc="Was the file written when the fit was over?")
+    def __init__(self, state):
+        self.__dict__['saved'],self.__dict__['seen'] = state,{'fits': 0, 'now': 0, 'off': []}
+    ended = property(lambda self: self.saved.get('ended', False), doc="Was the file written when the "
+        "fit was over?")
 
     def before_fit(self):
         if not in_fit(self.learn): return
@@ -340,7 +386,8 @@ class _Resume(Callback):
         if fit == self.saved['fit'] and self.n_epoch != self.saved['n_epoch']: raise ValueError(
             f"The saved run trains {self.saved['n_epoch']} epochs in this fit, and {self.n_epoch} are asked for. Call the same fit again; "
             "`learn.resume` comes after fits that had no `RunState`.")
-        if fit == self.saved['fit']: _refuse_effects(get_model(self.learn.model), self.saved['model'], '')
+        if fit == self.saved['fit']:
+            _refuse_effects(get_model(self.learn.model), self.saved['model'], '')
         self.seen['now'] = fit
 
     def before_epoch(self):
@@ -354,7 +401,9 @@ class _Resume(Callback):
     def _skip(self):
         self.seen['skip'] = True # `_Skip` cancels the epoch after the other callbacks had their turn
         if self.seen['off']: return
-        self.seen['off'] = [cb for cb in self.learn.cbs if cb.run and not isinstance(cb, (_Resume, _Skip, ProgressCallback))] # a bar has to begin at 0
+        # a bar has to begin at 0
+        self.seen['off'] = [cb for cb in self.learn.cbs if cb.run
+            and not isinstance(cb, (_Resume, _Skip, ProgressCallback))]
         for cb in self.seen['off']: cb.__dict__['run'] = False
 
     def _switch_on(self):
@@ -375,7 +424,8 @@ class _Resume(Callback):
         self._switch_on()
         if fit == self.saved['fit'] and not self.ended: return self._redo_end()
         for cb in trackers: cb.__dict__['run'] = False
-        if fit == self.saved['fit']: _set_callback_state(self.learn, self.saved['callbacks']) # of callbacks that are about to go
+        # of callbacks that are about to go
+        if fit == self.saved['fit']: _set_callback_state(self.learn, self.saved['callbacks'])
 
     def _redo_end(self):
         "The file was written after the last epoch, and no fit had ended"
@@ -412,12 +462,15 @@ def resume(self:Learner,
 ) -> Learner:
     "Continue an interrupted run: call the same `fit` again, and it goes on where the file was written"
     path = model_path(self, file)
-    if not path.is_file(): raise FileNotFoundError(f"{path.name}: no saved run in {path.parent}. Train with cbs=RunState({str(file)!r}) first.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name}: no saved run in {path.parent}. Train with "
+            f"cbs=RunState({str(file)!r}) first.")
     try: state = read_torch(path, getattr(self.dls, 'device', 'cpu'))
     except (OSError, MemoryError): raise
     except Exception as e: state = e # torch raises many kinds
     if not isinstance(state, dict) or state.get('version') != 1 or 'fit' not in state: raise ValueError(
-        f"{path.name}: {f'no file of `RunState`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `RunState`'}.") from (state if isinstance(state, Exception) else None)
+        f"{path.name}: "
+        f"{f'no file of `RunState`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `RunState`'}.") from (state if isinstance(state, Exception) else None)
     if not missing_effects(self.model, state['model']): # else `fit(cbs=...)` brings it
         with explained(self.model, path.name): get_model(self.model).load_state_dict(state['model'])
     self.remove_cbs([c for c in self.cbs if isinstance(c, (_Resume, _Skip))])

@@ -25,14 +25,17 @@ def as_shapes(o) -> str:
 # %% ../../nbs/core/01_samples.ipynb #e68ab3b1
 def _loaders(dls): return [getattr(dl, 'dl', dl) for dl in getattr(dls, 'loaders', [])]
 def _rngs(dls): return [dl.rng for dl in _loaders(dls) if getattr(dl, 'rng', None) is not None]
-def _generators(dls): return list({id(g):g for g in (getattr(dl, 'generator', None) for dl in _loaders(dls)) if g is not None}.values())
+def _generators(dls):
+    return list({id(g):g for g in (getattr(dl, 'generator', None) for dl in _loaders(dls))
+        if g is not None}.values())
 
 def rng_state(dls=None) -> dict:
     "All random state a run depends on, as plain types and tensors"
     name,keys,*rest = np.random.get_state()
     py = [random.getstate()] + [r.getstate() for r in _rngs(dls)]
     return {'python': [[v, list(s), g] for v,s,g in py], 'numpy': [name, torch.tensor(keys.astype(np.int64)), *rest],
-            'torch': torch.get_rng_state(), 'loaders': [g.get_state() for g in _generators(dls)], 'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            'torch': torch.get_rng_state(), 'loaders': [g.get_state() for g in _generators(dls)],
+            'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 def set_rng_state(state:dict, dls=None) -> None:
     "Put back what `rng_state` returned"
@@ -67,7 +70,8 @@ def sample_batch(
     "The first `n` items of the validation (else training) loader, without advancing any random state"
     loaders = getattr(dls, 'loaders', [dls])
     dl = next((d for d in loaders[1:] if len(d)), loaders[0])
-    dl = getattr(dl, '__dict__', {}).get('dl', dl) # in a distributed run the loader that is divided: one rank may ask alone
+    # in a distributed run the loader that is divided: one rank may ask alone
+    dl = getattr(dl, '__dict__', {}).get('dl', dl)
     with rng_guard(_One(dl)): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
     return tuple(apply(lambda t: t[:n], b[:n_inp])) # inputs may be nested, as in a siamese network
@@ -81,7 +85,9 @@ def check_batches(dls):
     if not empty: return
     n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
     if n is None: n = len(dl.dataset) if hasattr(dl.dataset, '__len__') else 0
-    if not n: raise ValueError("The training loader holds no items, so there is nothing to train on. Give `learn.dls` a training set.")
+    if not n:
+        raise ValueError("The training loader holds no items, so there is nothing to train on. Give "
+            "`learn.dls` a training set.")
     ours = "set `learn.dls.train.drop_last = False`, or " if isinstance(dl, DataLoader) else ''
     raise ValueError(f"The training loader has no batch: it holds {n} items, its batch size is {bs}, and an incomplete batch is dropped. "
                      f"To train on them, {ours}make the loaders with a batch size of {n} or less.")

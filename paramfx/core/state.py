@@ -37,7 +37,8 @@ def effects(
 @patch(as_prop=True)
 def paramfx(self:Learner) -> dict:
     "What was done to the model: effect in force, or verb that has ended -> its report"
-    done = {n: Table(rows) for n,rows in self.__dict__.get('_reports', {}).items()} # kept as plain data: an exported Learner loads without this library
+    # kept as plain data: an exported Learner loads without this library
+    done = {n: Table(rows) for n,rows in self.__dict__.get('_reports', {}).items()}
     return done | {n:s.report for n,s in effects(self.model).items()}
 
 # %% ../../nbs/core/05_state.ipynb #8e73cfbe
@@ -48,7 +49,8 @@ def add_step(
     note:str='' # For people
 ) -> nn.Module: # `model`
     "Add a step to what `Recipe.of(model)` tells"
-    model.__dict__['_recipe'] = [*model.__dict__.get('_recipe', []), dict(verb=verb, args=args, note=note)]
+    model.__dict__['_recipe'] = [*model.__dict__.get('_recipe', []),
+        dict(verb=verb, args=args, note=note)]
     return model
 
 @contextmanager
@@ -76,7 +78,8 @@ def add_report(
 
 class EffectState:
     "What an effect must not lose: settings, counters, history and the masks it holds"
-    before_run,copied = None,False # hooks of the model that run before it; is it a copy, which has one of ours among them?
+    # hooks of the model that run before it; is it a copy, which has one of ours among them?
+    before_run,copied = None,False
     def __init__(self,
         name:str, # Name of the effect, such as 'dynamic_sparse'
         settings:dict, # What it was built with
@@ -108,7 +111,9 @@ class EffectState:
         model.register_buffer(self.key, self._numbers().to(p.device))
         if '_effects' not in model.__dict__: model._effects = {}
         model._effects[self.name] = self
-        model._ddp_params_and_buffers_to_ignore = [*getattr(model, '_ddp_params_and_buffers_to_ignore', []), *self.keys()] # DDP would send them at each forward
+        # DDP would send them at each forward
+        model._ddp_params_and_buffers_to_ignore = [
+            *getattr(model, '_ddp_params_and_buffers_to_ignore', []), *self.keys()]
         self.handles = [model.register_state_dict_pre_hook(self.before_save),
                         model.register_load_state_dict_pre_hook(self.before_load),
                         model.register_load_state_dict_post_hook(self.after_load)]
@@ -125,13 +130,15 @@ class EffectState:
         return new
 
     def catch_up(self, *args):
-        if hasattr(self.holder, 'catch_up') and not torch.compiler.is_compiling(): self.holder.catch_up()
+        if hasattr(self.holder, 'catch_up') and not torch.compiler.is_compiling():
+            self.holder.catch_up()
 
     def before_save(self, module, prefix, keep_vars):
         getattr(module, self.key).copy_(self._numbers())
         self.catch_up()
         loose = getattr(self.holder, 'loose', str)()
-        if loose: warnings.warn(f'{loose} Who loads this state dict under the same callback masks them.')
+        if loose:
+            warnings.warn(f'{loose} Who loads this state dict under the same callback masks them.')
 
     def before_load(self, module, state_dict, prefix, *args):
         "A dense file keeps what is here; a file of another shape is refused before anything is copied"
@@ -146,7 +153,8 @@ class EffectState:
     def after_load(self, module, incompatible_keys):
         self._read(getattr(module, self.key))
         for e in getattr(self.holder, 'sparse', ()): e.note() # masked ones have hooks of their own
-        self.history[:] = [h for h in self.history if h.get('step', 0) < self.clock.steps] # what came after the file was written
+        # what came after the file was written
+        self.history[:] = [h for h in self.history if h.get('step', 0) < self.clock.steps]
         self.dirty = True
 
     def release(self, model):
@@ -161,7 +169,9 @@ class EffectState:
         if not model._effects: del model._effects
 
 # %% ../../nbs/core/05_state.ipynb #7c5d10a2
-LOST = .01 # share of the squared weights from which on a loss is told in a warning; below it, accuracy hardly moves
+# share of the squared weights from which on a loss is told in a warning; below it, accuracy hardly
+# moves
+LOST = .01
 
 def lost_share(
     pairs # (weight before, weight after), of as many layers as there are
@@ -177,7 +187,8 @@ def has_trained(
     learn:Learner # Of any kind
 ) -> bool:
     "Is there something to lose: has its optimizer made a step, or does the network come pretrained?"
-    return bool(getattr(learn, 'pretrained', False)) or learn.opt is not None and any(opt_state(learn.opt, p) for p in learn.model.parameters())
+    return (bool(getattr(learn, 'pretrained', False)) or learn.opt is not None
+        and any(opt_state(learn.opt, p) for p in learn.model.parameters()))
 
 def told_loss(
     share:float, # From `lost_share`
@@ -185,4 +196,5 @@ def told_loss(
 ) -> str: # None below `LOST`
     "A loss in words"
     if share < LOST: return None
-    return f"{100*share:.3g} % of the squared weight is lost, so the network does not do what it did. {remedy}"
+    return (f"{100*share:.3g} % of the squared weight is lost, so the network does not do what it did. "
+        f"{remedy}")

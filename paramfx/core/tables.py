@@ -22,11 +22,14 @@ class Table(list):
         store_attr('title,note')
 
     def shown(self): return self # the rows as people read them
-    def _cell(self, v): return '' if v is None else f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
+    def _cell(self, v):
+        return ('' if v is None else f'{v:,}' if isinstance(v, int)
+            and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v))
     def _repr_markdown_(self):
         shown = self.shown()
         cols = list(dict.fromkeys(k for r in shown for k in r))
-        rows = [cols, ['---', *[self.rule]*(len(cols)-1)]] + [[self._cell(r.get(c)) for c in cols] for r in shown]
+        rows = ([cols, ['---', *[self.rule]*(len(cols)-1)]]
+            + [[self._cell(r.get(c)) for c in cols] for r in shown])
         body = '\n'.join('|' + '|'.join(r) + '|' for r in rows) if cols else ''
         return '\n\n'.join(o for o in (self.title, body, self.note) if o)
     def __repr__(self): return self._repr_markdown_()

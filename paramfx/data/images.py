@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
-from fastai.basics import DataLoaders, DisplayedTransform, Tensor, TensorImage, delegates, store_attr, torch
+from fastai.basics import (DataLoaders, DisplayedTransform, Tensor, TensorImage, delegates, store_attr,
+    torch)
 from fastai.data.transforms import get_image_files
 from .memory import tensor_dls
 from .loading import as_bytes, check_loader, find_data, list_tfms, read_pickle, reading
@@ -52,7 +53,8 @@ class CropFlip(DisplayedTransform):
     ):
         if size <= 0: raise ValueError(f'size={size} must be positive')
         if pad < 0: raise ValueError(f'pad={pad} must not be negative')
-        if mode not in ('reflect','constant'): raise ValueError(f"mode must be 'reflect' or 'constant', not {mode!r}")
+        if mode not in ('reflect','constant'):
+            raise ValueError(f"mode must be 'reflect' or 'constant', not {mode!r}")
         store_attr()
         super().__init__()
     def __call__(self, b, split_idx=None, **kwargs):
@@ -61,10 +63,15 @@ class CropFlip(DisplayedTransform):
     def encodes(self, x:TensorImage):
         h,w = (o - self.size for o in x.shape[2:])
         pad = self.pad if self.training else 0
-        if min(h, w)+2*pad < 0: raise ValueError(f'A crop of {self.size} does not fit into images of {list(x.shape[2:])} padded by {pad}: give a smaller size')
+        if min(h, w)+2*pad < 0:
+            raise ValueError(f'A crop of {self.size} does not fit into images of {list(x.shape[2:])} '
+                f'padded by {pad}: give a smaller size')
         if not self.training: return x[:,:,h//2:h//2+self.size,w//2:w//2+self.size] if h or w else x
-        if pad >= min(x.shape[2:]) and self.mode == 'reflect': raise ValueError(f"pad={pad} is too much for images of {list(x.shape[2:])}: give mode='constant'")
-        return crop_flip(x, *(o.to(x.device) for o in self.draw(len(x), h+2*pad+1, w+2*pad+1)), self.size, pad, self.mode)
+        if pad >= min(x.shape[2:]) and self.mode == 'reflect':
+            raise ValueError(f"pad={pad} is too much for images of {list(x.shape[2:])}: give "
+                "mode='constant'")
+        return crop_flip(x, *(o.to(x.device) for o in self.draw(len(x), h+2*pad+1, w+2*pad+1)),
+            self.size, pad, self.mode)
     def draw(self, n, h, w):
         "First row and column, and which to mirror"
         flip = torch.rand(n) < .5 if self.flip else torch.zeros(n, dtype=torch.bool)
@@ -73,7 +80,8 @@ class CropFlip(DisplayedTransform):
 # %% ../../nbs/data/02_images.ipynb #57bb7ac9
 def _to_rgb(im):
     "The image in colour; 16 bits are scaled to 8, where PIL would clip them to white"
-    if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).astype('int64').clip(0, 65535) >> 8).astype('uint8'))
+    if im.mode.startswith('I'):
+        im = Image.fromarray((np.asarray(im).astype('int64').clip(0, 65535) >> 8).astype('uint8'))
     return im.convert('RGB')
 
 def _opened(fn):
@@ -81,7 +89,9 @@ def _opened(fn):
     try:
         with Image.open(fn) as im: return _to_rgb(im)
     except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{fn} is not a readable image ({type(e).__name__}): replace or delete it') from e
+    except Exception as e:
+        raise ValueError(
+            f'{fn} is not a readable image ({type(e).__name__}): replace or delete it') from e
 
 class ReadImage:
     "The centre square of an image as bytes, 3xHxW, read from a file name, a PIL image or an array"
@@ -108,8 +118,10 @@ class ReadImage:
 def _to_pil(x):
     "An image from pixels in any usual order"
     if x.ndim == 3 and x.shape[-1] not in (1,3,4): x = x.permute(1,2,0)
-    if x.ndim not in (2,3) or x.ndim == 3 and x.shape[-1] not in (1,3,4): raise ValueError(f'An image has shape (H,W), (H,W,3) or (3,H,W), not {list(x.shape)}')
-    return Image.fromarray(x.numpy().squeeze(-1) if x.ndim == 3 and x.shape[-1] == 1 else x.contiguous().numpy())
+    if x.ndim not in (2,3) or x.ndim == 3 and x.shape[-1] not in (1,3,4):
+        raise ValueError(f'An image has shape (H,W), (H,W,3) or (3,H,W), not {list(x.shape)}')
+    return Image.fromarray(x.numpy().squeeze(-1) if x.ndim == 3
+        and x.shape[-1] == 1 else x.contiguous().numpy())
 
 # %% ../../nbs/data/02_images.ipynb #db39b1ed
 def read_images(
@@ -120,7 +132,8 @@ def read_images(
     res = torch.empty(len(fns), 3, side, side, dtype=torch.uint8)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex:
         xs = ex.map(ReadImage(side), fns) # a small set is there before a bar can be read
-        for i,x in enumerate(progress_bar(xs, total=len(fns), leave=False) if len(fns) > 1000 else xs): res[i] = x
+        for i,x in enumerate(progress_bar(xs, total=len(fns), leave=False) if len(fns) > 1000 else xs):
+            res[i] = x
     return res
 
 class ImageFiles:
@@ -138,10 +151,12 @@ class ImageFiles:
         if isinstance(i, slice): fns = self.fns[i]
         elif np.ndim(i) == 0: return self.read(self.fns[int(i)])
         else: fns = [self.fns[j] for j in torch.as_tensor(i).tolist()]
-        return torch.stack([self.read(o) for o in fns]) if fns else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return (torch.stack([self.read(o) for o in fns]) if fns
+            else torch.empty(0, *self.shape[1:], dtype=self.dtype))
 
 # %% ../../nbs/data/02_images.ipynb #2424e905
-_CIFAR = {10: ([.4914,.4822,.4465], [.2470,.2435,.2616]), 100: ([.5071,.4865,.4409], [.2673,.2564,.2762])}
+_CIFAR = {10: ([.4914,.4822,.4465], [.2470,.2435,.2616]),
+    100: ([.5071,.4865,.4409], [.2673,.2564,.2762])}
 
 def _pickles(folder, n_classes):
     "Class names, and the arrays of training and test set, as torchvision stores them"
@@ -151,7 +166,8 @@ def _pickles(folder, n_classes):
         x = np.concatenate([o['data'] for o in ds]).reshape(-1,3,32,32)
         return x,np.concatenate([o['labels' if n_classes == 10 else 'fine_labels'] for o in ds])
     if n_classes == 100: return load('meta')['fine_label_names'],arrays(['train']),arrays(['test'])
-    return load('batches.meta')['label_names'],arrays([f'data_batch_{i}' for i in range(1,6)]),arrays(['test_batch'])
+    return load('batches.meta')['label_names'],arrays([f'data_batch_{i}' for i in range(1,6)]),arrays(
+        ['test_batch'])
 
 def _sheet(fn):
     "The tiles of a sheet, row by row"
@@ -173,10 +189,13 @@ def _read_cifar(path, n_classes):
     "Class names, training set, test set, and which training images are for validation"
     name,(sub,meta) = f'cifar{n_classes}',_FOLDERS[n_classes]
     folder = find_data(f'CIFAR-{n_classes}', path, ('.',sub,f'{name}/{sub}',name), (meta,'classes.txt'),
-        f'torchvision.datasets.CIFAR{n_classes}(root, download=True) writes it; put its folder {sub} into $PARAMFX_DATA, or pass it as `path`')
+        f'torchvision.datasets.CIFAR{n_classes}(root, download=True) writes it; put its folder {sub} '
+        'into $PARAMFX_DATA, or pass it as `path`')
     by_class = not (folder/meta).exists()
     names,train,test = _sheets(folder) if by_class else _pickles(folder, n_classes)
-    if len(names) != n_classes: raise ValueError(f'{folder} holds {len(names)} classes, not {n_classes}: give the folder of CIFAR-{n_classes}')
+    if len(names) != n_classes:
+        raise ValueError(f'{folder} holds {len(names)} classes, not {n_classes}: give the folder of '
+            f'CIFAR-{n_classes}')
     counts = np.bincount(train[1]) if by_class else [len(train[1])]
     return names,train,test,np.concatenate([np.arange(n) >= n-n//10 for n in counts])
 
@@ -195,7 +214,8 @@ def cifar_dls(
     "CIFAR-10 or CIFAR-100, 3x32x32, normalised, held in memory as bytes"
     check_loader(bs, kwargs)
     if n_classes not in _FOLDERS: raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
-    if valid not in ('test','split'): raise ValueError(f"valid must be 'test' or 'split', not {valid!r}")
+    if valid not in ('test','split'):
+        raise ValueError(f"valid must be 'test' or 'split', not {valid!r}")
     tfms = [CropFlip(32, 4, pad_mode)] if augment else []
     names,train,test,held = _read_cifar(path, n_classes)
     if valid == 'split': train,test = (tuple(o[k] for o in train) for k in (~held, held))
@@ -209,16 +229,23 @@ IMAGENET = ([.485,.456,.406], [.229,.224,.225])
 
 def _listing(folder):
     "Image files below `folder` with their classes, the names of its sub-folders"
-    return [(fn, fn.relative_to(folder).parts[0]) for fn in sorted(get_image_files(folder)) if fn.parent != folder]
+    return [(fn, fn.relative_to(folder).parts[0]) for fn in sorted(get_image_files(folder))
+        if fn.parent != folder]
 
 def image_parts(
     path:Path # Folder that holds train/<class>/* and others, or <class>/*
 )->dict: # 'train', 'valid', 'test', as far as there -> pairs of file and class
     "The image files of each part of a set"
-    if not path.is_dir(): raise FileNotFoundError(f'{path} is not a folder: give one that holds train/<class>/* or <class>/*')
-    names,have = {'train':'train', 'valid':'valid', 'val':'valid', 'test':'test'},{o.name.lower(): o for o in path.iterdir() if o.is_dir()}
-    res = {part: _listing(have[sub]) for sub,part in names.items() if sub in have} if 'train' in have else {'train': _listing(path)}
-    if not res['train']: raise ValueError(f'{path} holds no images: give a folder that holds train/<class>/* or <class>/*')
+    if not path.is_dir():
+        raise FileNotFoundError(f'{path} is not a folder: give one that holds train/<class>/* or '
+            '<class>/*')
+    names,have = {'train':'train', 'valid':'valid', 'val':'valid',
+        'test':'test'},{o.name.lower(): o for o in path.iterdir() if o.is_dir()}
+    res = ({part: _listing(have[sub]) for sub,part in names.items() if sub in have} if 'train' in have
+        else {'train': _listing(path)})
+    if not res['train']:
+        raise ValueError(f'{path} holds no images: give a folder that holds train/<class>/* or '
+            '<class>/*')
     return {k:v for k,v in res.items() if v}
 
 def _split(items, pct, seed):
@@ -230,30 +257,42 @@ def _split(items, pct, seed):
         k = min(max(1, round(n*pct)), n-1)
         rest += [groups[c][j] for j in sorted(order[k:])]
         aside += [groups[c][j] for j in sorted(order[:k])]
-    if not aside: raise ValueError("No class has two images, so none can be set aside: add images, or a folder 'valid'")
+    if not aside:
+        raise ValueError("No class has two images, so none can be set aside: add images, or a folder "
+            "'valid'")
     return rest,aside
 
 def _choose(parts, valid, pct, seed, title):
     "Training and validation items"
     if valid == 'auto': valid = next((o for o in ('valid','test') if o in parts), 'split')
     if valid == 'split': return _split(parts['train'], pct, seed)
-    if valid not in parts: raise ValueError(f"{title} has no images for valid={valid!r}, only {', '.join(parts)}: give valid='split' to set some of the training images aside")
+    if valid not in parts:
+        raise ValueError(f"{title} has no images for valid={valid!r}, only {', '.join(parts)}: give "
+            "valid='split' to set some of the training images aside")
     return parts['train'],parts[valid]
 
 # %% ../../nbs/data/02_images.ipynb #1741f91d
 def _check(size, valid, pct, seed, stats):
     "Complain before anything is read"
-    if not isinstance(size, int) or size <= 0: raise ValueError(f'size={size!r} must be a positive whole number of pixels')
-    if valid not in ('auto','valid','test','split'): raise ValueError(f"valid must be 'auto', 'valid', 'test' or 'split', not {valid!r}")
+    if not isinstance(size, int) or size <= 0:
+        raise ValueError(f'size={size!r} must be a positive whole number of pixels')
+    if valid not in ('auto','valid','test','split'):
+        raise ValueError(f"valid must be 'auto', 'valid', 'test' or 'split', not {valid!r}")
     if not 0 < pct < 1: raise ValueError(f'valid_pct={pct} must lie between 0 and 1')
-    if not isinstance(seed, int) or seed < 0: raise ValueError(f'seed={seed!r} must be a whole number of at least 0')
-    if not isinstance(stats, (tuple,list)) or len(stats) != 2: raise ValueError(f'stats={stats!r} must be a mean and a deviation per channel')
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f'seed={seed!r} must be a whole number of at least 0')
+    if not isinstance(stats, (tuple,list)) or len(stats) != 2:
+        raise ValueError(f'stats={stats!r} must be a mean and a deviation per channel')
 
 def _check_files(train, valid, vocab):
     odd = next((o for o in valid if o[1] not in vocab), None)
-    if odd: raise ValueError(f'Class {odd[1]!r} is in the validation set only ({odd[0]}): add training images of it or take it away')
+    if odd:
+        raise ValueError(f'Class {odd[1]!r} is in the validation set only ({odd[0]}): add training '
+            'images of it or take it away')
     lost = [fn for fn,_ in train+valid if not fn.is_file()]
-    if lost: raise FileNotFoundError(f'{lost[0]} is missing, one of {len(lost)} missing files: unpack the data set again')
+    if lost:
+        raise FileNotFoundError(f'{lost[0]} is missing, one of {len(lost)} missing files: unpack the '
+            'data set again')
 
 def parts_dls(
     parts:dict, # 'train' and perhaps 'valid' and 'test' -> pairs of file and class
@@ -277,12 +316,14 @@ def parts_dls(
     vocab = vocab or sorted({c for _,c in items[0]})
     _check_files(*items, vocab)
     side,fns,n = round(size*8/7),[[fn for fn,_ in o] for o in items],sum(map(len, items))
-    if on_disk := 3*side*side*n > max_memory: kwargs.setdefault('num_workers', min(8, os.cpu_count() or 1))
+    if on_disk := 3*side*side*n > max_memory:
+        kwargs.setdefault('num_workers', min(8, os.cpu_count() or 1))
     x,xv = ((ImageFiles if on_disk else read_images)(o, side) for o in fns)
     o2i = {c:i for i,c in enumerate(vocab)}
     y,yv = (torch.tensor([o2i[c] for _,c in o]) for o in items)
     tfms = [CropFlip(size, flip=augment, random=augment), *list_tfms(kwargs.pop('after_batch', None))]
-    dls = tensor_dls(x, y, xv, yv, bs=bs, vocab=vocab, normalize=stats, reader=ReadImage(side), device=device, after_batch=tfms, **kwargs)
+    dls = tensor_dls(x, y, xv, yv, bs=bs, vocab=vocab, normalize=stats, reader=ReadImage(side),
+        device=device, after_batch=tfms, **kwargs)
     for dl,o in zip(dls.loaders, fns): dl.dataset.names = o
     return dls
 

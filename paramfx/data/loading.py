@@ -38,8 +38,10 @@ def reading(
     "An error while reading names `file`"
     try: yield
     except (MemoryError, KeyboardInterrupt): raise
-    except FileNotFoundError: raise FileNotFoundError(f'{file} is missing: unpack the data set again') from None
-    except Exception as e: raise ValueError(f'{file} is damaged ({type(e).__name__}): download the data set again') from e
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{file} is missing: unpack the data set again') from None
+    except Exception as e:
+        raise ValueError(f'{file} is damaged ({type(e).__name__}): download the data set again') from e
 
 # %% ../../nbs/data/00_loading.ipynb #7b1f9a27
 _KIND = re.compile(r'[biufcSU][0-9]+|[?]')
@@ -51,21 +53,25 @@ def _builders():
         def __init__(self, code, *args): self.code,self.order = code,'='
         def __setstate__(self, state): self.order = state[1]
         def get(self):
-            if not _KIND.fullmatch(self.code) or self.order not in ('<', '>', '=', '|'): raise ValueError(f'an array of {self.code!r}')
+            if not _KIND.fullmatch(self.code) or self.order not in ('<', '>', '=', '|'):
+                raise ValueError(f'an array of {self.code!r}')
             return np.dtype(self.code).newbyteorder(self.order)
 
     def made(raw, kind, shape, order):
         raw = raw.encode('latin1') if isinstance(raw, str) else raw # a string of Python 2
-        if not isinstance(raw, (bytes, bytearray)): raise ValueError(f'an array of a {type(raw).__name__}')
+        if not isinstance(raw, (bytes, bytearray)):
+            raise ValueError(f'an array of a {type(raw).__name__}')
         return np.frombuffer(raw, kind.get()).reshape(shape, order=order).copy(order)
 
     class Array:
         "In place of an array"
         def __init__(self, *args): self.value = None
-        def __setstate__(self, state): self.value = made(state[4], state[2], state[1], 'F' if state[3] else 'C')
+        def __setstate__(self, state):
+            self.value = made(state[4], state[2], state[1], 'F' if state[3] else 'C')
 
     class Buffer(Array):
-        def __init__(self, raw, kind, shape, order): self.value = made(raw, kind, shape, 'F' if order == 'F' else 'C')
+        def __init__(self, raw, kind, shape, order):
+            self.value = made(raw, kind, shape, 'F' if order == 'F' else 'C')
 
     class Scalar(Array):
         def __init__(self, kind, raw): self.value = made(raw, kind, (), 'C').item()
@@ -80,7 +86,8 @@ def _builders():
         if isinstance(o, Array) and o.value is not None: return o.value
         raise ValueError(f'a {type(o).__name__}')
 
-    core = {'multiarray._reconstruct': Array, 'multiarray.scalar': Scalar, 'numeric._frombuffer': Buffer}
+    core = {'multiarray._reconstruct': Array, 'multiarray.scalar': Scalar,
+        'numeric._frombuffer': Buffer}
     names = {f'numpy.{c}.{k}': v for c in ('core', '_core') for k,v in core.items()}
     return names | {'numpy.ndarray': Array, 'numpy.dtype': Kind, '_codecs.encode': encode},plain
 
@@ -112,13 +119,17 @@ def check_loader(
     kwargs:dict # What will be handed on to fastai's loaders
 )->None:
     "Complain about settings that fastai's loaders would forget"
-    if isinstance(bs, bool) or not isinstance(bs, (int,np.integer)) or bs < 1: raise ValueError(f'bs must be at least 1, a whole number, not {bs!r}')
-    known = {*inspect.signature(TfmdDL.__init__).parameters} - {'self','dataset','batch_size','kwargs'} | {*TfmdDL._methods} | {'path','val_bs','shuffle_train'}
+    if isinstance(bs, bool) or not isinstance(bs, (int,np.integer)) or bs < 1:
+        raise ValueError(f'bs must be at least 1, a whole number, not {bs!r}')
+    known = ({*inspect.signature(TfmdDL.__init__).parameters} - {'self','dataset','batch_size','kwargs'}
+        | {*TfmdDL._methods} | {'path','val_bs','shuffle_train'})
     odd = next((k for k in kwargs if k not in known), None)
     if odd is None: return
-    more = {'item_tfms': '; transforms of batches go into after_batch', 'batch_tfms': '; call it after_batch'}
+    more = {'item_tfms': '; transforms of batches go into after_batch',
+        'batch_tfms': '; call it after_batch'}
     near = difflib.get_close_matches(odd, [*known, 'valid', 'augment', 'size', 'seq_len'], 1)
-    raise TypeError(f'No loader takes {odd!r}' + more.get(odd, f'; did you mean {near[0]}?' if near else ''))
+    raise TypeError(f'No loader takes {odd!r}'
+        + more.get(odd, f'; did you mean {near[0]}?' if near else ''))
 
 # %% ../../nbs/data/00_loading.ipynb #7e008a3c
 def as_bytes(
@@ -128,14 +139,17 @@ def as_bytes(
     if x.dtype == torch.uint8: return x
     if not x.is_floating_point(): x,scale,top = x.long(),1,255
     else: scale,top = 255,1
-    if x.min() < 0 or x.max() > top: raise ValueError(f'Pixels lie in [0,{top}], not in [{float(x.min()):.4g},{float(x.max()):.4g}]: give them before normalisation')
+    if x.min() < 0 or x.max() > top:
+        raise ValueError(f'Pixels lie in [0,{top}], not in '
+            f'[{float(x.min()):.4g},{float(x.max()):.4g}]: give them before normalisation')
     return (x*scale).round().to(torch.uint8) if scale > 1 else x.to(torch.uint8)
 
 class NormalizeBytes(Normalize):
     "Images in bytes to normalised numbers, in three operations; `mean` and `std` are those of pixels in [0,1]"
     def encodes(self, x:TensorImage):
         if x.dtype != torch.uint8: return (x-self.mean)/self.std
-        return x.float().sub_(self.mean*255).div_(self.std*255) # in place is safe: float has made a copy
+        # in place is safe: float has made a copy
+        return x.float().sub_(self.mean*255).div_(self.std*255)
     def decodes(self, x:TensorImage): return super().decodes(x).clamp(0, 1)
 
 def list_tfms(

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from fastai.basics import (CrossEntropyLossFlat, DataLoaders, MSELossFlat, Tensor, TensorBase, TensorCategory, TensorImage,
-    TensorImageBW, TfmdDL, TitledStr, default_device, delegates, is_listy, subplots, tensor, to_cpu, torch)
+    TensorImageBW, TfmdDL, TitledStr, default_device, delegates, is_listy, subplots, tensor, to_cpu,
+    torch)
 from fastai.data.transforms import CategoryMap, IntToFloatTensor, Normalize
 from .loading import NormalizeBytes, as_bytes, check_loader, find_data, list_tfms, reading
 
@@ -44,14 +45,18 @@ class InMemory:
         split_idx:int|None=None, # What transforms are told: 0 for training, 1 for validation
         names:list|None=None # Where the items are from, such as file names
     ):
-        if vocab is not None and len(set(vocab)) < len(vocab): raise ValueError(f'vocab names a class twice: {list(vocab)}')
+        if vocab is not None and len(set(vocab)) < len(vocab):
+            raise ValueError(f'vocab names a class twice: {list(vocab)}')
         # as fastai has it: a list would be taken for one vocab per target
         self.vocab = None if vocab is None else CategoryMap(list(vocab), sort=False)
         self.x,self.y,self.mean,self.std = x,y,mean,std
         self.reader,self.split_idx,self.names = reader,split_idx,names
     def __len__(self): return len(self.x)
-    def __repr__(self): return f'{type(self).__name__}: {len(self):,} inputs of {list(self.x.shape[1:])}, {self.x.dtype}'
-    def __getitem__(self, i): return (_take(self.x, i),) if self.y is None else (_take(self.x, i), _take(self.y, i))
+    def __repr__(self):
+        return (f'{type(self).__name__}: {len(self):,} inputs of {list(self.x.shape[1:])}, '
+            f'{self.x.dtype}')
+    def __getitem__(self, i):
+        return (_take(self.x, i),) if self.y is None else (_take(self.x, i), _take(self.y, i))
     @property
     def is_bytes(self): return self.x.dtype == torch.uint8
     @property
@@ -69,13 +74,15 @@ class InMemory:
         return res
     def new_empty(self):
         "No items, but all that is needed to predict"
-        return self.new(self.x[:0].clone(), None if self.y is None else self.y[:0].clone(), self.split_idx)
+        return self.new(self.x[:0].clone(), None if self.y is None else self.y[:0].clone(),
+            self.split_idx)
     def encode(self, items):
         "Normalise new items: raw arrays or tensors of the shape of one input, what `reader` reads, or rows of a data set"
         if not len(items): raise ValueError('There are no items: give at least one')
         if all(isinstance(o, Row) for o in items): return self._rows(items)
         x = torch.stack([self._raw(o) for o in items])
-        if x.shape[1:] != self.x.shape[1:]: raise ValueError(f'An item has shape {list(self.x.shape[1:])}, not {list(x.shape[1:])}')
+        if x.shape[1:] != self.x.shape[1:]:
+            raise ValueError(f'An item has shape {list(self.x.shape[1:])}, not {list(x.shape[1:])}')
         return self.new(x if self.is_bytes else (x-self.mean)/self.std)
     def _raw(self, o):
         "One input in the type they are stored in"
@@ -97,7 +104,8 @@ class InMemory:
 
 def _take(x, i):
     "`x[i]`; several rows of a tensor by `index_select`, which takes half the time"
-    fast = isinstance(x, Tensor) and isinstance(i, Tensor) and i.dtype == torch.long and i.ndim == 1 and len(i) and i.min() >= 0
+    fast = (isinstance(x, Tensor) and isinstance(i, Tensor) and i.dtype == torch.long and i.ndim == 1
+        and len(i) and i.min() >= 0)
     return x.index_select(0, i) if fast else x[i]
 
 # %% ../../nbs/data/01_memory.ipynb #2ee29cd9
@@ -105,29 +113,39 @@ def _with_normalize(dataset, tfms):
     "Batch transforms of `dataset`, normalisation included if it is left for them"
     tfms = list_tfms(tfms)
     if not dataset.is_bytes or any(isinstance(t, NormalizeBytes) for t in tfms): return tfms
-    if dataset.x.ndim != 4: raise ValueError(f'Bytes must be images (N,C,H,W), not {list(dataset.x.shape)}: make other inputs float')
+    if dataset.x.ndim != 4:
+        raise ValueError(f'Bytes must be images (N,C,H,W), not {list(dataset.x.shape)}: make other '
+            'inputs float')
     given = any(isinstance(t, Normalize) for t in tfms)
-    # fastai's own normalisation, and augmentations between its two orders, calculate with pixels in [0,1]
-    if (given or any(10 < getattr(t, 'order', 0) < 99 for t in tfms)) and not any(isinstance(t, IntToFloatTensor) for t in tfms): tfms.append(IntToFloatTensor())
+    # fastai's own normalisation, and augmentations between its two orders, calculate with pixels in
+    # [0,1]
+    if ((given or any(10 < getattr(t, 'order', 0) < 99 for t in tfms))
+        and not any(isinstance(t, IntToFloatTensor) for t in tfms)):
+        tfms.append(IntToFloatTensor())
     if given: return tfms
-    mean,std = (torch.as_tensor(o, dtype=torch.float32).reshape(1,-1,1,1) for o in (dataset.mean, dataset.std))
+    mean,std = (torch.as_tensor(o, dtype=torch.float32).reshape(1,-1,1,1)
+        for o in (dataset.mean, dataset.std))
     return [*tfms, NormalizeBytes(mean, std)]
 
 # %% ../../nbs/data/01_memory.ipynb #7c373c57
 class MemoryDL(TfmdDL):
     "A loader over an `InMemory` data set that gathers each batch by its row numbers"
     def __init__(self, dataset, bs=64, num_workers=0, after_batch=None, **kwargs):
-        super().__init__(dataset, bs=bs, num_workers=num_workers, after_batch=_with_normalize(dataset, after_batch), **kwargs)
+        super().__init__(dataset, bs=bs, num_workers=num_workers,
+            after_batch=_with_normalize(dataset, after_batch), **kwargs)
     def create_item(self, s): return self._typed(super().create_item(s))
     def create_batches(self, samps):
         "Row numbers to batches; item by item only for transforms of items"
-        if self.bs is None or self.after_item.fs or self.before_batch.fs: yield from super().create_batches(samps)
+        if self.bs is None or self.after_item.fs or self.before_batch.fs:
+            yield from super().create_batches(samps)
         else:
             for rows in torch.tensor([*samps], dtype=torch.long).split(self.bs):
-                if len(rows) == self.bs or len(rows) and not self.drop_last: yield self.gather(rows) # a worker may have no rows at all
+                # a worker may have no rows at all
+                if len(rows) == self.bs or len(rows) and not self.drop_last: yield self.gather(rows)
     def shuffle_fn(self, idxs):
         "A permutation from this loader's own generator, drawn by torch, which takes a fiftieth of the time"
-        perm = torch.randperm(len(idxs), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
+        perm = torch.randperm(len(idxs),
+            generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
         return [idxs[i] for i in perm.tolist()]
     def gather(self, rows):
         "The batch of these rows; typed if a transform will look at the types"
@@ -136,16 +154,21 @@ class MemoryDL(TfmdDL):
     def _typed(self, b):
         "The same batch with the types that transforms go by"
         dims = self.dataset.x.ndim
-        xtype = TensorBase if dims != 4 else TensorImageBW if self.dataset.x.shape[1] == 1 else TensorImage
-        return (xtype(b[0]), *((TensorCategory if self.dataset.vocab else TensorBase)(o) for o in b[1:]))
+        xtype = (TensorBase if dims != 4 else TensorImageBW if self.dataset.x.shape[1] == 1
+            else TensorImage)
+        return (xtype(b[0]), *((TensorCategory if self.dataset.vocab else TensorBase)(o)
+            for o in b[1:]))
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader with the same settings; a list of raw items becomes a data set"
-        if is_listy(dataset) or isinstance(dataset, (np.ndarray,Tensor)): dataset = self.dataset.encode(dataset)
+        if is_listy(dataset) or isinstance(dataset, (np.ndarray,Tensor)):
+            dataset = self.dataset.encode(dataset)
         return super().new(dataset, cls, **kwargs)
     def decode(self, b): return to_cpu(self.after_batch.decode(self._typed(b)))
     def _grid(self, n):
         "Axes for `n` pictures"
-        if self.dataset.x.ndim != 4: raise TypeError(f'Only images can be shown, not inputs of shape {list(self.dataset.x.shape[1:])}')
+        if self.dataset.x.ndim != 4:
+            raise TypeError('Only images can be shown, not inputs of shape '
+                f'{list(self.dataset.x.shape[1:])}')
         cols = int(np.ceil(np.sqrt(n)))
         axs = list(np.ravel(subplots(int(np.ceil(n/cols)), cols, imsize=1.7, layout='constrained')[1]))
         for ax in axs: ax.axis('off')
@@ -153,7 +176,8 @@ class MemoryDL(TfmdDL):
     def _fitted(self, res, axs):
         "Names of classes can be long: make titles as small as their picture is wide"
         for ax in () if axs is None else axs:
-            if n := max(map(len, ax.get_title().split('\n'))): ax.title.set_fontsize(min(ax.title.get_fontsize(), max(5, 190/n)))
+            if n := max(map(len, ax.get_title().split('\n'))):
+                ax.title.set_fontsize(min(ax.title.get_fontsize(), max(5, 190/n)))
         return res
     def _one_row(self):
         "A batch of the same row, as often as it fits"
@@ -209,13 +233,17 @@ def tensor_dls(
     check_loader(bs, kwargs)
     for o,t,name in ((x,y,'training'), (x_valid,y_valid,'validation')):
         if len(o) != len(t): raise ValueError(f'{len(o)} {name} inputs do not match {len(t)} targets')
-    if not len(x): raise ValueError('There is no training item: give at least one. A validation set may be empty.')
+    if not len(x):
+        raise ValueError('There is no training item: give at least one. A validation set may be empty.')
     if bs > len(x): kwargs.setdefault('drop_last', False) # a set smaller than a batch is one
-    if vocab is None and not y.is_floating_point(): vocab = list(range(int(torch.cat([y.flatten(), y_valid.flatten()]).max())+1))
+    if vocab is None and not y.is_floating_point():
+        vocab = list(range(int(torch.cat([y.flatten(), y_valid.flatten()]).max())+1))
     x,x_valid,mean,std = (_given(x, x_valid, normalize) if is_listy(normalize) else _normalized(x, x_valid) if normalize
                           else (x,x_valid,0.,1.))
-    dss = [InMemory(a, b, vocab, mean, std, reader, i) for i,(a,b) in enumerate(((x,y), (x_valid,y_valid)))]
-    return DataLoaders.from_dsets(*dss, bs=bs, dl_type=MemoryDL, device=device or default_device(), **kwargs)
+    dss = [InMemory(a, b, vocab, mean, std, reader, i)
+        for i,(a,b) in enumerate(((x,y), (x_valid,y_valid)))]
+    return DataLoaders.from_dsets(*dss, bs=bs, dl_type=MemoryDL, device=device or default_device(),
+        **kwargs)
 
 # %% ../../nbs/data/01_memory.ipynb #7262b1b4
 @delegates(tensor_dls, but='normalize,vocab,reader')
@@ -254,7 +282,8 @@ def mnist_dls(
 )->DataLoaders: # Training and validation loader
     "MNIST, 1x28x28, normalised, held in memory"
     check_loader(bs, kwargs)
-    if valid not in ('test','split'): raise ValueError(f"valid must be 'test' or 'split', not {valid!r}")
+    if valid not in ('test','split'):
+        raise ValueError(f"valid must be 'test' or 'split', not {valid!r}")
     folder = find_data('MNIST', path, ('.','raw','MNIST/raw','mnist/MNIST/raw'), 'train-images-idx3-ubyte*',
                        'put its four idx files (torchvision.datasets.MNIST downloads them) into $PARAMFX_DATA/mnist/MNIST/raw, '
                        'or pass their folder as `path`')

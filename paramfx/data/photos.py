@@ -20,7 +20,9 @@ def _flowers(root):
     from torchvision.datasets import Flowers102
     y,ids = (loadmat(root/fn, squeeze_me=True) for fn in ('imagelabels.mat','setid.mat'))
     vocab = list(getattr(Flowers102, 'classes', map(str, range(1, 103)))) # older versions have no names
-    def part(k): return [(root/f'jpg/image_{i:05d}.jpg', vocab[y['labels'][i-1]-1]) for i in np.atleast_1d(ids[k])]
+    def part(k):
+        return [(root/f'jpg/image_{i:05d}.jpg', vocab[y['labels'][i-1]-1])
+            for i in np.atleast_1d(ids[k])]
     return {'train':part('trnid'), 'valid':part('valid'), 'test':part('tstid')},vocab
 
 def _lines(fn): return [o.strip() for o in fn.read_text().splitlines() if o.strip()]
@@ -28,16 +30,21 @@ def _pairs(fn): return [o.split(' ', 1) for o in _lines(fn)]
 
 def _grocery(root):
     names = {i:c for c,i,*_ in (o.split(',') for o in _lines(root/'classes.csv')[1:])}
-    def part(k): return [(root/fn, names[i]) for fn,i,_ in (o.split(', ') for o in _lines(root/f'{k}.txt'))]
+    def part(k):
+        return [(root/fn, names[i]) for fn,i,_ in (o.split(', ') for o in _lines(root/f'{k}.txt'))]
     return {'train':part('train'), 'valid':part('val'), 'test':part('test')},list(names.values())
 
 def _aircraft(root):
-    def part(k): return [(root/f'data/images/{i}.jpg', c) for i,c in _pairs(root/f'data/images_variant_{k}.txt')]
-    return {'train':part('train'), 'valid':part('val'), 'test':part('test')},_lines(root/'data/variants.txt')
+    def part(k):
+        return [(root/f'data/images/{i}.jpg', c) for i,c in _pairs(root/f'data/images_variant_{k}.txt')]
+    return {'train':part('train'), 'valid':part('val'),
+        'test':part('test')},_lines(root/'data/variants.txt')
 
 def _cub(root):
-    files,labels,train,names = (dict(_pairs(root/f'{o}.txt')) for o in ('images','image_class_labels','train_test_split','classes'))
-    def part(flag): return [(root/'images'/fn, names[labels[i]]) for i,fn in files.items() if train[i] == flag]
+    files,labels,train,names = (dict(_pairs(root/f'{o}.txt'))
+        for o in ('images','image_class_labels','train_test_split','classes'))
+    def part(flag):
+        return [(root/'images'/fn, names[labels[i]]) for i,fn in files.items() if train[i] == flag]
     return {'train':part('1'), 'test':part('0')},list(names.values())
 
 def _by_folder(root, parts):
@@ -47,12 +54,16 @@ def _by_folder(root, parts):
 
 def _dogs(root):
     from scipy.io import loadmat
-    return _by_folder(root, {k: [str(o) for o in loadmat(root/f'{k}_list.mat', squeeze_me=True)['file_list']] for k in ('train','test')})
+    return _by_folder(root, {k: [str(o) for o in loadmat(root/f'{k}_list.mat',
+        squeeze_me=True)['file_list']] for k in ('train','test')})
 
-def _mit67(root): return _by_folder(root, {k: _lines(root/f'{n}Images.txt') for k,n in (('train','Train'), ('test','Test'))})
+def _mit67(root):
+    return _by_folder(root, {k: _lines(root/f'{n}Images.txt')
+        for k,n in (('train','Train'), ('test','Test'))})
 
 # %% ../../nbs/data/03_photos.ipynb #d16cf2b5
-# name: (title, classes, usual folders, a file that only its layout has, function that reads the layout, where to get it)
+# name: (title, classes, usual folders, a file that only its layout has, function that reads the layout,
+# where to get it)
 _PHOTOS = {
     'grocery': ('Grocery Store', 81, ['grocery','grocery/dataset','GroceryStoreDataset/dataset'], 'val.txt', _grocery,
                 'https://github.com/marcusklasson/GroceryStoreDataset'),
@@ -62,13 +73,16 @@ _PHOTOS = {
                  'torchvision.datasets.FGVCAircraft(root, download=True)'),
     'cub200': ('CUB-200-2011', 200, ['CUB_200_2011','cub200/CUB_200_2011','cub200'], 'train_test_split.txt', _cub,
                'https://www.vision.caltech.edu/datasets/cub_200_2011'),
-    'dogs': ('Stanford Dogs', 120, ['StanfordDogs','dogs'], 'train_list.mat', _dogs, 'http://vision.stanford.edu/aditya86/ImageNetDogs'),
-    'mit67': ('MIT Indoor 67', 67, ['mit67'], 'TrainImages.txt', _mit67, 'https://web.mit.edu/torralba/www/indoor.html')}
+    'dogs': ('Stanford Dogs', 120, ['StanfordDogs','dogs'], 'train_list.mat', _dogs,
+        'http://vision.stanford.edu/aditya86/ImageNetDogs'),
+    'mit67': ('MIT Indoor 67', 67, ['mit67'], 'TrainImages.txt', _mit67,
+        'https://web.mit.edu/torralba/www/indoor.html')}
 
 def _photo_parts(name, path):
     "Parts and class names of a set, in its own layout or as a plain image folder"
     title,_,subs,marker,layout,source = _PHOTOS[name]
-    remedy = f'get it from {source} and put its folder into $PARAMFX_DATA as {subs[0]}, or pass it as `path`'
+    remedy = (f'get it from {source} and put its folder into $PARAMFX_DATA as {subs[0]}, or pass it as '
+        '`path`')
     root = find_data(title, path, (*subs,'.'), (marker,'train/*/*','*/*.jp*g'), remedy)
     if (root/marker).exists():
         with reading(root): return *layout(root),root
@@ -84,10 +98,15 @@ def photo_dls(
     **kwargs
 )->DataLoaders: # Training and validation loader
     "A published set of photos with the splits of its authors"
-    if name not in _PHOTOS: raise ValueError(f"{name!r} is no photo set known here: give {', '.join(map(repr, _PHOTOS))}, or use folder_dls")
+    if name not in _PHOTOS:
+        raise ValueError(f"{name!r} is no photo set known here: give {', '.join(map(repr, _PHOTOS))}, "
+            "or use folder_dls")
     (title,n,*_),(parts,vocab,root) = _PHOTOS[name],_photo_parts(name, path)
-    if len(vocab) != n: raise ValueError(f'{root} has {len(vocab)} classes, and {title} has {n}: give the folder of {title}, or use folder_dls')
-    return parts_dls(parts, title, vocab, (64 if name == 'grocery' else 224) if size is None else size, valid=valid, **kwargs)
+    if len(vocab) != n:
+        raise ValueError(f'{root} has {len(vocab)} classes, and {title} has {n}: give the folder of '
+            f'{title}, or use folder_dls')
+    return parts_dls(parts, title, vocab, (64 if name == 'grocery' else 224) if size is None else size,
+        valid=valid, **kwargs)
 
 @delegates(photo_dls, but='name')
 def grocery_dls(

@@ -11,7 +11,8 @@ __all__ = ['text_dls', 'lm_dls']
 from collections import Counter
 from pathlib import Path
 import pandas as pd
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Tensor, TfmdDL, TitledStr, default_device, delegates, display_df, is_listy, torch
+from fastai.basics import (CrossEntropyLossFlat, DataLoaders, Tensor, TfmdDL, TitledStr, default_device,
+    delegates, display_df, is_listy, torch)
 from .loading import check_loader, find_data
 
 # %% ../../nbs/data/04_text.ipynb #3123482e
@@ -50,14 +51,17 @@ class TextStream:
         return cls(torch.tensor([o2i.get(w, o2i[UNK]) for w in words], dtype=torch.long), vocab, source)
     def __len__(self): return len(self.ids)
     def __getitem__(self, i): return (self.ids[i],)
-    def __repr__(self): return f'TextStream({self.ids.numel():,} words of {self.source or "a text"}, vocab of {self.c:,})'
+    def __repr__(self):
+        return (f'TextStream({self.ids.numel():,} words of {self.source or "a text"}, vocab of '
+            f'{self.c:,})')
     def new_empty(self):
         "No text, but all that is needed to predict"
         return type(self)(self.ids[:0].clone(), self.vocab, self.source)
     def prompts(self, lines):
         "The words of each line as a row, to predict what comes next"
         words = [l.split() for l in lines]
-        if not words or not all(words): raise ValueError(f'Nothing to predict from in {list(lines)!r}: each line needs a word')
+        if not words or not all(words):
+            raise ValueError(f'Nothing to predict from in {list(lines)!r}: each line needs a word')
         ids = torch.full((len(words), max(map(len, words))), self.vocab.index(EOS))
         flat = self.from_words([w for ws in words for w in ws], self.vocab).ids
         for row,part in zip(ids, flat.split([len(ws) for ws in words])): row[:len(part)] = part
@@ -67,7 +71,8 @@ class TextStream:
         if self.ids.ndim == 2: return self.ids,None
         n = max(len(self.ids)-1, 0)//bs
         if n == 0 and len(self.ids): raise ValueError(
-            f'bs={bs} needs at least {bs+1} words, {self.source or "the text"} has {len(self.ids)}: pass a smaller bs')
+            f'bs={bs} needs at least {bs+1} words, {self.source or "the text"} has {len(self.ids)}: '
+            'pass a smaller bs')
         return self.ids[:n*bs].view(bs,n),self.ids[1:][:n*bs].view(bs,n)
     def decode(self, o, full=True):
         "Words instead of numbers"
@@ -84,7 +89,8 @@ class StreamDL(TfmdDL):
         for k,v in dict(bs=bs, seq_len=seq_len).items():
             if v < 1: raise ValueError(f'{k} must be at least 1, not {v}')
         x,y = dataset.rows(bs)
-        super().__init__(dataset, bs=bs, num_workers=num_workers, n=-(-x.shape[1]//seq_len)*bs, **kwargs)
+        super().__init__(dataset, bs=bs, num_workers=num_workers, n=-(-x.shape[1]//seq_len)*bs,
+            **kwargs)
         self.seq_len,self.x,self.y = seq_len,x,y
     def columns(self, k, rows=slice(None)):
         "The columns of batch `k`"
@@ -92,7 +98,8 @@ class StreamDL(TfmdDL):
         return tuple(o[rows,cols].contiguous() for o in (self.x,self.y) if o is not None)
     def shuffle_fn(self, idxs):
         "Whole batches in random order, to show a few; a state cannot be carried from one to the next"
-        return [i for k in self.rng.sample(range(len(self)), len(self)) for i in idxs[k*self.bs:(k+1)*self.bs]]
+        return [i for k in self.rng.sample(range(len(self)), len(self))
+            for i in idxs[k*self.bs:(k+1)*self.bs]]
     def create_item(self, s):
         k,row = divmod(s or 0, self.bs) # items are counted batch by batch
         return self.columns(k, row)
@@ -117,7 +124,8 @@ class StreamDL(TfmdDL):
         res = super().show_results(b, out, max_n, show=False)
         if not show: return res
         self._show([(*i,*o) for i,o in zip(*res[2:])], 'text', 'target', 'prediction')
-    def _show(self, rows, *names): display_df(pd.DataFrame([[str(o) for o in r] for r in rows], columns=names[:len(rows[0])]))
+    def _show(self, rows, *names):
+        display_df(pd.DataFrame([[str(o) for o in r] for r in rows], columns=names[:len(rows[0])]))
 
 # %% ../../nbs/data/04_text.ipynb #2ad47713
 def _loaders(texts, bs, seq_len, min_freq, val_bs, device, **kwargs):
@@ -144,21 +152,26 @@ def text_dls(
     "Loaders for a language model; the vocab is that of the training text"
     texts = dict(train=train, valid=valid) | ({} if test is None else dict(test=test))
     for k,v in texts.items():
-        if isinstance(v, (str,Path)): raise TypeError(f'{k} must be a list of lines or an open file, not {str(v)[:20]!r}')
-    return _loaders([(f'the {k} text', split_words(v)) for k,v in texts.items()], bs, seq_len, min_freq, val_bs, device, **kwargs)
+        if isinstance(v, (str,Path)):
+            raise TypeError(f'{k} must be a list of lines or an open file, not {str(v)[:20]!r}')
+    return _loaders([(f'the {k} text', split_words(v)) for k,v in texts.items()], bs, seq_len, min_freq,
+        val_bs, device, **kwargs)
 
 # %% ../../nbs/data/04_text.ipynb #44e2ec77
 _LAYOUTS = ('wiki.{}.tokens','wiki.{}.txt','ptb.{}.txt','{}.txt')
 _SUBS = {'wikitext2': ('wikitext2','wikitext-2'), 'ptb': ('ptb',)}
 _REMEDY = {k: f'put {files} into $PARAMFX_DATA/{k}, or pass the folder of train.txt, valid.txt and test.txt as `path`' for k,files in {
     'wikitext2': 'wiki.valid.txt and wiki.test.txt of WikiText-2 (pytorch/examples, word_language_model/data/wikitext-2, has them)',
-    'ptb': 'ptb.train.txt, ptb.valid.txt and ptb.test.txt of the Penn Treebank (word level, as in https://catalog.ldc.upenn.edu/LDC99T42)'}.items()}
+    'ptb': 'ptb.train.txt, ptb.valid.txt and ptb.test.txt of the Penn Treebank (word level, as in '
+    'https://catalog.ldc.upenn.edu/LDC99T42)'}.items()}
 
 def _read(fn):
     "All words of a file"
     try:
         with open(fn, encoding='utf-8-sig') as f: return split_words(f)
-    except UnicodeDecodeError as e: raise ValueError(f'{fn} is not UTF-8 ({e.reason}): convert it, for instance with iconv') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f'{fn} is not UTF-8 ({e.reason}): convert it, for instance with iconv') from None
 
 def _texts(folder):
     "Source and words of the training, validation and test text"
@@ -170,9 +183,12 @@ def _texts(folder):
             (_,valid,test),words = fs,_read(fs[2])
             half = len(words)//2
             return [(valid.name, _read(valid)),
-                    (f'{test.name}, first half', words[:half]), (f'{test.name}, second half', words[half:])]
-    have,lack = min(([[f.name for f in fs if f.exists()==b] for b in (True,False)] for fs in files), key=lambda o: len(o[1]))
-    raise FileNotFoundError(f'No {", ".join(lack)} in {folder}: put it beside {", ".join(have)}' if have else f'No text in {folder}: {_REMEDY["wikitext2"]}')
+                    (f'{test.name}, first half', words[:half]),
+                    (f'{test.name}, second half', words[half:])]
+    have,lack = min(([[f.name for f in fs if f.exists()==b] for b in (True,False)] for fs in files),
+        key=lambda o: len(o[1]))
+    raise FileNotFoundError(f'No {", ".join(lack)} in {folder}: put it beside {", ".join(have)}' if have
+        else f'No text in {folder}: {_REMEDY["wikitext2"]}')
 
 @delegates(text_dls, but='train,valid,test')
 def lm_dls(

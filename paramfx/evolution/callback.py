@@ -40,15 +40,20 @@ class Lineage:
         buf = state_dict.get(f'{prefix}knowledge_evolution_effect')
         nums = [] if buf is None else buf.detach().cpu().view(torch.float64).tolist()
         if nums and len(nums) == len(Clock.names)+5 and nums[-1] != self.plan: raise ValueError(
-            f"The file was saved under `KnowledgeEvolution` with another policy or split_rate than {told(self.forget.policy)}. Give the callback those settings, or load into a Learner without it what `learn.save_plain` wrote.")
+            "The file was saved under `KnowledgeEvolution` with another policy or split_rate than "
+            f"{told(self.forget.policy)}. Give the callback those settings, or load into a Learner "
+            "without it what `learn.save_plain` wrote.")
     def burn_in(self): pass
     def release(self): pass
     def run_state(self):
         gen,masks = self.forget.last
-        return dict(left=sorted(self.left), trained=self.trained, refs=self.forget.refs, first=getattr(self.forget.policy, 'first', {}), chosen=None if masks is None or self.forget.static else [gen, masks])
+        return dict(left=sorted(self.left), trained=self.trained, refs=self.forget.refs,
+            first=getattr(self.forget.policy, 'first', {}),
+            chosen=None if masks is None or self.forget.static else [gen, masks])
     def set_run_state(self, state):
         self.left,self.trained = set(state['left']),state['trained']
-        self.forget.last = tuple(state['chosen'] or (None, None)) # a choice by weights or data cannot be made again later
+        # a choice by weights or data cannot be made again later
+        self.forget.last = tuple(state['chosen'] or (None, None))
         self.forget.refs = state['refs']
         if state['first']: self.forget.policy.first = state['first']
     def __repr__(self): return f'{self.forget.policy!r}: the weights of the last generation'
@@ -94,44 +99,59 @@ class KnowledgeEvolution(EffectCallback):
         batches:int=None # snip: training batches to look at
     ):
         store_attr()
-        if when not in ('next_fit', 'fit_end', 'every'): raise ValueError(f"when={when!r}: choose 'next_fit', 'fit_end' or 'every'.")
-        if (when == 'every') != (every is not None): raise ValueError(f"when={when!r}, every={every!r}: give every= the epochs of a generation together with when='every', and only then.")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1): raise ValueError(f'every={every!r}: a number of epochs, at least 1.')
-        if clear_state not in ('all', 'reset'): raise ValueError(f"clear_state={clear_state!r}: choose 'all' or 'reset'.")
+        if when not in ('next_fit', 'fit_end', 'every'):
+            raise ValueError(f"when={when!r}: choose 'next_fit', 'fit_end' or 'every'.")
+        if (when == 'every') != (every is not None):
+            raise ValueError(f"when={when!r}, every={every!r}: give every= the epochs of a generation "
+                "together with when='every', and only then.")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f'every={every!r}: a number of epochs, at least 1.')
+        if clear_state not in ('all', 'reset'):
+            raise ValueError(f"clear_state={clear_state!r}: choose 'all' or 'reset'.")
         self._forgetting()
 
     def _forgetting(self):
         forget = Forgetting(self.policy, self.split_rate, self.reinit, self.seed, pin=self.pin, reset_bias=self.reset_bias, from_layer=self.from_layer,
                             reset_norm=self.reset_norm, resplit=self.resplit, batches=self.batches)
-        if getattr(forget.policy, 'counts', False) and not self.generations: raise ValueError(f'policy={self.policy!r} divides the network by the number of generations: give generations=.')
+        if getattr(forget.policy, 'counts', False) and not self.generations:
+            raise ValueError(f'policy={self.policy!r} divides the network by the number of '
+                'generations: give generations=.')
         return forget
 
     # -- attaching
     def plan(self, model, learn=None):
         "Rows of what is kept; raises where the policy does not fit the model"
-        if learn is None: raise ValueError('KnowledgeEvolution: without a Learner there is no sample and no data. Add it to a Learner, as in Learner(..., cbs=KnowledgeEvolution()).')
+        if learn is None:
+            raise ValueError('KnowledgeEvolution: without a Learner there is no sample and no data. '
+                'Add it to a Learner, as in Learner(..., cbs=KnowledgeEvolution()).')
         forget = self._forgetting().start(learn, self.generations)
         masks = forget.masks(learn, 1)
         shape = lambda m: 'x'.join(map(str, m.shape))
-        rows = [dict(parameter=n, shape=shape(m), kept=int(m.sum()), of=m.numel()) for n,m in masks.items()]
+        rows = [dict(parameter=n, shape=shape(m), kept=int(m.sum()), of=m.numel())
+            for n,m in masks.items()]
         emb = embedded(model)
         for r in rows:
             e = emb.get(id(model.get_parameter(r['parameter'])))
             if e is not None and r['kept'] == r['of']: r['note'] = f'the embedding {e}, left alone'
         kept,total = sum(r['kept'] for r in rows),sum(r['of'] for r in rows)
-        return Table(rows+_rest(model, masks), note=f'{kept:,} of {total:,} weights are kept between two generations ({100*kept/total:.1f} %)' + ('' if forget.static else '; the choice changes'))
+        return Table(rows+_rest(model, masks), note=f'{kept:,} of {total:,} weights are kept between '
+            f'two generations ({100*kept/total:.1f} %)'
+            + ('' if forget.static else '; the choice changes'))
 
     def convert(self, model, learn=None):
         rows = self.plan(model, learn)
         return self._effect_state(self._forgetting(), rows)
-    def _effect_state(self, forget, rows=None): return EffectState(self.name, self.settings, Clock(), Lineage(forget), rows, generation=0., due=0., trained=0., staged=0., plan=Lineage(forget).plan)
+    def _effect_state(self, forget, rows=None):
+        return EffectState(self.name, self.settings, Clock(), Lineage(forget), rows, generation=0.,
+            due=0., trained=0., staged=0., plan=Lineage(forget).plan)
 
     @property
     def lineage(self): return self.effect.holder
     def _forget(self, learn):
         "The engine, started where it is new to this Learner"
         forget = self.lineage.forget
-        if self.__dict__.get('_started') is not learn: self.__dict__['_started'] = (forget.start(learn, self.generations), learn)[1]
+        if self.__dict__.get('_started') is not learn:
+            self.__dict__['_started'] = (forget.start(learn, self.generations), learn)[1]
         return forget
 
     # -- a generation begins
@@ -141,10 +161,13 @@ class KnowledgeEvolution(EffectCallback):
         gen = int(v['generation'])
         mine = {n:m for n,m in forget.masks(learn, gen).items() if names is None or n in names}
         gone = {n for n,m in mine.items() if not m.all()}
-        if self.when == 'fit_end': self.lineage.trained = {n: t.clone() for n,t in model.state_dict().items() if n != self.effect.key}
+        if self.when == 'fit_end':
+            self.lineage.trained = {n: t.clone() for n,t in model.state_dict().items()
+                if n != self.effect.key}
         clear_opt(learn.opt, model, None if self.clear_state == 'all' else mine)
         forget.reset_(learn, gen, mine)
-        self.lineage.left = (self.lineage.left | gone)-{n for n in gone if model.get_parameter(n).requires_grad}
+        self.lineage.left = (self.lineage.left | gone)-{n for n in gone
+            if model.get_parameter(n).requires_grad}
         v['staged'] = float(bool(self.lineage.left))
         self.__dict__.pop('_held', None)
 
@@ -153,21 +176,26 @@ class KnowledgeEvolution(EffectCallback):
         self.lineage.left = set()
         self.begin_(learn)
 
-    def _trainable(self, learn): return float(sum(p.numel() for p in root_module(learn.model).parameters() if p.requires_grad))
+    def _trainable(self, learn):
+        return float(sum(p.numel() for p in root_module(learn.model).parameters() if p.requires_grad))
     def _left(self, learn):
         "What this generation still has to reset, now that it can be trained"
         if not self.effect.values['staged']: return set()
         model = root_module(learn.model)
-        left = self.lineage.left or set(self._forget(learn).masks(learn, int(self.effect.values['generation']))) # read from a plain file: who was frozen is not known
+        # read from a plain file: who was frozen is not known
+        left = (self.lineage.left or set(self._forget(learn).masks(learn,
+            int(self.effect.values['generation']))))
         return {n for n in left if model.get_parameter(n).requires_grad}
 
     # -- asked by the keeper
     def on_start(self, learn):
         forget,d,v = self._forget(learn),self.__dict__,self.effect.values
         if finding_lr(learn) and self._due(learn) and not d.get('_looked'):
-            d['_looked'] = forget.reset_(learn, int(v['generation'])+1) # `lr_find` puts the weights back
+            # `lr_find` puts the weights back
+            d['_looked'] = forget.reset_(learn, int(v['generation'])+1)
 
-    def _due(self, learn): return self.effect.values['due'] and self._trainable(learn) <= self.effect.values['trained']
+    def _due(self, learn):
+        return self.effect.values['due'] and self._trainable(learn) <= self.effect.values['trained']
     def on_fit_start(self):
         v,learn = self.effect.values,self.learn
         if self._due(learn): self._next(learn)
@@ -181,7 +209,9 @@ class KnowledgeEvolution(EffectCallback):
 
     def on_epoch_end(self):
         forget = self.lineage.forget
-        if forget.reinit == 'rewind' and not self.effect.values['generation'] and self.effect.clock.epoch+1 == self.rewind_epoch: forget.snapshot(self.learn)
+        if (forget.reinit == 'rewind' and not self.effect.values['generation']
+            and self.effect.clock.epoch+1 == self.rewind_epoch):
+            forget.snapshot(self.learn)
 
     def on_fit_end(self):
         v = self.effect.values
@@ -192,7 +222,8 @@ class KnowledgeEvolution(EffectCallback):
     def on_leave(self):
         if self.__dict__.pop('_looked', None): self.lineage.forget.last = None,None
         if not self.lineage.ended: return
-        self.lineage.ended,self.effect.values['due'] = False,1. # SaveModelCallback has put its best weights back, and what was due then
+        # SaveModelCallback has put its best weights back, and what was due then
+        self.lineage.ended,self.effect.values['due'] = False,1.
         if self.when == 'fit_end': self._next(self.learn or self._started)
 
     # -- what a policy holds in place
@@ -209,16 +240,21 @@ class KnowledgeEvolution(EffectCallback):
 
     def columns(self):
         res = dict(generation=self.effect.values['generation']+1)
-        return res | dict(reset_norm=self._ratio()) if getattr(self.lineage.forget.policy, 'static', False) else res
+        return (res | dict(reset_norm=self._ratio())
+            if getattr(self.lineage.forget.policy, 'static', False) else res)
 
     def _ratio(self):
         "Norm of what will be reset over that of what is kept; the log asks for each column anew, so it is kept for a step"
         d,step = self.__dict__,self.effect.clock.steps
-        if d.get('_started') is not self.learn: return float('nan') # before a fit only the names are asked for, in `learn.summary`, too
-        if d.get('_norm', (None,))[0] != step: d['_norm'] = step,self.lineage.forget.ratio(self.learn, 1)
+        # before a fit only the names are asked for, in `learn.summary`, too
+        if d.get('_started') is not self.learn: return float('nan')
+        if d.get('_norm', (None,))[0] != step:
+            d['_norm'] = step,self.lineage.forget.ratio(self.learn, 1)
         return float('nan') if d['_norm'][1] is None else d['_norm'][1]
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_held', '_looked', '_started', '_norm')}
+    def __getstate__(self):
+        return {k:v for k,v in self.__dict__.items()
+            if k not in ('_held', '_looked', '_started', '_norm')}
 
 # %% ../../nbs/evolution/05_callback.ipynb #13c2122e
 def _staging(learn): return learn.__dict__.get('_stage_of_many', False)
@@ -231,7 +267,9 @@ def fine_tune(self:Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, 
     "Fine tune with `Learner.freeze` for `freeze_epochs`, then with `Learner.unfreeze` for `epochs`, using discriminative LR."
     check_batches(self.dls) # before anything is frozen
     self.__dict__['_stage_of_many'] = True
-    try: return _fine_tune(self, epochs, base_lr=base_lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=pct_start, div=div, **kwargs)
+    try:
+        return _fine_tune(self, epochs, base_lr=base_lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult,
+            pct_start=pct_start, div=div, **kwargs)
     finally: self.__dict__.pop('_stage_of_many', None)
 
 @patch

@@ -25,7 +25,8 @@ def evolve_demo(
         fit(learn, counted=len(done) < 1/SHARE, share=SHARE, cbs=[*cbs])
         done.append(len(learn.recorder.values))
     learn.evolve_log = learn.evolve(GENERATIONS, split_rate=RATE, fit_method=one, file=None)
-    learn.long_run = lambda: dict(epochs=sum(done), accuracy=float(fit(new(), counted=False, share=GENERATIONS*SHARE).validate()[1]))
+    learn.long_run = lambda: dict(epochs=sum(done),
+        accuracy=float(fit(new(), counted=False, share=GENERATIONS*SHARE).validate()[1]))
     return learn
 
 @demo_row('evolved')
@@ -38,4 +39,6 @@ def _slim(new, fit): return evolve_demo(new, fit).extract_slim()
 @demo_picture
 def evolve_pictures(name, learn):
     "Of the row of the whole network: accuracy by generation, of the whole and the slim one, beside one training of as many epochs"
-    if name == 'evolved': yield 'generations', lambda ax: plot_generations(learn.evolve_log, long_run=learn.long_run(), ax=ax, title='Digits: four generations')
+    if name == 'evolved':
+        yield 'generations', lambda ax: plot_generations(learn.evolve_log, long_run=learn.long_run(),
+            ax=ax, title='Digits: four generations')

@@ -20,15 +20,18 @@ from ..core.samples import check_batches, rng_guard, rng_state, set_rng_state
 from ..core.callback import EffectCallback
 from .forgetting import Forgetting, told
 from ..core.forward import copy_model
-from .generations import EpochLR, Evolution, EvolveLog, read_evolution, standing_in, valid_row
+from paramfx.evolution.generations import (EpochLR, Evolution, EvolveLog, read_evolution, standing_in,
+    valid_row)
 from ..core.runs import model_path
 from .policies import KELS, POLICIES
 from ..core.state import add_report, effects, root_module
 
 # %% ../../nbs/evolution/04_evolve.ipynb #709f18cb
-_KNOBS = {k for c in POLICIES.values() for k in inspect.signature(c).parameters} - {'split_rate', 'seed'}
+_KNOBS = {k for c in POLICIES.values() for k in inspect.signature(c).parameters} - {'split_rate',
+    'seed'}
 
-def _cosine_warmup(learn, epochs, lr=None, cbs=None, warmup=5, **kw): learn.fit(epochs, lr, cbs=[*L(cbs), EpochLR('cosine', warmup)], **kw)
+def _cosine_warmup(learn, epochs, lr=None, cbs=None, warmup=5, **kw):
+    learn.fit(epochs, lr, cbs=[*L(cbs), EpochLR('cosine', warmup)], **kw)
 
 def _fitter(learn, method, lr, kw):
     "Function (learn, epochs, cbs) that trains one generation"
@@ -36,22 +39,36 @@ def _fitter(learn, method, lr, kw):
     args = [] if lr is None else [lr]
     if callable(method): return lambda learn, epochs, cbs: method(learn, epochs, *args, cbs=cbs, **kw)
     f = getattr(Learner, method, None) if isinstance(method, str) else None
-    if not callable(f): raise ValueError(f"fit_method={method!r}: name a method of the Learner, such as 'fit_one_cycle' or 'fit', 'cosine_warmup', or give a function (learn, epochs, cbs=...).")
+    if not callable(f):
+        raise ValueError(f"fit_method={method!r}: name a method of the Learner, such as "
+            "'fit_one_cycle' or 'fit', 'cosine_warmup', or give a function (learn, epochs, cbs=...).")
     try: inspect.signature(f).bind(learn, 1, *args, **kw)
     except TypeError as e: raise TypeError(f'{method}: {e}') from e
     return lambda learn, epochs, cbs: getattr(learn, method)(epochs, *args, cbs=cbs, **kw)
 
 def _whole(name, v):
-    if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f'{name}={v!r}: a whole number, at least 1.')
+    if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+        raise ValueError(f'{name}={v!r}: a whole number, at least 1.')
 
 def _check_evolve(learn, policy, eval_slim, keep_best, distill, long_run):
     slim = eval_slim and isinstance(policy, KELS)
-    if keep_best not in (None, 'dense', 'slim'): raise ValueError(f"keep_best={keep_best!r}: choose 'dense', 'slim' or None.")
-    if keep_best == 'slim' and not slim: raise ValueError("keep_best='slim': there is no slim network to compare without policy='kels' and eval_slim=True. Choose keep_best='dense'.")
-    if keep_best and (len(learn.dls.loaders) < 2 or not len(learn.dls.valid)): raise ValueError(f'keep_best={keep_best!r}: these loaders have no validation set to choose by.')
-    if isinstance(distill, bool) or not (distill is None or isinstance(distill, (int, float)) and 0 <= distill <= 1): raise ValueError(f'distill={distill!r}: the weight of the last generation as a teacher lies in [0, 1].')
-    if 'knowledge_evolution' in effects(learn.model): raise ValueError("The model is under `KnowledgeEvolution`, which begins generations by itself. Call `learn.release()` first, or train with `learn.fit`.")
-    if long_run and effects(learn.model): raise ValueError(f"long_run=True: the model is under {', '.join(effects(learn.model))}, which would not act on the copy that is trained. Train the long run yourself.")
+    if keep_best not in (None, 'dense', 'slim'):
+        raise ValueError(f"keep_best={keep_best!r}: choose 'dense', 'slim' or None.")
+    if keep_best == 'slim' and not slim:
+        raise ValueError("keep_best='slim': there is no slim network to compare without policy='kels' "
+            "and eval_slim=True. Choose keep_best='dense'.")
+    if keep_best and (len(learn.dls.loaders) < 2 or not len(learn.dls.valid)):
+        raise ValueError(f'keep_best={keep_best!r}: these loaders have no validation set to choose by.')
+    if (isinstance(distill, bool)
+        or not (distill is None or isinstance(distill, (int, float)) and 0 <= distill <= 1)):
+        raise ValueError(f'distill={distill!r}: the weight of the last generation as a teacher lies in '
+            '[0, 1].')
+    if 'knowledge_evolution' in effects(learn.model):
+        raise ValueError("The model is under `KnowledgeEvolution`, which begins generations by itself. "
+            "Call `learn.release()` first, or train with `learn.fit`.")
+    if long_run and effects(learn.model):
+        raise ValueError(f"long_run=True: the model is under {', '.join(effects(learn.model))}, which "
+            "would not act on the copy that is trained. Train the long run yourself.")
     return slim
 
 @patch
@@ -76,16 +93,24 @@ def evolve(self:Learner,
     **kwargs # Settings of the policy (pin, reset_bias, from_layer, reset_norm, resplit, batches), and of the fit method
 ) -> EvolveLog: # A row per generation
     "Train in generations, between which a part of the weights begins anew (Taha and others 2021)"
-    for name,v in (('generations', generations), ('epochs', epochs), ('rewind_epoch', rewind_epoch)): _whole(name, v)
+    for name,v in (('generations', generations), ('epochs', epochs), ('rewind_epoch', rewind_epoch)):
+        _whole(name, v)
     knobs = {k: kwargs.pop(k) for k in [*kwargs] if k in _KNOBS}
     check_batches(self.dls)
     forget = Forgetting(policy, split_rate, reinit, seed, **knobs)
-    if forget.reinit == 'rewind' and rewind_epoch > epochs: raise ValueError(f'rewind_epoch={rewind_epoch}: a generation has {epochs} epochs only.')
-    fit,slim = _fitter(self, fit_method, lr, kwargs),_check_evolve(self, forget.policy, eval_slim, keep_best, distill, long_run)
+    if forget.reinit == 'rewind' and rewind_epoch > epochs:
+        raise ValueError(f'rewind_epoch={rewind_epoch}: a generation has {epochs} epochs only.')
+    fit,slim = _fitter(self, fit_method, lr, kwargs),_check_evolve(self, forget.policy, eval_slim,
+        keep_best, distill, long_run)
     data = [[len(dl.dataset), dl.bs] for dl in self.dls.loaders if hasattr(dl, 'dataset')]
     config = told(dict(policy=forget.policy, reinit=forget.reinit, seed=seed, epochs=epochs, fit_method=fit_method, lr=lr, kwargs=kwargs, distill=distill, rewind_epoch=rewind_epoch, eval_slim=slim, keep_best=keep_best, data=data,
-                        **(dict(generations=generations) if getattr(forget.policy, 'counts', False) else {}), shapes={n: list(p.shape) for n,p in root_module(self.model).named_parameters()}, trained=[n for n,p in root_module(self.model).named_parameters() if p.requires_grad]))
-    run = Evolution(self, forget, generations, epochs, fit, slim, keep_best, distill, rewind_epoch, None if file is None else model_path(self, file), config)
+                        **(dict(generations=generations) if getattr(forget.policy, 'counts', False)
+                            else {}), shapes={n: list(p.shape)
+                            for n,p in root_module(self.model).named_parameters()},
+                            trained=[n for n,p in root_module(self.model).named_parameters()
+                            if p.requires_grad]))
+    run = Evolution(self, forget, generations, epochs, fit, slim, keep_best, distill, rewind_epoch,
+        None if file is None else model_path(self, file), config)
     if resume: # before anything is changed
         if file is None: raise ValueError('resume=True: name the file= of the evolution.')
         read_evolution(run.path, config)
@@ -99,11 +124,14 @@ def _evolve(run, resume, cbs, long_run):
     learn,model,p = run.learn,root_module(run.learn.model),run.forget.policy
     if resume: done = run.load()
     else:
-        if long_run: run.first = dict(model={k: v.clone() for k,v in model.state_dict().items()}, rng=rng_state(learn.dls))
+        if long_run:
+            run.first = dict(model={k: v.clone() for k,v in model.state_dict().items()},
+                rng=rng_state(learn.dls))
         done = 0
         run.save(0)
     run.run(done, cbs)
-    model.__dict__['_evolution'] = dict(policy='kels', split_rate=p.split_rate, pin=p.pin) if isinstance(p, KELS) else dict(policy=told(p))
+    model.__dict__['_evolution'] = (dict(policy='kels', split_rate=p.split_rate, pin=p.pin)
+        if isinstance(p, KELS) else dict(policy=told(p)))
     log = EvolveLog(run.rows, _long_run(run, cbs) if long_run else None)
     learn.__dict__.get('_reports', {}).pop('evolve', None)
     add_report(learn, 'evolve', log.to_dict())
@@ -121,5 +149,7 @@ def _long_run(run, cbs):
         return dict(epochs=n, **valid_row(learn), seconds=round(time.perf_counter()-start, 2))
 
 KE_PAPER = dict(
-    learner=dict(opt_func=partial(SGD, mom=.9, decouple_wd=False), wd=1e-4, wd_bn_bias=True, loss_func=CrossEntropyLossFlat(label_smoothing=.1)),
-    evolve=dict(generations=5, epochs=200, policy='kels', split_rate=.5, fit_method='cosine_warmup', lr=.256, warmup=5))
+    learner=dict(opt_func=partial(SGD, mom=.9, decouple_wd=False), wd=1e-4, wd_bn_bias=True,
+        loss_func=CrossEntropyLossFlat(label_smoothing=.1)),
+    evolve=dict(generations=5, epochs=200, policy='kels', split_rate=.5, fit_method='cosine_warmup',
+        lr=.256, warmup=5))

@@ -27,14 +27,17 @@ def told(
     if o is None or isinstance(o, (bool, int, float, str)): return o
     if isinstance(o, dict): return {str(k): told(v) for k,v in o.items()}
     if isinstance(o, (list, tuple)): return [told(v) for v in o]
-    if hasattr(type(o), 'settings'): return f"{type(o).__name__}({', '.join(f'{k}={v!r}' for k,v in told(o.settings()).items())})"
-    return getattr(o, '__qualname__', None) or getattr(getattr(o, 'func', None), '__qualname__', None) or type(o).__qualname__
+    if hasattr(type(o), 'settings'):
+        return f"{type(o).__name__}({', '.join(f'{k}={v!r}' for k,v in told(o.settings()).items())})"
+    return (getattr(o, '__qualname__', None) or getattr(getattr(o, 'func', None), '__qualname__', None)
+        or type(o).__qualname__)
 
 def body_names(learn) -> set:
     "Parameters in all groups of the splitter but the last; all of them where it makes one group"
     model = root_module(learn.model)
     groups = learn.splitter(model)
-    head = {id(p) for p in groups[-1]} if len(groups) > 1 and not any(map(torch.is_tensor, groups)) else ()
+    head = ({id(p) for p in groups[-1]} if len(groups) > 1
+        and not any(map(torch.is_tensor, groups)) else ())
     return {n for n,p in model.named_parameters() if id(p) not in head}
 
 class Forgetting:
@@ -50,7 +53,8 @@ class Forgetting:
         self.reinit = getattr(self.policy, 'reinit', 'default') if reinit == 'default' else reinit
         self.seed,self.refs,self.fixed,self.last,self.sample = seed,{},None,(None, None),None
         if not callable(self.reinit) and self.reinit not in ('default', 'zero', 'original', 'rewind', 'pretrained'): raise ValueError(
-            f"reinit={reinit!r}: choose 'default', 'zero', 'original', 'rewind', 'pretrained' or a function of (name, weight, generator).")
+            f"reinit={reinit!r}: choose 'default', 'zero', 'original', 'rewind', 'pretrained' or a "
+            "function of (name, weight, generator).")
 
     def start(self, learn, generations=None, sample=None):
         "Look at the model, before anything is trained; raises where the policy does not fit"
@@ -61,19 +65,28 @@ class Forgetting:
         masks = self.ask(learn, 1)
         gone = [n for n,m in masks.items() if not m.all()]
         if gone and not any(model.get_parameter(n).requires_grad for n in gone): raise ValueError(
-            f"{gone[0]}: all that this policy resets is frozen, and frozen parameters are never reset. Call `learn.unfreeze()` first, or choose another policy.")
+            f"{gone[0]}: all that this policy resets is frozen, and frozen parameters are never reset. "
+            "Call `learn.unfreeze()` first, or choose another policy.")
         self._warn(learn, masks)
-        if self.reinit in ('original', 'pretrained') and 'original' not in self.refs: self.refs['original'] = self.weights(model, masks)
+        if self.reinit in ('original', 'pretrained') and 'original' not in self.refs:
+            self.refs['original'] = self.weights(model, masks)
         return self
 
     def _warn(self, learn, masks):
-        if not getattr(learn, 'pretrained', False) or self.reinit == 'pretrained' or getattr(self.policy, 'keeps_body', False): return
+        if (not getattr(learn, 'pretrained', False) or self.reinit == 'pretrained'
+            or getattr(self.policy, 'keeps_body', False)):
+            return
         own = {n: m for n,m in masks.items() if n in body_names(learn)}
         share = sum(int((~m).sum()) for m in own.values())/max(1, sum(m.numel() for m in own.values()))
-        if share: warnings.warn(f"{self.policy!r} re-initialises {100*share:.0f} % of the weights of a pretrained body. Policies 'head' and 'llf' leave most of it alone, and reinit='pretrained' gives it its own weights back.")
+        if share:
+            warnings.warn(f"{self.policy!r} re-initialises {100*share:.0f} % of the weights of a "
+                "pretrained body. Policies 'head' and 'llf' leave most of it alone, and "
+                "reinit='pretrained' gives it its own weights back.")
 
-    def weights(self, model, masks): return {n: model.get_parameter(n).detach().cpu().clone() for n in masks}
-    def snapshot(self, learn): self.refs['rewind'] = self.weights(root_module(learn.model), self.masks(learn, 1)) # once, while the first generation trains
+    def weights(self, model, masks):
+        return {n: model.get_parameter(n).detach().cpu().clone() for n in masks}
+    def snapshot(self, learn): # once, while the first generation trains
+        self.refs['rewind'] = self.weights(root_module(learn.model), self.masks(learn, 1))
 
     @property
     def static(self): return getattr(self.policy, 'static', False)
@@ -83,7 +96,8 @@ class Forgetting:
         model = root_module(learn.model)
         res = self.policy(model, self.sample, gen)
         try: check_masks(model, res)
-        except ValueError as e: raise ValueError(f'{e} {UNTRACED}' if isinstance(self.policy, KELS) else str(e)) from e
+        except ValueError as e:
+            raise ValueError(f'{e} {UNTRACED}' if isinstance(self.policy, KELS) else str(e)) from e
         if self.static: self.fixed = res
         else: _same_on_ranks(model, res)
         return res
@@ -92,14 +106,20 @@ class Forgetting:
         "Masks with which generation `gen` begins, or has begun: parameter name -> bool tensor, True where it is kept"
         return self.last[1] if self.last[0] == gen else self.ask(learn, gen)
 
-    def __getstate__(self): return {**self.__dict__, 'fixed': None, 'last': (None, None) if self.static else self.last, 'sample': None} # made anew by `start`
+    def __getstate__(self): # made anew by `start`
+        return {**self.__dict__, 'fixed': None, 'last': (None, None) if self.static else self.last,
+            'sample': None}
 
     def _how(self, learn):
-        model,body,kind = root_module(learn.model),body_names(learn) if self.reinit == 'pretrained' else (),self.reinit
+        model,body,kind = (root_module(learn.model),
+            body_names(learn) if self.reinit == 'pretrained' else (),self.reinit)
         if kind in ('default', 'zero') or callable(kind): return kind
         ref = self.refs.get('original' if kind == 'pretrained' else kind)
-        if ref is None: raise ValueError(f"reinit='{kind}': no weights were kept to go back to yet. Rewinding needs an epoch of training first.")
-        return lambda n, w, g: ref[n] if kind != 'pretrained' or n in body else default_values(model, n, g)
+        if ref is None:
+            raise ValueError(f"reinit='{kind}': no weights were kept to go back to yet. Rewinding "
+                "needs an epoch of training first.")
+        return lambda n, w, g: ref[n] if kind != 'pretrained' or n in body else default_values(model, n,
+            g)
 
     def reset_(self, learn, gen, only=None) -> dict: # kept and reset: numbers of values
         "Begin generation `gen`: what is not kept is re-initialised, in `only` these parameters"
@@ -112,7 +132,8 @@ class Forgetting:
             self.policy.rescale_(model, mine)
         _from_rank_0(model, done)
         for st in effects(model).values(): getattr(st.holder, 'weights_', lambda: None)()
-        return dict(kept=sum(m.numel() for m in masks.values())-sum(done.values()), reset=sum(done.values()))
+        return dict(kept=sum(m.numel() for m in masks.values())-sum(done.values()),
+            reset=sum(done.values()))
 
     def ratio(self, learn, gen):
         "Norm of the weights that the policy resets over that of those it keeps, summed in float64; None where one of them is nothing"
@@ -124,7 +145,9 @@ class Forgetting:
             fit += float(torch.linalg.vector_norm(w*m.to(w.device), dtype=torch.float64))**2
         return ((total-fit)/fit)**.5 if 0 < fit < total else None
 
-    def held(self, learn, gen): return Held(learn, self.masks(learn, gen)) if getattr(self.policy, 'holds', lambda g: False)(gen) else None
+    def held(self, learn, gen):
+        return (Held(learn, self.masks(learn, gen))
+            if getattr(self.policy, 'holds', lambda g: False)(gen) else None)
 
 def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -147,7 +170,8 @@ class Held(Callback):
     def __init__(self, learn, masks):
         model = root_module(learn.model)
         ps = {n: model.get_parameter(n) for n,m in masks.items() if not m.all()}
-        self.parts = [(p, masks[n].to(p.device), p.detach().clone()) for n,p in ps.items() if p.requires_grad]
+        self.parts = [(p, masks[n].to(p.device), p.detach().clone()) for n,p in ps.items()
+            if p.requires_grad]
         spare_roots(learn.opt) # a weight without gradients has averages that are 0
     def before_fit(self): spare_roots(self.learn.opt)
     def before_step(self):

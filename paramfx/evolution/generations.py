@@ -26,7 +26,8 @@ from ..core.callback import EffectCallback, EffectKeeper
 from ..core.forward import copy_model
 from ..losses import Distill
 from .masks import named_rates
-from ..core.runs import atomic_path, effect_runs, gather_ranks, read_torch, set_effect_runs, what_file
+from paramfx.core.runs import (atomic_path, effect_runs, gather_ranks, read_torch, set_effect_runs,
+    what_file)
 from ..export.materialize import materialize
 from ..core.state import effects, root_module
 
@@ -40,7 +41,8 @@ def epoch_lr(
 ) -> float:
     "Learning rate of an epoch in the published code of knowledge evolution"
     if policy == 'step': return lr*.1**((2*epoch >= n_epoch)+(4*epoch >= 3*n_epoch))
-    if policy not in ('cosine', 'constant'): raise ValueError(f"policy={policy!r}: choose 'cosine', 'step' or 'constant'.")
+    if policy not in ('cosine', 'constant'):
+        raise ValueError(f"policy={policy!r}: choose 'cosine', 'step' or 'constant'.")
     if epoch < warmup: return lr*(epoch+1)/warmup
     return lr if policy == 'constant' else lr*(1+cos(pi*(epoch-warmup)/(n_epoch-warmup)))/2
 
@@ -52,7 +54,9 @@ class EpochLR(Callback):
         store_attr()
         epoch_lr(0, 1, 1., warmup, policy)
     def before_fit(self): self.__dict__['_peaks'] = [h['lr'] for h in self.opt.hypers]
-    def before_train(self): self.opt.set_hyper('lr', [epoch_lr(self.epoch, self.n_epoch, p, self.warmup, self.policy) for p in self._peaks])
+    def before_train(self):
+        self.opt.set_hyper('lr', [epoch_lr(self.epoch, self.n_epoch, p, self.warmup, self.policy)
+            for p in self._peaks])
 
 # %% ../../nbs/evolution/03_generations.ipynb #cb410d03
 class EvolveLog(Table):
@@ -60,7 +64,9 @@ class EvolveLog(Table):
     def __init__(self, rows=(), long_run=None, **kw):
         super().__init__(rows, **kw)
         self.long_run = long_run
-        if long_run: self.note = f"one run of {long_run['epochs']} epochs: " + ', '.join(f'{k} {self._cell(v)}' for k,v in long_run.items() if k != 'epochs')
+        if long_run:
+            self.note = (f"one run of {long_run['epochs']} epochs: "
+                + ', '.join(f'{k} {self._cell(v)}' for k,v in long_run.items() if k != 'epochs'))
 
 # %% ../../nbs/evolution/03_generations.ipynb #c0d8fe25
 @contextmanager
@@ -69,10 +75,13 @@ def standing_in(
     model # What takes their place
 ):
     "Inside, `learn` validates or trains another model, without its effects; what it has recorded comes back"
-    with learn.no_bar(), learn.no_logging(): # before the list of callbacks is exchanged: `no_bar` puts a new bar into it
+    # before the list of callbacks is exchanged: `no_bar` puts a new bar into it
+    with learn.no_bar(), learn.no_logging():
         old,cbs,opt = learn.model,learn.cbs,learn.opt
-        rec = {k: v for k,v in vars(learn.recorder).items() if k != 'learn'} if 'recorder' in learn.__dict__ else {}
-        learn.model,learn.cbs = model.to(next(old.parameters()).device),L(c for c in cbs if not isinstance(c, (EffectCallback, EffectKeeper)))
+        rec = ({k: v for k,v in vars(learn.recorder).items() if k != 'learn'}
+            if 'recorder' in learn.__dict__ else {})
+        learn.model,learn.cbs = model.to(next(old.parameters()).device),L(c for c in cbs
+            if not isinstance(c, (EffectCallback, EffectKeeper)))
         try: yield learn
         finally:
             learn.model,learn.cbs,learn.opt = old,cbs,opt
@@ -82,14 +91,16 @@ def valid_row(learn, prefix='') -> dict:
     "Loss and metrics of the model on the validation set"
     if len(learn.dls.loaders) < 2 or not len(learn.dls.valid): return {}
     with learn.no_bar(), learn.no_logging(): values = learn.validate()
-    return {f'{prefix}{n}': float(v) for n,v in zip(['valid_loss', *learn.metrics.attrgot('name')], values)}
+    return {f'{prefix}{n}': float(v)
+        for n,v in zip(['valid_loss', *learn.metrics.attrgot('name')], values)}
 
 def last_row(learn) -> dict:
     "Losses and metrics of the last epoch; validates where the fit did not"
     rec = learn.__dict__.get('recorder')
     names = rec.metric_names[1:len(rec.metric_names)-bool(rec.add_time)] if rec and rec.values else ()
     if not names or len(names) != len(rec.values[-1]): return valid_row(learn)
-    return {n: float(v) for n,v in zip(names, rec.values[-1]) if v is not None} # without a validation set there is nothing to tell of it
+    # without a validation set there is nothing to tell of it
+    return {n: float(v) for n,v in zip(names, rec.values[-1]) if v is not None}
 
 def _better(name, a, b): return a < b if 'loss' in name or 'error' in name else a > b
 
@@ -110,15 +121,21 @@ class Evolution:
     def fresh_opt(self):
         "An optimizer that knows nothing of the last generation, with the same groups frozen"
         frozen = getattr(self.learn.opt, 'frozen_idx', 0)
-        root_module(self.learn.model).zero_grad() # fastai decays what is frozen as long as a gradient is there, even of zeros
+        # fastai decays what is frozen as long as a gradient is there, even of zeros
+        root_module(self.learn.model).zero_grad()
         self.learn.create_opt()
         if frozen: self.learn.opt.freeze_to(frozen)
 
-    def teacher(self, gen): return Distill(self.__dict__.pop('_teacher'), weight=self.distill) if gen > 1 and self.distill else None
-    def look_back(self, gen): return Snapshot(self.forget, self.rewind_epoch) if gen == 1 and self.forget.reinit == 'rewind' else None
+    def teacher(self, gen):
+        return (Distill(self.__dict__.pop('_teacher'), weight=self.distill) if gen > 1
+            and self.distill else None)
+    def look_back(self, gen):
+        return (Snapshot(self.forget, self.rewind_epoch) if gen == 1
+            and self.forget.reinit == 'rewind' else None)
 
     def forget_(self, gen):
-        if self.distill: self._teacher = copy_model(root_module(self.learn.model)) # before anything of it is lost
+        # before anything of it is lost
+        if self.distill: self._teacher = copy_model(root_module(self.learn.model))
         self.counts = self.forget.reset_(self.learn, gen-1)
 
     def row(self, gen, seconds, fresh=False):
@@ -127,14 +144,17 @@ class Evolution:
         if self.eval_slim:
             with standing_in(learn, self.slim()): row |= valid_row(learn, 'slim_')
         ratio = self.forget.ratio(learn, gen) if self.forget.static else None
-        return row | (self.counts or dict(kept=sum(m.numel() for m in self.forget.masks(learn, 1).values()), reset=0)) | dict(reset_norm=ratio, seconds=round(seconds, 2))
+        return (row | (self.counts or dict(kept=sum(m.numel()
+            for m in self.forget.masks(learn, 1).values()), reset=0))
+            | dict(reset_norm=ratio, seconds=round(seconds, 2)))
 
     def slim(self, model=None):
         "The fit part as it is now, made as `learn.extract_slim` makes it"
         model,p = root_module(self.learn.model) if model is None else model,self.forget.policy
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return materialize(model, self.forget.sample, split_rate=named_rates(p.cut), pin=p.pin, dead=False)
+            return materialize(model, self.forget.sample, split_rate=named_rates(p.cut), pin=p.pin,
+                dead=False)
 
     def rehearse(self, joined):
         "Raise where a generation could not be forgotten or evaluated under the effects that `joined` bring; before anything is trained"
@@ -148,7 +168,8 @@ class Evolution:
 
     def _check_parameters(self, twin):
         own = dict(twin.named_parameters(remove_duplicate=False))
-        lost = [n for n,m in self.forget.masks(self.learn, 1).items() if not m.all() and (n not in own or own[n].shape != m.shape)]
+        lost = [n for n,m in self.forget.masks(self.learn, 1).items() if not m.all()
+            and (n not in own or own[n].shape != m.shape)]
         if lost: raise ValueError(f"{lost[0]}: under {', '.join(effects(twin))} the network has no such parameter any more, so nothing of it could begin anew. "
                                   "Let the effect leave layers what they are (`DynamicSparse`: compute='dense'), or add it after the evolution.")
 
@@ -158,23 +179,31 @@ class Evolution:
         row = self.rows[-1]
         name = ('slim_' if self.keep_best == 'slim' else '') + self.monitor
         if self.best is None or _better(name, row[name], self.best['value']): self.best = dict(
-            value=row[name], generation=gen, model={k: v.detach().cpu().clone() for k,v in root_module(self.learn.model).state_dict().items()})
+            value=row[name], generation=gen,
+            model={k: v.detach().cpu().clone()
+                for k,v in root_module(self.learn.model).state_dict().items()})
 
     @property
     def monitor(self): return self.learn.metrics[0].name if len(self.learn.metrics) else 'valid_loss'
 
     # -- all of them
     def run(self, done, cbs):
-        learn,bar,todo = self.learn,any(isinstance(c, ProgressCallback) for c in self.learn.cbs),range(done+1, self.generations+1)
-        for gen in (shown := progress_bar(todo) if bar else todo): # a bar that is not displayed writes to the terminal all the same
+        learn,bar,todo = self.learn,any(isinstance(c, ProgressCallback)
+            for c in self.learn.cbs),range(done+1, self.generations+1)
+        # a bar that is not displayed writes to the terminal all the same
+        for gen in (shown := progress_bar(todo) if bar else todo):
             start = time.perf_counter()
             if gen > 1: self.forget_(gen)
             self.train(gen, cbs)
-            fresh = any(isinstance(c, TrackerCallback) for c in L(cbs)+learn.cbs) # it may have gone back to an earlier epoch
-            with rng_guard(learn.dls): self.rows.append(self.row(gen, time.perf_counter()-start, fresh)) # looking does not change what comes
+            # it may have gone back to an earlier epoch
+            fresh = any(isinstance(c, TrackerCallback) for c in L(cbs)+learn.cbs)
+            # looking does not change what comes
+            with rng_guard(learn.dls): self.rows.append(self.row(gen, time.perf_counter()-start, fresh))
             self.keep(gen)
             self.save(gen)
-            if bar: shown.comment = ', '.join(f'{k} {v:.4g}' for k,v in self.rows[-1].items() if isinstance(v, float) and 'loss' not in k and k not in ('seconds', 'reset_norm'))
+            if bar:
+                shown.comment = ', '.join(f'{k} {v:.4g}' for k,v in self.rows[-1].items()
+                    if isinstance(v, float) and 'loss' not in k and k not in ('seconds', 'reset_norm'))
         if self.best: root_module(learn.model).load_state_dict(self.best['model'])
 
     def save(self, gen):
@@ -182,7 +211,8 @@ class Evolution:
         rngs = gather_ranks(rng_state(learn.dls))
         if rank_distrib() or self.path is None: return
         state = dict(evolution=self.version, generation=gen, config=self.config, rows=[dict(r) for r in self.rows], best=self.best, first=self.first, refs=self.forget.refs,
-                     policy=getattr(self.forget.policy, 'first', {}), model=model.state_dict(), rng=rngs, **effect_runs(model))
+                     policy=getattr(self.forget.policy, 'first', {}), model=model.state_dict(),
+                     rng=rngs, **effect_runs(model))
         with atomic_path(self.path) as tmp: torch.save(state, tmp)
 
     def load(self) -> int:
@@ -198,16 +228,22 @@ class Evolution:
 
 def read_evolution(path, config, device='cpu') -> dict:
     "The content of an evolution's file; raises where it is none, or another one's"
-    if not path.is_file(): raise FileNotFoundError(f'{path.name}: no evolution was saved in {path.parent}. Start it with resume=False.')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path.name}: no evolution was saved in {path.parent}. Start it with '
+            'resume=False.')
     try: state = read_torch(path, device)
     except (OSError, MemoryError) as e:
         if getattr(e, 'errno', None) != EINVAL: raise
         state = e # what torch says of a file that was cut off
     except Exception as e: state = e # torch raises many kinds
     if not isinstance(state, dict) or state.get('evolution') != Evolution.version: raise ValueError(
-        f"{path.name}: {f'no file of `learn.evolve`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `learn.evolve`'}. Start anew with resume=False and another file=.") from (state if isinstance(state, Exception) else None)
-    diff = [f'{k}={state["config"].get(k)!r} -> {v!r}' for k,v in config.items() if state['config'].get(k) != v]
-    if diff: raise ValueError(f"{path.name}: written by an evolution with other settings ({', '.join(diff)}). Give those, or start anew with resume=False; the file is left as it is.")
+        f"{path.name}: "
+        f"{f'no file of `learn.evolve`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `learn.evolve`'}. Start anew with resume=False and another file=.") from (state if isinstance(state, Exception) else None)
+    diff = [f'{k}={state["config"].get(k)!r} -> {v!r}' for k,v in config.items()
+        if state['config'].get(k) != v]
+    if diff:
+        raise ValueError(f"{path.name}: written by an evolution with other settings "
+            f"({', '.join(diff)}). Give those, or start anew with resume=False; the file is left as it is.")
     return state
 
 class Snapshot(Callback):

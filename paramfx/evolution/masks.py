@@ -43,7 +43,9 @@ def check_rate(
 def _rates(split_rate):
     "One checked rate, or one for each name"
     if not isinstance(split_rate, dict): return check_rate(split_rate)
-    if not split_rate: raise ValueError("split_rate={}: name at least one layer and its rate, as in {'body.conv1': .5}, or give one rate for all.")
+    if not split_rate:
+        raise ValueError("split_rate={}: name at least one layer and its rate, as in {'body.conv1': "
+            ".5}, or give one rate for all.")
     return {k: check_rate(r, f'split_rate[{k!r}]') for k,r in split_rate.items()}
 
 @contextmanager
@@ -54,19 +56,27 @@ def _untraced():
 
 def _check_free(cmap):
     "Raise if, against expectation, only a part of the spaces can be cut; what is pinned was meant to stay"
-    stuck,free = [s for s in cmap if not s.cuttable and s.size > 1 and not s.is_output and not s.why.endswith(PINNED)],cmap.cuttable
-    if stuck and free: raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why} ({len(stuck)} of {len(cmap)} spaces). Cut the others with split_rate={{'*': .5}}, or name those to cut, as in {{{free[0].name!r}: .5}}.")
+    stuck,free = [s for s in cmap if not s.cuttable and s.size > 1 and not s.is_output
+        and not s.why.endswith(PINNED)],cmap.cuttable
+    if stuck and free:
+        raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why} ({len(stuck)} of "
+            f"{len(cmap)} spaces). Cut the others with split_rate={{'*': .5}}, or name those to cut, "
+            f"as in {{{free[0].name!r}: .5}}.")
 
 def _per_space(cmap, rates):
     "Position of a space -> its rate; names go before globs"
     by,globs = {},[k for k in rates if isinstance(k, str) and '*' in k]
     for k in rates:
         if k in globs: continue
-        if cmap.find(k) in by: raise ValueError(f'split_rate: {k!r} stands for a space that another name in it stands for, too. Name each space once.')
+        if cmap.find(k) in by:
+            raise ValueError(f'split_rate: {k!r} stands for a space that another name in it stands '
+                'for, too. Name each space once.')
         by[cmap.find(k)] = rates[k]
     for k in globs:
         hits = [cmap.find(s) for s in cmap.cuttable if fnmatchcase(s.name, k)]
-        if not hits: raise ValueError(f"split_rate: {k!r} fits no space that can be cut. Those are: {', '.join(s.name for s in cmap.cuttable)}.")
+        if not hits:
+            raise ValueError(f"split_rate: {k!r} fits no space that can be cut. Those are: "
+                f"{', '.join(s.name for s in cmap.cuttable)}.")
         for i in hits: by.setdefault(i, rates[k])
     return by
 
@@ -109,7 +119,8 @@ def masks_of(
         res[names[id(p)]] = torch.ones(p.shape, dtype=torch.bool)
     for (m,t,d),(kind,lab) in cut.cmap.bindings.items():
         p = getattr(model.get_submodule(m), t)
-        norm = kind == 'pass' and f'{m}.weight'.lstrip('.') not in cut.cmap.weights # depthwise layers pass channels on, too, but hold connections
+        # depthwise layers pass channels on, too, but hold connections
+        norm = kind == 'pass' and f'{m}.weight'.lstrip('.') not in cut.cmap.weights
         if norm or id(p) not in names or p.ndim < 2 and not bias: continue
         view = [-1 if i == d else 1 for i in range(p.ndim)]
         mask = res.setdefault(names[id(p)], torch.ones(p.shape, dtype=torch.bool))
@@ -133,8 +144,11 @@ SPLIT = WEIGHTED+(nn.RNNCellBase,)
 def _uniform(shape, gen):
     "Uniform numbers of a torch or NumPy generator, or of torch's global one"
     if gen is None or isinstance(gen, torch.Generator): return torch.rand(shape, generator=gen)
-    if not hasattr(gen, 'random'): raise ValueError(f'generator={gen!r}: give a torch or NumPy generator, such as torch.Generator().manual_seed(0), or None.')
-    return torch.from_numpy((gen.random_sample if hasattr(gen, 'random_sample') else gen.random)(tuple(shape)))
+    if not hasattr(gen, 'random'):
+        raise ValueError(f'generator={gen!r}: give a torch or NumPy generator, such as '
+            'torch.Generator().manual_seed(0), or None.')
+    return torch.from_numpy((gen.random_sample if hasattr(gen, 'random_sample')
+        else gen.random)(tuple(shape)))
 
 def _computes(m):
     "Is a weight of this module computed from others?"
@@ -143,7 +157,8 @@ def _computes(m):
 
 def _dropped(m):
     "The layer inside of fastai's WeightDropout, which holds some of its weights as `name_raw`; else None"
-    return m.module if isinstance(getattr(m, 'module', None), nn.RNNBase) and any(k.endswith('_raw') for k in m._parameters) else None
+    return (m.module if isinstance(getattr(m, 'module', None), nn.RNNBase)
+        and any(k.endswith('_raw') for k in m._parameters) else None)
 
 def matrices(
     model:nn.Module # Any network
@@ -152,7 +167,8 @@ def matrices(
     model = root_module(model)
     names,layers = _names(model),weighted_layers(model, SPLIT)
     held = {n: m for n,m in model.named_modules() if n in layers or _dropped(m)}
-    found = [(n, k, p) for n,m in held.items() for k,p in m._parameters.items() if p is not None and k not in ('bias_k', 'bias_v')]
+    found = [(n, k, p) for n,m in held.items() for k,p in m._parameters.items() if p is not None
+        and k not in ('bias_k', 'bias_v')]
     lazy = [n for n,_,p in found if is_lazy(p)]
     if lazy: raise ValueError(f'{lazy[0]}: it is lazy and has no weights yet. Run the model once.')
     return {names[id(p)]: (n, p) for n,_,p in found if p.ndim > 1}
@@ -186,7 +202,9 @@ def refuse_computed(
     "Raise where a layer computes its weight from other parameters"
     for n in names:
         if _computes(root_module(model).get_submodule(n)): raise ValueError(
-            f"{n}: its weight is computed from other parameters, so there is nothing to draw anew. Remove the parametrization, or choose a policy that keeps the layer whole, such as split_rate={{layer: rate}} for others.")
+            f"{n}: its weight is computed from other parameters, so there is nothing to draw anew. "
+            "Remove the parametrization, or choose a policy that keeps the layer whole, such as "
+            f"split_rate={{layer: rate}} for others.")
 
 # %% ../../nbs/evolution/00_masks.ipynb #4bd28310
 def wels_masks(
@@ -201,13 +219,15 @@ def wels_masks(
     rates,asked = _by_layer(model, rates, layers, found)
     refuse_computed(model, [n for n in layers if rates.get(n, 1) < 1])
     rate = {k: rates.get(inner.get(n, n), 1.) for k,(n,p) in found.items()}
-    free = {*spare_embeddings(model, [k for k in found if rate[k] < 1 and id(found[k][1]) not in asked], _ASK)}
+    free = {*spare_embeddings(model, [k for k in found if rate[k] < 1 and id(found[k][1]) not in asked],
+        _ASK)}
     rate = {k: r if k in free or id(found[k][1]) in asked else 1. for k,r in rate.items()}
     res = {k: _uniform(p.shape, generator) >= 1-rate[k] for k,(_,p) in found.items()}
     for k,p in model.named_parameters(): # embeddings that no layer shares
         if id(p) in asked and k not in found: res[k] = _uniform(p.shape, generator) >= 1-asked[id(p)]
     if not res: raise ValueError(
-        f'{type(model).__name__}: no layer that holds connections, so there is nothing to split. {tell_unknown(model)}'.strip())
+        f'{type(model).__name__}: no layer that holds connections, so there is nothing to split. '
+        f'{tell_unknown(model)}'.strip())
     return res
 
 _ASK = "Name it, as in split_rate={{{layer!r}: .5}} with policy 'wels', or choose another policy."
@@ -222,7 +242,8 @@ def _by_layer(model, rates, layers, found):
         if k in own: asked[own[k]] = r; continue
         hit = match_layers(model, k, SPLIT)
         res.update(dict.fromkeys(hit, r))
-        if hit and hit <= tied.keys() and not (isinstance(k, str) and '*' in k): asked.update((tied[n], r) for n in hit)
+        if hit and hit <= tied.keys() and not (isinstance(k, str) and '*' in k):
+            asked.update((tied[n], r) for n in hit)
     return res | {n: asked[i] for n,i in tied.items() if i in asked},asked
 
 # %% ../../nbs/evolution/00_masks.ipynb #7645d95e
@@ -238,16 +259,23 @@ def check_masks(
     masks:dict # Parameter name -> bool tensor
 ):
     "Raise unless `masks` fit the parameters of `model`"
-    if not isinstance(masks, dict) or not masks: raise ValueError(f'masks: expected {{parameter name: bool tensor}}, got {as_shapes(masks)}.')
+    if not isinstance(masks, dict) or not masks:
+        raise ValueError(f'masks: expected {{parameter name: bool tensor}}, got {as_shapes(masks)}.')
     own = dict(model.named_parameters(remove_duplicate=False))
     for n,m in masks.items():
-        if n not in own: raise ValueError(f"{n}: the network has no such parameter. There are: {', '.join(list(own)[:20])}{', ...' if len(own) > 20 else ''}.")
+        if n not in own:
+            raise ValueError(f"{n}: the network has no such parameter. There are: "
+                f"{', '.join(list(own)[:20])}{', ...' if len(own) > 20 else ''}.")
         if not torch.is_tensor(m) or m.dtype != torch.bool or m.shape != own[n].shape: raise ValueError(
-            f"{n}: the mask has to be a bool tensor of shape {tuple(own[n].shape)}, not {tuple(m.shape) if torch.is_tensor(m) else as_shapes(m)}{f' of {m.dtype}' if torch.is_tensor(m) else ''}.")
-        if not m.all() and own[n].is_inference(): raise ValueError(f'{n}: it was made in inference mode and can never change. Go on with a deepcopy of the model.')
+            f"{n}: the mask has to be a bool tensor of shape {tuple(own[n].shape)}, not "
+            f"{tuple(m.shape) if torch.is_tensor(m) else as_shapes(m)}{f' of {m.dtype}' if torch.is_tensor(m) else ''}.")
+        if not m.all() and own[n].is_inference():
+            raise ValueError(f'{n}: it was made in inference mode and can never change. Go on with a '
+                'deepcopy of the model.')
         owner,mod,_ = _owner(model, n)
         if not m.all() and _computes(owner): raise ValueError(
-            f"{mod}: its weight is computed from {n.rpartition('.')[2]}, so there is nothing to draw anew. Remove the parametrization, or keep the layer whole: leave {n} out of the masks.")
+            f"{mod}: its weight is computed from {n.rpartition('.')[2]}, so there is nothing to draw "
+            f"anew. Remove the parametrization, or keep the layer whole: leave {n} out of the masks.")
 
 def default_values(
     model:nn.Module, # The network
@@ -257,24 +285,33 @@ def default_values(
     "What torch draws for this parameter of a new layer: for convolutions and linear layers uniform within 1/sqrt(fan_in)"
     owner,_,key = _owner(model, name)
     p,seen = owner._parameters[key],_dropped(owner)
-    draw = lambda fan: torch.empty(p.shape, dtype=p.dtype).uniform_(-1, 1, generator=generator).mul_(max(fan, 1)**-.5)
-    if isinstance(owner, (nn.modules.conv._ConvNd, nn.Linear)) and key in ('weight', 'bias'): return draw(owner.weight[0].numel())
+    draw = lambda fan: torch.empty(p.shape, dtype=p.dtype).uniform_(-1, 1,
+        generator=generator).mul_(max(fan, 1)**-.5)
+    if isinstance(owner, (nn.modules.conv._ConvNd, nn.Linear)) and key in ('weight', 'bias'):
+        return draw(owner.weight[0].numel())
     if isinstance(owner, nn.RNNBase): return draw(owner.hidden_size)
     if seen is not None and key.endswith('_raw'): return draw(seen.hidden_size)
-    reset = next((k for k in ('reset_parameters', '_reset_parameters') if callable(getattr(owner, k, None))), None)
+    reset = next((k for k in ('reset_parameters', '_reset_parameters')
+        if callable(getattr(owner, k, None))), None)
     if reset is None: raise ValueError(
-        f"{name}: {type(owner).__name__} has no `reset_parameters`, so its first values are unknown. Give how= a function of (name, weight, generator), or 'zero'.")
-    seed = int(torch.randint(2**31, (), generator=generator)) # drawn outside of the guard: the next layer gets another one
+        f"{name}: {type(owner).__name__} has no `reset_parameters`, so its first values are unknown. "
+        "Give how= a function of (name, weight, generator), or 'zero'.")
+    # drawn outside of the guard: the next layer gets another one
+    seed = int(torch.randint(2**31, (), generator=generator))
     with rng_guard():
         torch.manual_seed(seed)
         fresh = copy_model(owner).cpu()
         new = fresh._parameters[key].detach().fill_(float('nan'))
         getattr(fresh, reset)()
-    if new.isnan().any(): raise ValueError(f"{name}: `{reset}` of {type(owner).__name__} draws no values for it. Give how= a function of (name, weight, generator), or 'zero'.")
+    if new.isnan().any():
+        raise ValueError(f"{name}: `{reset}` of {type(owner).__name__} draws no values for it. Give "
+            "how= a function of (name, weight, generator), or 'zero'.")
     return new
 
 def _given(weights, name):
-    if name not in weights: raise ValueError(f"{name}: how= holds no weights of this name. It has: {', '.join(map(str, [*weights][:10]))}{', ...' if len(weights) > 10 else ''}.")
+    if name not in weights:
+        raise ValueError(f"{name}: how= holds no weights of this name. It has: "
+            f"{', '.join(map(str, [*weights][:10]))}{', ...' if len(weights) > 10 else ''}.")
     return weights[name]
 
 def _source(how):
@@ -283,8 +320,11 @@ def _source(how):
     if how == 'zero': return lambda model, n, p, g: torch.zeros(())
     if isinstance(how, dict): return lambda model, n, p, g: _given(how, n)
     if callable(how): return lambda model, n, p, g: how(n, p, g)
-    if how in KINDS: raise ValueError(f"how={how!r}: which weights? Give them as a dict {{name: tensor}}; `learn.evolve(reinit={how!r})` remembers them by itself.")
-    raise ValueError(f"how={how!r}: choose one of {', '.join(map(repr, KINDS))}, a dict of weights, or a function of (name, weight, generator).")
+    if how in KINDS:
+        raise ValueError(f"how={how!r}: which weights? Give them as a dict {{name: tensor}}; "
+            f"`learn.evolve(reinit={how!r})` remembers them by itself.")
+    raise ValueError(f"how={how!r}: choose one of {', '.join(map(repr, KINDS))}, a dict of weights, or "
+        "a function of (name, weight, generator).")
 
 # %% ../../nbs/evolution/00_masks.ipynb #e8deef93
 def reinit_(
@@ -300,7 +340,9 @@ def reinit_(
     todo = {n: model.get_parameter(n) for n,m in masks.items() if not m.all()}
     new = {n: values(model, n, p.detach(), generator) for n,p in todo.items() if p.requires_grad}
     for n,v in new.items(): # all of them are there before one is written
-        if not torch.is_tensor(v) or v.ndim and v.shape != todo[n].shape: raise ValueError(f'{n}: new values have to be a tensor of shape {tuple(todo[n].shape)}, not {tuple(v.shape) if torch.is_tensor(v) else v!r:.60}.')
+        if not torch.is_tensor(v) or v.ndim and v.shape != todo[n].shape:
+            raise ValueError(f'{n}: new values have to be a tensor of shape {tuple(todo[n].shape)}, '
+                f'not {tuple(v.shape) if torch.is_tensor(v) else v!r:.60}.')
     with torch.no_grad():
         for n,v in new.items():
             p,keep = todo[n],masks[n].to(todo[n].device)
@@ -349,7 +391,11 @@ def extract_slim(self:Learner,
     "Leave the fit part alone, as an ordinary network"
     known = evolved(self.model)
     rate = known.get('split_rate') if split_rate is None else split_rate
-    if rate is None: raise ValueError("split_rate=None: this model has gone through no evolution with policy 'kels'. Say which share of the channels to keep, as in split_rate=.5.")
-    sample,pin = sample_batch(self.dls) if sample is None else sample,known.get('pin') if pin is None else pin
-    if split_rate is None: rate = named_rates(fit_cut(self.model, sample, rate, pin)) # of the network as it was trained
+    if rate is None:
+        raise ValueError("split_rate=None: this model has gone through no evolution with policy "
+            "'kels'. Say which share of the channels to keep, as in split_rate=.5.")
+    sample,pin = (sample_batch(self.dls) if sample is None else sample,
+        known.get('pin') if pin is None else pin)
+    # of the network as it was trained
+    if split_rate is None: rate = named_rates(fit_cut(self.model, sample, rate, pin))
     return self.materialize(sample, split_rate=rate, pin=pin, dead=False)

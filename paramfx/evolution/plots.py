@@ -14,13 +14,15 @@ from .generations import EvolveLog
 from ..report.plots import plot_mask, plot_traces
 
 # %% ../../nbs/evolution/06_plots.ipynb #93a5cf63
-_NO_METRIC = ('generation', 'train_loss', 'valid_loss', 'kept', 'reset', 'reset_norm', 'seconds', 'epochs')
+_NO_METRIC = ('generation', 'train_loss', 'valid_loss', 'kept', 'reset', 'reset_norm', 'seconds',
+    'epochs')
 
 def _metric(rows, metric):
     "`metric`, or the first one of the rows, else the loss"
     known = [k for k in rows[0] if not k.startswith('slim_')]
     metric = metric or next((k for k in known if k not in _NO_METRIC), 'valid_loss')
-    if any(metric not in r for r in rows): raise ValueError(f"{metric!r}: not every row has it. There are: {', '.join(known)}.")
+    if any(metric not in r for r in rows):
+        raise ValueError(f"{metric!r}: not every row has it. There are: {', '.join(known)}.")
     return metric
 
 def _series(log, metric):
@@ -29,7 +31,8 @@ def _series(log, metric):
     if isinstance(log, dict): return log,metric or '',range(1, 1+max(map(len, log.values())))
     metric = _metric(log, metric)
     slim = [r.get(f'slim_{metric}') for r in log]
-    return {'whole': [r[metric] for r in log]} | ({} if None in slim else {'slim': slim}),metric,[r.get('generation', i+1) for i,r in enumerate(log)]
+    return ({'whole': [r[metric] for r in log]} | ({} if None in slim else {'slim': slim}),metric,
+        [r.get('generation', i+1) for i,r in enumerate(log)])
 
 def plot_generations(
     log, # Rows of an `EvolveLog`, or name -> value per generation
@@ -44,7 +47,9 @@ def plot_generations(
     one = _long(getattr(log, 'long_run', None) if long_run is None else long_run, metric)
     ax = plot_traces(series, at, xlabel='generation', ylabel=metric, legend=False, ax=ax, title=title)
     for line in ax.lines: line.set(marker='o', markersize=4)
-    if one: ax.axhline(one[metric], color='.35', lw=1.4, ls='--', label=f"one run of\n{one['epochs']} epochs" if 'epochs' in one else 'one long run')
+    if one:
+        ax.axhline(one[metric], color='.35', lw=1.4, ls='--', label=f"one run of\n{one['epochs']} "
+            "epochs" if 'epochs' in one else 'one long run')
     ax.xaxis.get_major_locator().set_params(integer=True)
     if len(ax.lines) > 1: ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
     return ax
@@ -52,7 +57,8 @@ def plot_generations(
 def _long(one, metric):
     "The long run as a row that has the number; None where there is none"
     row = one if one is None or isinstance(one, dict) else {metric: one}
-    if row is not None and metric not in row: raise ValueError(f"{metric!r}: the long run has no such number. There are: {', '.join(row)}.")
+    if row is not None and metric not in row:
+        raise ValueError(f"{metric!r}: the long run has no such number. There are: {', '.join(row)}.")
     return row
 
 # %% ../../nbs/evolution/06_plots.ipynb #130fdfd1
@@ -64,10 +70,14 @@ def plot_reset_norm(
 ): # The axes
     "Norm of the part that is reset over that of the part that stays, by generation"
     rows = [r if isinstance(r, dict) else dict(reset_norm=r) for r in log]
-    vals = [(r.get('generation', i+1), r['reset_norm']) for i,r in enumerate(rows) if r.get('reset_norm') is not None]
-    if not vals: raise ValueError("plot_reset_norm: no generation has a 'reset_norm'. It is known of policies with the same masks in every generation, where they reset some layers' weights in part.")
+    vals = [(r.get('generation', i+1), r['reset_norm']) for i,r in enumerate(rows)
+        if r.get('reset_norm') is not None]
+    if not vals:
+        raise ValueError("plot_reset_norm: no generation has a 'reset_norm'. It is known of policies "
+            "with the same masks in every generation, where they reset some layers' weights in part.")
     at,ys = zip(*vals)
-    ax = plot_traces({'reset / kept': ys}, at, xlabel='generation', ylabel='norm of reset / norm of kept', ax=ax, title=title)
+    ax = plot_traces({'reset / kept': ys}, at, xlabel='generation',
+        ylabel='norm of reset / norm of kept', ax=ax, title=title)
     ax.lines[0].set(marker='o', markersize=4)
     ax.set_ylim(bottom=0)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -88,10 +98,12 @@ def plot(self:EvolveLog,
 
 def _panels(n):
     import matplotlib.pyplot as plt
-    return list(np.ravel(plt.subplots(1, n, figsize=(5.6 if n == 1 else 9, 3), width_ratios=[1.6, 1][:n], layout='constrained')[1]))
+    return list(np.ravel(plt.subplots(1, n, figsize=(5.6 if n == 1 else 9, 3),
+        width_ratios=[1.6, 1][:n], layout='constrained')[1]))
 
 # %% ../../nbs/evolution/06_plots.ipynb #ba8669fa
-def _array(mask): return (mask.detach().cpu().numpy() if hasattr(mask, 'detach') else np.asarray(mask)).astype(bool)
+def _array(mask):
+    return (mask.detach().cpu().numpy() if hasattr(mask, 'detach') else np.asarray(mask)).astype(bool)
 
 def _grid(m):
     "Kernels that keep something, outputs x inputs; a bias is one column"
@@ -106,9 +118,12 @@ def _chosen(masks, layers, most=8):
     "Names of what to draw"
     if layers is None:
         cut = [n for n,m in masks.items() if not _array(m).all()]
-        return [cut[i] for i in sorted({*np.linspace(0, len(cut)-1, most).round().astype(int)})] if cut else list(masks)[:most]
+        return ([cut[i] for i in sorted({*np.linspace(0, len(cut)-1, most).round().astype(int)})] if cut
+            else list(masks)[:most])
     missing = [n for n in layers if n not in masks]
-    if missing: raise ValueError(f"{missing[0]!r}: there is no such mask. There are: {', '.join([*masks][:20])}{', ...' if len(masks) > 20 else ''}.")
+    if missing:
+        raise ValueError(f"{missing[0]!r}: there is no such mask. There are: "
+            f"{', '.join([*masks][:20])}{', ...' if len(masks) > 20 else ''}.")
     return list(layers)
 
 def plot_split(
@@ -136,7 +151,8 @@ def _short(name, n=22):
 def _tiles(n, total):
     import matplotlib.pyplot as plt
     cols = min(n, 4)
-    fig,axs = plt.subplots(-(-n//cols), cols, figsize=(2.1*cols+.4, 2.2*-(-n//cols)+.4), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(-(-n//cols), cols, figsize=(2.1*cols+.4, 2.2*-(-n//cols)+.4), squeeze=False,
+        layout='constrained')
     fig.suptitle(f'{n} of {total} layers: outputs downwards, inputs to the right', fontsize='medium')
     for ax in axs.flat[n:]: ax.axis('off')
     return list(axs.flat)

@@ -16,7 +16,8 @@ from fastcore.basics import store_attr
 from fastai.basics import Learner
 from ..core.layers import match_layers, stages, weighted_layers
 from ..core.forward import untouched
-from .masks import check_rate, embedded, fit_cut, masks_of, matrices, refuse_computed, spare_embeddings, wels_masks
+from .masks import (check_rate, embedded, fit_cut, masks_of, matrices, refuse_computed,
+    spare_embeddings, wels_masks)
 from ..core.state import root_module
 from ..core.samples import generator
 
@@ -29,18 +30,22 @@ class Policy:
     counts = False # does it depend on the number of generations?
     learn,generations = None,None
     def start(self, learn, generations): self.learn,self.generations = learn,generations
-    def __call__(self, model, sample, gen): raise NotImplementedError(f'{type(self).__name__} has to define __call__(model, sample, gen).')
-    def holds(self, gen) -> bool: return False # is the reset part held where it is while generation `gen` trains?
+    def __call__(self, model, sample, gen):
+        raise NotImplementedError(f'{type(self).__name__} has to define __call__(model, sample, gen).')
+    def holds(self, gen) -> bool: # is the reset part held where it is while generation `gen` trains?
+        return False
     def norms(self, model) -> list: return [] # normalization layers whose statistics begin anew
     def rescale_(self, model, masks): pass # what happens to kept weights, where a policy has it
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('learn', 'cut')}
     def settings(self) -> dict:
         "What it was built with"
         return {k: self.__dict__[k] for k in inspect.signature(type(self)).parameters}
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.settings().items())})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.settings().items())})"
 
 def _check_rates(rates):
-    for k,r in rates.items() if isinstance(rates, dict) else [(None, rates)]: check_rate(r, 'split_rate' if k is None else f'split_rate[{k!r}]')
+    for k,r in rates.items() if isinstance(rates, dict) else [(None, rates)]:
+        check_rate(r, 'split_rate' if k is None else f'split_rate[{k!r}]')
 
 class KELS(Policy):
     "Keep the first channels of each layer (Taha and others 2021)"
@@ -57,7 +62,8 @@ class WELS(Policy):
         store_attr()
         _check_rates(split_rate)
         self.static = not resplit
-    def __call__(self, model, sample, gen): return wels_masks(model, self.split_rate, generator(self.seed, -1, gen if self.resplit else 0))
+    def __call__(self, model, sample, gen):
+        return wels_masks(model, self.split_rate, generator(self.seed, -1, gen if self.resplit else 0))
 
 class LLF(Policy):
     "Forget all layers from `from_layer` on, biases included (later-layer forgetting, Zhou and others 2022)"
@@ -71,12 +77,16 @@ class LLF(Policy):
         names,own = list(weighted_layers(model)),self.from_layer or _last_stage(model)
         first = names[min(map(names.index, match_layers(model, own)))]
         every = [n for n,_ in model.named_modules()]
-        held = [n for n in every[every.index(first):] if any(True for _ in model.get_submodule(n).parameters(recurse=False))]
+        held = [n for n in every[every.index(first):]
+            if any(True for _ in model.get_submodule(n).parameters(recurse=False))]
         return [n for n in held if n in names or self.reset_norm]
     def __call__(self, model, sample, gen):
-        own = () if self.from_layer is None or isinstance(self, Head) else match_layers(model, self.from_layer)
+        own = (() if self.from_layer is None
+            or isinstance(self, Head) else match_layers(model, self.from_layer))
         return _whole_layers(model, self.layers(model), own)
-    def norms(self, model): return [m for m in map(model.get_submodule, self.layers(model)) if hasattr(m, 'reset_running_stats')] if self.reset_norm else []
+    def norms(self, model):
+        return ([m for m in map(model.get_submodule, self.layers(model))
+            if hasattr(m, 'reset_running_stats')] if self.reset_norm else [])
 
 # %% ../../nbs/evolution/01_policies.ipynb #59bd6a0d
 class Head(LLF):
@@ -90,7 +100,9 @@ class LayerWise(Policy):
     static,counts = False,True
     def start(self, learn, generations):
         super().start(learn, generations)
-        if not hasattr(self, 'first'): self.first = {n: float(p.detach().norm()) for n,(_,p) in matrices(root_module(learn.model)).items()}
+        if not hasattr(self, 'first'):
+            self.first = {n: float(p.detach().norm())
+                for n,(_,p) in matrices(root_module(learn.model)).items()}
     def blocks(self, model) -> list: return [v for k,v in stages(model).items() if k[5:].isdigit()]
     def __call__(self, model, sample, gen):
         blocks = self.blocks(model)
@@ -113,15 +125,18 @@ def _whole_layers(model, gone, asked=()):
     refuse_computed(model, gone)
     gone = {id(p) for n in gone for p in model.get_submodule(n).parameters(recurse=False)}
     found,emb = matrices(model),embedded(model)
-    named = [{id(p) for p in model.get_submodule(n).parameters(recurse=False)} & emb.keys() for n in asked]
+    named = [{id(p) for p in model.get_submodule(n).parameters(recurse=False)} & emb.keys()
+        for n in asked]
     gone_names = [n for n,(_,p) in found.items() if id(p) in gone]
     if not (named and all(named)) and gone_names:
         layer = found[gone_names[0]][0]
-        ask = f"Name the layer that shares it, as in policy=LLF({layer!r}), or choose an earlier from_layer."
+        ask = (f"Name the layer that shares it, as in policy=LLF({layer!r}), or choose an earlier "
+            "from_layer.")
         free = {*spare_embeddings(model, gone_names, ask)}
         gone -= {id(found[n][1]) for n in gone_names if n not in free}
     held = {id(p) for _,p in found.values()}
-    return {n: torch.full(p.shape, id(p) not in gone) for n,p in model.named_parameters() if id(p) in gone | held}
+    return {n: torch.full(p.shape, id(p) not in gone) for n,p in model.named_parameters()
+        if id(p) in gone | held}
 
 # %% ../../nbs/evolution/01_policies.ipynb #c3e16371
 def top_mask(
@@ -130,7 +145,8 @@ def top_mask(
 ) -> torch.Tensor: # Bool
     "True at the highest scores, exactly as many as `rate` says"
     n = ceil(round(score.numel()*rate, 9))
-    return torch.zeros(score.numel(), dtype=torch.bool, device=score.device).index_fill_(0, score.flatten().topk(n).indices, True).view(score.shape).cpu()
+    return torch.zeros(score.numel(), dtype=torch.bool, device=score.device).index_fill_(0,
+        score.flatten().topk(n).indices, True).view(score.shape).cpu()
 
 # %% ../../nbs/evolution/01_policies.ipynb #b1438ea3
 class Magnitude(Policy):
@@ -154,11 +170,15 @@ class Snip(Policy):
     ):
         self.split_rate,self.batches = check_rate(split_rate),batches
     def __call__(self, model, sample, gen):
-        if self.learn is None: raise ValueError("policy='snip' looks at training batches: use it with `learn.evolve` or the callback.")
+        if self.learn is None:
+            raise ValueError("policy='snip' looks at training batches: use it with `learn.evolve` or "
+                "the callback.")
         refuse_computed(model, weighted_layers(model))
         scores = {n: s for n,s in saliency(self.learn, self.batches).items()}
-        flat = top_mask(torch.cat([s.flatten() for s in scores.values()]), self.split_rate).split([s.numel() for s in scores.values()])
-        kept = {n: torch.ones(p.shape, dtype=torch.bool) for n,(_,p) in matrices(model).items()} # frozen ones have no score
+        flat = top_mask(torch.cat([s.flatten() for s in scores.values()]),
+            self.split_rate).split([s.numel() for s in scores.values()])
+        # frozen ones have no score
+        kept = {n: torch.ones(p.shape, dtype=torch.bool) for n,(_,p) in matrices(model).items()}
         return kept | {n: m.view(s.shape) for (n,s),m in zip(scores.items(), flat)}
 
 _OTHER = "Policies 'wels' and 'llf' can be asked for it by name."
@@ -177,7 +197,8 @@ def saliency(
         for _,b in zip(range(batches), dl):
             n = learn.dls.n_inp
             loss = learn.loss_func(model(*b[:n]), *b[n:])
-            for t,g in zip(total.values(), torch.autograd.grad(loss, list(ps.values()), allow_unused=True)):
+            for t,g in zip(total.values(),
+                torch.autograd.grad(loss, list(ps.values()), allow_unused=True)):
                 if g is not None: t += g.abs()
     return {n: (total[n]*ps[n].detach().abs()) for n in ps}
 
@@ -193,12 +214,20 @@ def as_policy(
     "The policy that a name stands for"
     knobs = {k:v for k,v in knobs.items() if v is not None}
     if isinstance(policy, str):
-        if policy not in POLICIES: raise ValueError(f"policy={policy!r}: choose one of {', '.join(map(repr, POLICIES))}, or a function (model, sample, gen) -> {{parameter name: bool tensor}}.")
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r}: choose one of {', '.join(map(repr, POLICIES))}, or a "
+                f"function (model, sample, gen) -> {{parameter name: bool tensor}}.")
         cls,given = POLICIES[policy],dict(split_rate=split_rate, seed=seed)
         takes = inspect.signature(cls).parameters
         for k in knobs:
-            if k not in takes: raise ValueError(f"{k}={knobs[k]!r}: policy {policy!r} has no such setting. It has: {', '.join(takes) or 'none'}.")
+            if k not in takes:
+                raise ValueError(f"{k}={knobs[k]!r}: policy {policy!r} has no such setting. It has: "
+                    f"{', '.join(takes) or 'none'}.")
         return cls(**{k:v for k,v in given.items() if k in takes}, **knobs)
-    if not callable(policy): raise ValueError(f"policy={policy!r}: expected a name or a callable (model, sample, gen) -> masks.")
-    if knobs: raise ValueError(f"{next(iter(knobs))}: give this setting to the policy itself, as in policy={type(policy).__name__}(...).")
+    if not callable(policy):
+        raise ValueError(f"policy={policy!r}: expected a name or a callable (model, sample, gen) -> "
+            "masks.")
+    if knobs:
+        raise ValueError(f"{next(iter(knobs))}: give this setting to the policy itself, as in "
+            f"policy={type(policy).__name__}(...).")
     return policy

@@ -33,7 +33,9 @@ def demo(
     log = (lambda line: None) if bar or as_json else (lambda line: print(line, flush=True))
     try: res = run_demo(out, only.split(',') if only else None, epochs, log, bar)
     except BrokenPipeError: raise
-    except OSError as e: raise CliError(f"cannot write to {out!r}: {e.strerror or e}. Give a writable folder with --out.")
+    except OSError as e:
+        raise CliError(
+            f"cannot write to {out!r}: {e.strerror or e}. Give a writable folder with --out.")
     if as_json: return print(json.dumps(res))
     print(_plain_table(demo_table(res['rows'])))
     print(f"\nWritten to {os.path.join(res['folder'], '')}: {', '.join(res['files'])}")
@@ -42,7 +44,8 @@ def _plain_table(table):
     "A `Table` in aligned columns for a terminal"
     cols = list(table[0])
     width = {c: max(len(str(r[c])) for r in [*table, {c: c}]) for c in cols}
-    line = lambda r: '  '.join(str(r[c]).ljust(width[c]) if c == cols[0] else str(r[c]).rjust(width[c]) for c in cols).rstrip()
+    line = lambda r: '  '.join(str(r[c]).ljust(width[c]) if c == cols[0] else str(r[c]).rjust(width[c])
+        for c in cols).rstrip()
     return '\n'.join([line({c: c for c in cols}), *map(line, table), '', table.note])
 
 # %% ../../nbs/experiments/01_cli.ipynb #6d3f8b89
@@ -50,7 +53,8 @@ def _shape(text):
     "'3,64,64' as a tuple"
     try: shape = tuple(int(o) for o in text.split(','))
     except ValueError: shape = ()
-    if not shape or min(shape) < 1: raise CliError(f"--input {text!r} is no shape: give whole numbers such as 3,224,224")
+    if not shape or min(shape) < 1:
+        raise CliError(f"--input {text!r} is no shape: give whole numbers such as 3,224,224")
     return shape
 
 def _network(name, x, shared):
@@ -74,17 +78,20 @@ def cost(
     _quiet()
     from paramfx import zoo
     from paramfx.report import cost as report
-    shared = {k: v for k,v in dict(shared_rank=shared_rank, unique_rank=unique_rank, n_bases=n_bases, mode=mode).items() if v is not None}
+    shared = {k: v for k,v in dict(shared_rank=shared_rank, unique_rank=unique_rank, n_bases=n_bases,
+        mode=mode).items() if v is not None}
     try:
         x = zoo.sample(name, size=None if input is None else _shape(input))
         net,note = _network(name, x, shared)
         r = report.cost(net, x)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
-        raise CliError(f"{name} does not fit into memory{f' with --input {input}' if input else ''}. Give a smaller --input.")
+        raise CliError(f"{name} does not fit into memory{f' with --input {input}' if input else ''}. "
+            "Give a smaller --input.")
     if as_json: return print(json.dumps(dict(name=name, **shared, **r.to_dict())))
     rows = [('network', name), ('input', r.sample), ('parameters', f'{r.params:,}'), ('MACs', f'{r.macs:,}'), ('bytes', f'{r.bytes:,}'),
-            ('latency', f'{r.latency_ms:.3g} ms, nine of ten below {r.latency_p90_ms:.3g} ms, on one thread of {r.device}'), ('peak memory', f'{r.peak_memory:,} bytes')]
+            ('latency', f'{r.latency_ms:.3g} ms, nine of ten below {r.latency_p90_ms:.3g} ms, on one '
+            f'thread of {r.device}'), ('peak memory', f'{r.peak_memory:,} bytes')]
     for k,v in rows + ([('shared', note)] if note else []): print(f'{k:12}{v}')
 
 # %% ../../nbs/experiments/01_cli.ipynb #86c86c00
@@ -108,7 +115,8 @@ def _parse(name, args):
 def usage() -> str:
     "The list of sub-commands"
     return '\n'.join([f'paramfx {__version__}: parameter-efficient training for fastai', '',
-        *(f'  paramfx {n:8} {f.__doc__}' for n,f in COMMANDS.items()), '', 'paramfx COMMAND --help tells the options of each.'])
+        *(f'  paramfx {n:8} {f.__doc__}' for n,f in COMMANDS.items()), '',
+        'paramfx COMMAND --help tells the options of each.'])
 
 def main(argv:list=None) -> int: # Exit code
     "Entry point of the `paramfx` command"
@@ -116,7 +124,8 @@ def main(argv:list=None) -> int: # Exit code
     name = argv[0] if argv else '--help'
     if name in ('-h', '--help', 'help'): print(usage()); return 0
     if name == '--version': print(__version__); return 0
-    if name not in COMMANDS: return _fail('paramfx', f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
+    if name not in COMMANDS:
+        return _fail('paramfx', f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
     try: COMMANDS[name](**_parse(name, argv[1:]))
     except (CliError, ValueError) as e: return _fail(f'paramfx {name}', e)
     except KeyboardInterrupt: return _fail(f'paramfx {name}', 'interrupted', 130)

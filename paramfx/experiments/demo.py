@@ -64,34 +64,41 @@ def run_row(
     def new(build=demo_net):
         set_seed(seed)
         for dl in dls.loaders: dl.rng.seed(seed) # each row sees the same batches, in every run
-        return Learner(dls, build(), metrics=accuracy, path=Path('.')).remove_cb(ProgressCallback) # the demo has one bar of its own
+        # the demo has one bar of its own
+        return Learner(dls, build(), metrics=accuracy, path=Path('.')).remove_cb(ProgressCallback)
     held = []
     def fit(learn, counted=True, share=1, **kw):
-        kw['cbs'] = [*(kw['cbs'] if isinstance(kw.get('cbs'), list) else [kw['cbs']] if 'cbs' in kw else [])] + [_Tick(tick)]*counted
+        kw['cbs'] = ([*(kw['cbs'] if isinstance(kw.get('cbs'), list) else [kw['cbs']] if 'cbs' in kw
+            else [])] + [_Tick(tick)]*counted)
         with learn.no_logging(): learn.fit_one_cycle(max(1, round(share*epochs)), lr, **kw)
         held.append(opt_bytes(learn)) # now: what a row cuts out afterwards was there while it trained
         return learn
     start = time.perf_counter()
     learn = ROWS[name](new, fit)
     seconds = time.perf_counter()-start
-    return dict(row=name, accuracy=float(learn.validate()[1]), seconds=round(seconds, 2), opt_bytes=held[-1] if held else opt_bytes(learn)), learn
+    return dict(row=name, accuracy=float(learn.validate()[1]), seconds=round(seconds, 2),
+        opt_bytes=held[-1] if held else opt_bytes(learn)), learn
 
 def opt_bytes(
     learn:Learner # Trained
 ) -> int: # Bytes
     "What the optimizer keeps: momentum and the like"
-    return sum(t.nbytes for p in learn.model.parameters() for t in opt_state(learn.opt, p).values() if torch.is_tensor(t))
+    return sum(t.nbytes for p in learn.model.parameters() for t in opt_state(learn.opt, p).values()
+        if torch.is_tensor(t))
 
 def plain_net(learn):
     "The ordinary network that `learn` leaves; its own one, where that is smaller"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # what stays of dead channels is no news in a table
         net = materialize(learn.model, sample_batch(learn.dls))
-    return net if n_params(net)[0] <= n_params(learn.model)[0] else copy_model(learn.model) # tied weights are worth their bank, sparse layers their values
+    # tied weights are worth their bank, sparse layers their values
+    return net if n_params(net)[0] <= n_params(learn.model)[0] else copy_model(learn.model)
 
-def latencies(nets:list, sample, rounds:int=5) -> list: # Median and 90th percentile of each, in milliseconds
+# Median and 90th percentile of each, in milliseconds
+def latencies(nets:list, sample, rounds:int=5) -> list:
     "Times of several networks, in turns: a slow spell of the machine hits them all"
-    times = np.array([[measure_latency(m, sample, max_seconds=.02) for m in nets] for _ in range(rounds)])
+    times = np.array([[measure_latency(m, sample, max_seconds=.02) for m in nets]
+        for _ in range(rounds)])
     return np.median(times, 0).tolist()
 
 # %% ../../nbs/experiments/00_demo.ipynb #70ccc17c
@@ -109,7 +116,8 @@ def _save_pictures(name, learn, out):
 def _tradeoff(rows, out):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(6, 4), layout='constrained')
-    plot_tradeoff({r['row']: (r['nonzero'], r['accuracy']) for r in rows}, xlabel='non-zero parameters', ylabel='accuracy', ax=fig.subplots(), title='Digits')
+    plot_tradeoff({r['row']: (r['nonzero'], r['accuracy']) for r in rows}, xlabel='non-zero parameters',
+        ylabel='accuracy', ax=fig.subplots(), title='Digits')
     with atomic_path(out/'tradeoff.png') as tmp: fig.savefig(tmp, dpi=110)
     return ['tradeoff.png']
 
@@ -124,8 +132,10 @@ NOTE = ("Costs are per image, of the plain network each row leaves (tied weights
 def demo_table(rows:list) -> Table:
     "The rows, for people"
     show = lambda r: {'row': r['row'], 'accuracy': f"{100*r['accuracy']:.1f} %", 'parameters': f"{r['params']:,}", 'non-zero': f"{r['nonzero']:,}",
-        'MACs': human(r['macs']), 'executed': human(r['macs_executed']), 'for non-zero': human(r['macs_nonzero']),
-        'latency': f"{r['latency_ms']:.3f} ms", 'file': human(r['bytes'], 'B'), 'optimizer': human(r['opt_bytes'], 'B'), 'training': f"{r['seconds']:.1f} s"}
+        'MACs': human(r['macs']), 'executed': human(r['macs_executed']), 'for non-zero': human(
+            r['macs_nonzero']),
+        'latency': f"{r['latency_ms']:.3f} ms", 'file': human(r['bytes'], 'B'),
+        'optimizer': human(r['opt_bytes'], 'B'), 'training': f"{r['seconds']:.1f} s"}
     return Table(map(show, rows), note=NOTE)
 
 def run_demo(
@@ -151,7 +161,8 @@ def run_demo(
         rows.append({**row, **cost(nets[-1], sample, latency=False).to_dict()})
         files += _save_pictures(name, learn, out) + [f"{name.replace(' ', '_')}.pth"]
         save_recipe(learn.model, out/files[-1])
-        log(f"{name}: accuracy {100*row['accuracy']:.1f} %, {rows[-1]['nonzero']:,} non-zero parameters, {row['seconds']:.1f} s")
+        log(f"{name}: accuracy {100*row['accuracy']:.1f} %, {rows[-1]['nonzero']:,} non-zero "
+            f"parameters, {row['seconds']:.1f} s")
     for r,(ms,p90) in zip(rows, latencies(nets, sample)): r.update(latency_ms=ms, latency_p90_ms=p90)
     files += _tradeoff(rows, out)
     _write(out/'table.md', demo_table(rows)._repr_markdown_()+'\n')

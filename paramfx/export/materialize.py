@@ -29,7 +29,8 @@ from ..core.forward import check_same, copy_model, unpack_sample
 from ..kernels.inference import for_inference, freeze_layers, frozen_layers
 from ..channels.dead import cut_dead, has_dead
 from ..core.callback import EffectCallback
-from ..core.runs import atomic_path, burn_in, explained, known_steps, missing_effects, read_torch, safe_data, telling_steps, told_steps, what_file
+from ..core.runs import (atomic_path, burn_in, explained, known_steps, missing_effects,
+    read_torch, safe_data, telling_steps, told_steps, what_file)
 from ..channels.spaces import pin_names, pinned_modules
 from ..core.registry import VERB_ROOMS, VERBS, find_verb, recipe_verb
 from ..core.state import add_report, add_step, effects, root_module, told_loss
@@ -43,7 +44,9 @@ def defer(
     root_module(model).__dict__.setdefault('_pending', []).append(cut)
     return model
 
-def _takes(f, key): return any(p.name == key or p.kind == p.VAR_KEYWORD for p in inspect.signature(f).parameters.values())
+def _takes(f, key):
+    return any(p.name == key or p.kind == p.VAR_KEYWORD
+        for p in inspect.signature(f).parameters.values())
 
 def _shared(mods):
     "Places (module, name) of each parameter that several of `mods` hold"
@@ -62,17 +65,22 @@ def _share(places, done):
 
 def _swap_plain(model, kw):
     "Replace each module that has `plain`, deepest first; returns the model and the names"
-    mods = {n:m for n,m in model.named_modules(remove_duplicate=False) if callable(getattr(m, 'plain', None))}
+    mods = {n:m for n,m in model.named_modules(remove_duplicate=False)
+        if callable(getattr(m, 'plain', None))}
     lost = [k for k in kw if not any(_takes(m.plain, k) for m in mods.values())]
     if lost: raise ValueError(f"materialize got {', '.join(f'{k}={kw[k]!r}' for k in lost)}, but no module of this model takes {'it' if len(lost) == 1 else 'them'}. " +
-                              (f"Those to replace: {', '.join(mods)}." if mods else 'None has to be replaced; leave it out.'))
-    own = {id(m): {**(m.plain_args() if hasattr(m, 'plain_args') else {}), **kw} for m in mods.values()} # what each goes by where nothing is said
+                              (f"Those to replace: {', '.join(mods)}." if mods
+                                  else 'None has to be replaced; leave it out.'))
+    # what each goes by where nothing is said
+    own = {id(m): {**(m.plain_args() if hasattr(m, 'plain_args') else {}), **kw} for m in mods.values()}
     done,shared = {},_shared(mods.values())
     plans = [(n, v) for n,m in model.named_modules() for v in vars(m).values() if hasattr(v, 'follow')]
     taken = lambda f: {k:o for k,o in kw.items() if _takes(f, k)}
     late = [(n, v.follow(**taken(v.follow))) for n,v in plans] # functions of what comes of the module
     for n,m in reversed(mods.items()):
-        if id(m) not in done: done[id(m)] = m.plain(**{k:v for k,v in own[id(m)].items() if _takes(m.plain, k)}).train(m.training)
+        if id(m) not in done:
+            done[id(m)] = m.plain(**{k:v for k,v in own[id(m)].items() if _takes(m.plain, k)}).train(
+                m.training)
         if n: model.set_submodule(n, done[id(m)])
     _share(shared, done)
     new = done.get(id(model), model)
@@ -86,7 +94,8 @@ def _swap_plain(model, kw):
 
 # %% ../../nbs/export/00_materialize.ipynb #8ce677b2
 def _plain_data(o):
-    if isinstance(o, dict): return all(isinstance(k, str) for k in o) and all(map(_plain_data, o.values()))
+    if isinstance(o, dict):
+        return all(isinstance(k, str) for k in o) and all(map(_plain_data, o.values()))
     if isinstance(o, (list, tuple)): return all(map(_plain_data, o))
     return o is None or isinstance(o, (bool, int, float, str, torch.Tensor))
 
@@ -101,21 +110,31 @@ class Recipe(list):
     def of(cls, model):
         "The steps that `model` has behind it, effects in force included"
         model = root_module(model)
-        if model.__dict__.get('_pending'): raise ValueError(f'A cut waits to be applied, which cannot be recorded. Call {way_out()} first.')
+        if model.__dict__.get('_pending'):
+            raise ValueError(f'A cut waits to be applied, which cannot be recorded. Call {way_out()} '
+                'first.')
         inner = _inner(model, '_recipe', '_pending', '_effects')
-        if inner: raise ValueError(f"{', '.join(inner[:3])}: this part has steps of its own, and what is around it knows nothing of them. Save it alone, or call {way_out()} on the whole and save its weights.")
+        if inner:
+            raise ValueError(f"{', '.join(inner[:3])}: this part has steps of its own, and what is "
+                f"around it knows nothing of them. Save it alone, or call {way_out()} on the whole and "
+                "save its weights.")
         steps = list(model.__dict__.get('_recipe', []))
         for n,st in effects(model).items():
-            if n not in VERBS or VERBS[n][1] is None: raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or call {way_out()} first.")
+            if n not in VERBS or VERBS[n][1] is None:
+                raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or "
+                    f"call {way_out()} first.")
             steps.append(dict(verb=n, args=VERBS[n][1](st)))
         for s in steps:
-            if not _plain_data(s): raise ValueError(f"{s['verb']}: its arguments are no plain data: {str(s['args'])[:200]}. Name layers by strings.")
+            if not _plain_data(s):
+                raise ValueError(f"{s['verb']}: its arguments are no plain data: "
+                    f"{str(s['args'])[:200]}. Name layers by strings.")
         return cls(steps)
 
     @property
     def table(self) -> Table:
         "A row per step"
-        return Table([dict(step=i+1, verb=s['verb'], what=s.get('note', '')) for i,s in enumerate(self)], note='' if self else 'the network as it was built')
+        return Table([dict(step=i+1, verb=s['verb'], what=s.get('note', ''))
+            for i,s in enumerate(self)], note='' if self else 'the network as it was built')
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
 
@@ -123,11 +142,17 @@ class Recipe(list):
         "Do all steps again on a copy of `model`"
         model = copy_model(root_module(model))
         for i,s in enumerate(self):
-            if not isinstance(s, dict) or not {'verb', 'args'} <= s.keys(): raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
+            if not isinstance(s, dict) or not {'verb', 'args'} <= s.keys():
+                raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
             found = find_verb(s['verb']) if isinstance(s['verb'], str) else None
-            if found is None: raise ValueError(f"{s['verb']}: this version knows no such step. There are: {', '.join({**VERB_ROOMS, **VERBS})}.")
+            if found is None:
+                raise ValueError(f"{s['verb']}: this version knows no such step. There are: "
+                    f"{', '.join({**VERB_ROOMS, **VERBS})}.")
             try: model = found[0](model, **s['args'])
-            except (TypeError, ValueError, NotImplementedError) as e: raise ValueError(f"Step {i+1} of the recipe ({s['verb']}) does not fit this {type(model).__name__}. Build the network as it was when the recorded one was built. {e}") from e
+            except (TypeError, ValueError, NotImplementedError) as e:
+                raise ValueError(f"Step {i+1} of the recipe ({s['verb']}) does not fit this "
+                    f"{type(model).__name__}. Build the network as it was when the recorded one was "
+                    f"built. {e}") from e
         return model
 
 @recipe_verb('plain')
@@ -140,7 +165,9 @@ def _freeze_again(model, kinds): return freeze_layers(model, kinds)
 def _cut_again(model, keep, sizes, sample, pin=None, embeddings=False):
     cmap = trace_channels(model, unpack_sample(model, sample), pin, embeddings)
     for n,size in sizes.items():
-        if cmap[n].size != size: raise ValueError(f'{n}: the recorded network had {size} units here, this one has {cmap[n].size}. Build it as it was.')
+        if cmap[n].size != size:
+            raise ValueError(f'{n}: the recorded network had {size} units here, this one has '
+                f'{cmap[n].size}. Build it as it was.')
     return Cut(cmap, keep).apply(model, check=False)
 
 # %% ../../nbs/export/00_materialize.ipynb #dfe15f78
@@ -161,33 +188,47 @@ def load_recipe(
 ) -> nn.Module: # A network of the recorded shape, with the weights of the file
     "Do the recorded steps on a copy of `model`, then load the weights strictly"
     if isinstance(source, nn.Module) or not isinstance(model, nn.Module): raise TypeError(
-        f"load_recipe takes the file first, then the network as it was built: `load_recipe(file, model)`, not a {type(source).__name__} and a {type(model).__name__}.")
+        "load_recipe takes the file first, then the network as it was built: `load_recipe(file, "
+        f"model)`, not a {type(source).__name__} and a {type(model).__name__}.")
     if isinstance(source, list): return Recipe(source).apply(model)
     try: content = read_torch(source)
     except MemoryError: raise
     except Exception as e: # torch raises many kinds
-        if isinstance(e, OSError) and e.errno != errno.EINVAL: raise # a file that ends early is an invalid argument to torch
+        # a file that ends early is an invalid argument to torch
+        if isinstance(e, OSError) and e.errno != errno.EINVAL: raise
         content = e
     if isinstance(content, dict) and isinstance(content.get('version'), int) and content['version'] > 1 and 'recipe' in content: raise ValueError(
-        f"{source}: written by a newer version of this library (format {content['version']}, this one knows 1). Update paramfx.")
+        f"{source}: written by a newer version of this library (format {content['version']}, this one "
+        "knows 1). Update paramfx.")
     steps,state = _steps_and_state(content, source)
     p = next(root_module(model).parameters(), torch.empty(0))
     new = Recipe(steps).apply(model)
-    if any(k.startswith('_orig_mod.') for k in state): state = {k.removeprefix('_orig_mod.'): v for k,v in state.items()} # its model was compiled
+    # its model was compiled
+    if any(k.startswith('_orig_mod.') for k in state):
+        state = {k.removeprefix('_orig_mod.'): v for k,v in state.items()}
     if lost := missing_effects(new, state): raise ValueError(
-        f"{source}: it was saved with effects in force that cannot be recorded ({', '.join(lost)}). Save it again after `learn.materialize()`.")
+        f"{source}: it was saved with effects in force that cannot be recorded ({', '.join(lost)}). "
+        "Save it again after `learn.materialize()`.")
     with explained(new, str(source)): new.load_state_dict(state)
     return new.to(p.device)
 
 def _steps_and_state(content, source):
     "Recipe and weights in what was read; raises where there is no recipe, and says what it is"
-    if isinstance(content, dict) and content.get('version') == 1 and {'recipe', 'state'} <= content.keys(): return content['recipe'],content['state']
-    state = content['model'] if isinstance(content, dict) and content.keys() == {'model', 'opt'} else content
+    if (isinstance(content, dict) and content.get('version') == 1
+        and {'recipe', 'state'} <= content.keys()):
+        return content['recipe'],content['state']
+    state = (content['model'] if isinstance(content, dict)
+        and content.keys() == {'model', 'opt'} else content)
     steps = told_steps(state)
     if steps is not None and all('args' in s for s in steps): return steps,state
     kind = what_file(content)
-    if kind is None: raise ValueError(f"{source}: no file of `save_recipe`, or damaged. Load plain weights with `load_state_dict`.") from (content if isinstance(content, Exception) else None)
-    if '`learn.load' in kind: kind += ', into a network that was changed in the same way: ' + ('the file does not tell how' if steps is None else 'what was done is no plain data, so it cannot be done again')
+    if kind is None:
+        raise ValueError(f"{source}: no file of `save_recipe`, or damaged. Load plain weights with "
+            "`load_state_dict`.") from (content if isinstance(content, Exception) else None)
+    if '`learn.load' in kind:
+        kind += (', into a network that was changed in the same way: '
+            + ('the file does not tell how' if steps is None else 'what was done is no plain data, so '
+            'it cannot be done again'))
     raise ValueError(f"{source}: no file of `save_recipe`, but {kind}.")
 
 def _all_steps(model):
@@ -211,14 +252,20 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     old,late = root_module(model),{k: kw.pop(k) for k in [*kw] if k in CUTS}
     new,rows,cuts,stays = copy_model(old),[],[],[]
     waiting = _inner(new, '_pending')
-    if waiting: raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. Put what `materialize(part, x)` returns in its place first.")
+    if waiting:
+        raise ValueError(f"{', '.join(waiting)}: a cut waits on a part of the model. Put what "
+            "`materialize(part, x)` returns in its place first.")
     rows += (lost := _unready(new, kw))
     for m,part in list(new.named_modules()):
-        for n,c in burn_in(part).items(): rows.append(dict(what=f'{m}.{n}'.lstrip('.'), how=f'burnt in: {c}'))
+        for n,c in burn_in(part).items():
+            rows.append(dict(what=f'{m}.{n}'.lstrip('.'), how=f'burnt in: {c}'))
     new,names = _swap_plain(new, kw)
     pin = pin_names(old, pin)
     pinned_modules(new, pin) # a name that fits nothing raises
-    if names: rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}", how='replaced by plain ones: ' + ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')))
+    if names:
+        rows.append(dict(what=f"{len(names)} module{'s' if len(names) > 1 else ''}",
+            how='replaced by plain ones: ' + ', '.join(names[:5])
+            + (', ...' if len(names) > 5 else '')))
     _check_plain(new, old, sample, tol, kw)
     for cut in chain(new.__dict__.pop('_pending', []), ((CUTS[k], v) for k,v in late.items())):
         remedy = getattr(cut[0], 'remedy', '') if isinstance(cut, tuple) else ''
@@ -241,21 +288,25 @@ def _unready(model, kw):
             cls = EffectCallback.kinds.get(n)
             rows.append(dict(what=cls and cls.__name__, how=cls and cls.unfinished(part)))
         for v in vars(part).values():
-            if getattr(v, 'until_plain', False): plans.setdefault(id(v), (v, part)) # layers inside hold it, too
+            # layers inside hold it, too
+            if getattr(v, 'until_plain', False): plans.setdefault(id(v), (v, part))
     asked = ', '.join(f'{k}={a!r}' for k,a in kw.items()) or 'materialize'
     for v,part in plans.values():
-        rows.append(dict(what=asked, how=v.unfinished(part, effects(model), **{k: a for k,a in kw.items() if _takes(v.unfinished, k)})))
+        rows.append(dict(what=asked, how=v.unfinished(part, effects(model),
+            **{k: a for k,a in kw.items() if _takes(v.unfinished, k)})))
     return [r for r in rows if r['how']]
 
 def _check_plain(new, old, sample, tol, kw):
     "Compare with the model, in which modules that tell how act as `plain` was asked to"
     acting = [m for m in old.modules() if hasattr(m, 'acting')]
     with ExitStack() as stack:
-        for m in acting: stack.enter_context(m.acting(**{k:v for k,v in kw.items() if _takes(m.acting, k)}))
+        for m in acting:
+            stack.enter_context(m.acting(**{k:v for k,v in kw.items() if _takes(m.acting, k)}))
         if not acting and kw: return
         try: check_same(new, old, sample, tol)
         except ValueError as e:
-            why = next((w for m in old.modules() for st in effects(m).values() if (w := getattr(st.holder, 'loose', str)())), '')
+            why = next((w for m in old.modules() for st in effects(m).values()
+                if (w := getattr(st.holder, 'loose', str)())), '')
             raise ValueError(f'{why} {e}') from e if why else e
 
 def _frozen(model, sample, fmt, tol, rows, stays):
@@ -267,7 +318,8 @@ def _frozen(model, sample, fmt, tol, rows, stays):
 def _fmt_row(r):
     "What a layer becomes, as a row of the report"
     how = f"dense: {r['why']}" if r['becomes'] == 'dense' else r['becomes']
-    return dict(what=r['layer'], how=how) | {k: r[k] for k in ('density', 'items', 'time', 'break_even') if r[k] is not None}
+    return (dict(what=r['layer'], how=how)
+        | {k: r[k] for k in ('density', 'items', 'time', 'break_even') if r[k] is not None})
 
 def _without_dead(model, sample, tol, pin):
     "Cut dead channels out where the model can be traced: network, cuts, rows, rows of what stays"
@@ -277,7 +329,8 @@ def _without_dead(model, sample, tol, pin):
     except (NotImplementedError, RuntimeError, ValueError) as e:
         rows = [dict(what='dead channels', how=f'left where they are: {e}')]
         return model,[],rows,rows
-    rows = [dict(what=f"dead channels of {r['space']}", how=f"{r['channels']}" + (f" ({r['note']})" if r['note'] else '')) for r in notes]
+    rows = [dict(what=f"dead channels of {r['space']}",
+        how=f"{r['channels']}" + (f" ({r['note']})" if r['note'] else '')) for r in notes]
     return new,cuts,rows,[row for row,r in zip(rows, notes) if r['stays']]
 
 def materialize(
@@ -296,7 +349,8 @@ def materialize(
 
 # %% ../../nbs/export/00_materialize.ipynb #900b038d
 def _same_shape(a, b):
-    shapes = lambda m: ([(n, type(o)) for n,o in m.named_modules()], [(n, p.shape) for n,p in m.named_parameters()])
+    shapes = lambda m: ([(n, type(o)) for n,o in m.named_modules()],
+        [(n, p.shape) for n,p in m.named_parameters()])
     return shapes(a) == shapes(b)
 
 def _repoint(learn, old, new, cuts):
@@ -320,7 +374,9 @@ def swap_model(
     _repoint(learn, old, new, cuts)
     if isinstance(learn.model, nn.DataParallel): learn.model.module = new
     else:
-        if learn.model is not old: warnings.warn(f'{type(learn.model).__name__}: the new network stands outside of this wrapper. Wrap `learn.model` anew.')
+        if learn.model is not old:
+            warnings.warn(f'{type(learn.model).__name__}: the new network stands outside of this '
+                'wrapper. Wrap `learn.model` anew.')
         learn.model = new
     return learn
 
@@ -333,7 +389,8 @@ def materialize(self:Learner,
 ) -> Learner: # Itself
     "Make what the effects stand for permanent and end them: an ordinary network with the same outputs"
     old = root_module(self.model)
-    new,cuts,rows,_,lost = _materialize(old, sample_batch(self.dls) if sample is None else sample, **kwargs)
+    new,cuts,rows,_,lost = _materialize(old, sample_batch(self.dls) if sample is None else sample,
+        **kwargs)
     for r in lost: warnings.warn(f"{r['what']}: {r['how']}")
     same = _same_shape(old, new) and not cuts
     for m in list(old.modules()) if same else []: burn_in(m)
@@ -347,7 +404,8 @@ _fastai_export = Learner.export
 
 def _ours(learn):
     "Names of the classes of this library that an exported Learner would need"
-    parts = [c for c in learn.cbs] + [m for m in learn.model.modules()] + [*effects(learn.model).values()]
+    parts = ([c for c in learn.cbs] + [m for m in learn.model.modules()]
+        + [*effects(learn.model).values()])
     return sorted({type(o).__name__ for o in parts if type(o).__module__.startswith('paramfx')})
 
 @patch
@@ -355,5 +413,7 @@ def export(self:Learner, fname='export.pkl', **kwargs):
     "Export the content of `self` without the items and the optimizer state for inference"
     ours = _ours(self)
     live = effects(self.model) or any(callable(getattr(m, 'plain', None)) for m in self.model.modules())
-    if ours: warnings.warn(f"{fname} will load only where paramfx is installed: it holds {', '.join(ours)}." + (f" Call {way_out()} first." if live else ''))
+    if ours:
+        warnings.warn(f"{fname} will load only where paramfx is installed: it holds {', '.join(ours)}."
+            + (f" Call {way_out()} first." if live else ''))
     return _fastai_export(self, fname, **kwargs)

@@ -23,7 +23,8 @@ from ..core.samples import rng_guard
 # %% ../../nbs/kernels/00_csr.ipynb #0dba9af1
 with warnings.catch_warnings(): # torch says once that CSR is in beta
     warnings.simplefilter('ignore')
-    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]),
+        (1, 1))
 
 # %% ../../nbs/kernels/00_csr.ipynb #6c00e364
 def csr_index(
@@ -41,18 +42,21 @@ def csr_flat(
     n_cols:int # Columns
 ) -> torch.Tensor: # int64, ascending
     "The flat positions that `csr_index` was given"
-    rows = torch.repeat_interleave(torch.arange(len(crow)-1, device=col.device), crow.diff(), output_size=len(col))
+    rows = torch.repeat_interleave(torch.arange(len(crow)-1, device=col.device), crow.diff(),
+        output_size=len(col))
     return rows*n_cols + col
 
 # %% ../../nbs/kernels/00_csr.ipynb #d3b11476
 class CSRIndex:
     "Structure of a sparse matrix, and of its transpose when that is asked for"
     def __init__(self, crow, col, size): self.crow,self.col,self.size,self.turned = crow,col,size,None
-    def of(self, values): return torch.sparse_csr_tensor(self.crow, self.col, values, self.size, check_invariants=False)
+    def of(self, values):
+        return torch.sparse_csr_tensor(self.crow, self.col, values, self.size, check_invariants=False)
     def transposed(self, values):
         if self.turned is None: self._turn()
         crow,col,order = self.turned
-        return torch.sparse_csr_tensor(crow, col, values.index_select(0, order), self.size[::-1], check_invariants=False)
+        return torch.sparse_csr_tensor(crow, col, values.index_select(0, order), self.size[::-1],
+            check_invariants=False)
 
     def _turn(self):
         n,flat = self.size[0],csr_flat(self.crow, self.col, self.size[1])
@@ -107,7 +111,8 @@ def resize_(
     "Let `p` hold `new`, which may be longer or shorter"
     if p.shape == new.shape: p.data.copy_(new); return
     p.grad = None
-    p.data = new.new_empty(0, dtype=torch.float32 if new.dtype == torch.float64 else torch.float64) # a change of type drops the autograd node, which expects the old length
+    # a change of type drops the autograd node, which expects the old length
+    p.data = new.new_empty(0, dtype=torch.float32 if new.dtype == torch.float64 else torch.float64)
     p.data = new
 
 KERNELS = torch.float32,torch.float64 # types of values that can multiply
@@ -125,21 +130,26 @@ class CSR(ComputedWeight):
         return to_csr(deepcopy(layer), mask)
 
     @property
-    def size(self): return (self.out_features, self.in_features) if isinstance(self, nn.Linear) else (self.out_channels, self.in_channels)
+    def size(self):
+        return ((self.out_features, self.in_features) if isinstance(self, nn.Linear)
+            else (self.out_channels, self.in_channels))
     @property
     def shape(self): return (*self.size, *getattr(self, 'kernel_size', ()))
     @property
     def flat(self): return csr_flat(self.crow, self.col, self.size[1])
     @property
     def index(self):
-        k,crow,col = self.__dict__.get('_index'),self._buffers['crow'],self._buffers['col'] # quicker than by attribute
-        if k is None or k.crow is not crow or k.col is not col: k = self.__dict__['_index'] = CSRIndex(crow, col, self.size)
+        # quicker than by attribute
+        k,crow,col = self.__dict__.get('_index'),self._buffers['crow'],self._buffers['col']
+        if k is None or k.crow is not crow or k.col is not col:
+            k = self.__dict__['_index'] = CSRIndex(crow, col, self.size)
         return k
 
     @property
     def weight(self):
         "The dense weight, computed; gradients pass through it to the values"
-        return self.values.new_zeros(self.size[0]*self.size[1]).index_copy(0, self.flat, self.values).view(self.shape)
+        return self.values.new_zeros(self.size[0]*self.size[1]).index_copy(0, self.flat,
+            self.values).view(self.shape)
 
     def place_(self, flat, values):
         "Let it hold `values` at these positions, ascending"
@@ -152,8 +162,12 @@ class CSR(ComputedWeight):
         if not torch.is_autocast_enabled(kind): return self._apply_to(x)
         with torch.autocast(kind, enabled=False): return self._apply_to(x.to(self.values.dtype))
 
-    def product(self, x): return csr_product(x, self._parameters['values'], self._parameters['bias'], self.index, None if self.tapped is None else self._tap)
-    def _tap(self, gT, xT): self.tapped = (gT @ xT.t()).view(self.shape) if self.tapped is False else self.tapped.add_((gT @ xT.t()).view(self.shape))
+    def product(self, x):
+        return csr_product(x, self._parameters['values'], self._parameters['bias'], self.index,
+            None if self.tapped is None else self._tap)
+    def _tap(self, gT, xT):
+        self.tapped = ((gT @ xT.t()).view(self.shape) if self.tapped is False
+            else self.tapped.add_((gT @ xT.t()).view(self.shape)))
 
     def plain(self) -> nn.Module:
         "The ordinary layer with the same weights"
@@ -164,9 +178,11 @@ class CSR(ComputedWeight):
         n = out.numel()//self.size[0]
         return n*self.size[0]*self.size[1],n*len(self.values),n*int(self.values.count_nonzero())
 
-    def extra_repr(self): return f'{super().extra_repr()}, {len(self.values)} of {self.size[0]*self.size[1]} weights'
+    def extra_repr(self):
+        return f'{super().extra_repr()}, {len(self.values)} of {self.size[0]*self.size[1]} weights'
 
-    def __getstate__(self): return {k:v for k,v in vars(self).items() if k not in ('_index', 'tapped')} # both are made anew
+    def __getstate__(self): # both are made anew
+        return {k:v for k,v in vars(self).items() if k not in ('_index', 'tapped')}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self._from_dense(state_dict, prefix, args[-1])
@@ -181,11 +197,15 @@ class CSR(ComputedWeight):
         "Rewrite the entries of an ordinary layer, masked or not"
         w = state_dict.get(prefix+'weight')
         if w is None or prefix+'values' in state_dict: return
-        if tuple(w.shape) != self.shape: errors.append(f'size mismatch for {prefix}weight: {tuple(w.shape)} in the file, {self.shape} here.'); return
+        if tuple(w.shape) != self.shape:
+            errors.append(f'size mismatch for {prefix}weight: {tuple(w.shape)} in the file, '
+                f'{self.shape} here.')
+            return
         mask = state_dict.pop(prefix+'weight_mask', None)
         flat = self.flat if mask is None else mask.flatten().nonzero().flatten().to(self.col.device)
         crow,col = csr_index(flat, self.size)
-        state_dict.update({f'{prefix}values': state_dict.pop(prefix+'weight').reshape(-1)[flat.to(w.device)], f'{prefix}crow': crow, f'{prefix}col': col})
+        state_dict.update({f'{prefix}values': state_dict.pop(prefix+'weight').reshape(-1)[
+            flat.to(w.device)], f'{prefix}crow': crow, f'{prefix}col': col})
 
 class CSRLinear(CSR, nn.Linear):
     "`nn.Linear` that holds the live values of its weight only"
@@ -243,8 +263,10 @@ def why_not_csr(
     if type(layer) not in CSR_OF: return f'only Linear and 1x1 convolutions, not {type(layer).__name__}'
     if layer.weight.dtype not in dtypes: return f'no sparse kernels for {layer.weight.dtype}'
     if isinstance(layer, nn.Linear): return ''
-    odd = [k for k,ok in dict(kernel_size=1, stride=1, padding=0, groups=1).items() if {*_tuple(getattr(layer, k))} != {ok}]
-    return f"a convolution with {odd[0]}={getattr(layer, odd[0])}, only 1x1 without groups" if odd else ''
+    odd = [k for k,ok in dict(kernel_size=1, stride=1, padding=0, groups=1).items()
+        if {*_tuple(getattr(layer, k))} != {ok}]
+    return (f"a convolution with {odd[0]}={getattr(layer, odd[0])}, only 1x1 without groups" if odd
+        else '')
 
 def _tuple(o): return o if isinstance(o, tuple) else (o,)
 
@@ -261,8 +283,10 @@ def time_csr(
     "Time of forward and backward of a sparse layer, relative to the dense one"
     with rng_guard():
         torch.manual_seed(0)
-        dense,x = nn.Linear(n_in, n_out, dtype=dtype),torch.randn(items, n_in, dtype=dtype, requires_grad=True)
-        mask = torch.zeros(n_out*n_in, dtype=torch.bool).index_fill_(0, torch.randperm(n_out*n_in)[:live], True)
+        dense,x = nn.Linear(n_in, n_out, dtype=dtype),torch.randn(items, n_in, dtype=dtype,
+            requires_grad=True)
+        mask = torch.zeros(n_out*n_in, dtype=torch.bool).index_fill_(0,
+            torch.randperm(n_out*n_in)[:live], True)
         pair = CSRLinear.of(dense, mask),dense
     g = torch.ones(items, n_out, dtype=dtype)
     times = [[_seconds(m, x, g) for m in pair] for _ in range(rounds+1)][1:]

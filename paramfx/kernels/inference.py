@@ -23,7 +23,8 @@ from ..core.state import add_step, root_module
 class Frozen(nn.Module):
     "A linear layer or 1x1 convolution with a sparse weight, for inference"
     label = None # name in the network, where it is known
-    chunk,wide,few = 32,1024,100 # columns at a time; pixels at a time; items with fewer pixels go together
+    # columns at a time; pixels at a time; items with fewer pixels go together
+    chunk,wide,few = 32,1024,100
     def __init__(self,
         layer:nn.Module # Linear layer or 1x1 convolution, CSR or not; it is left alone
     ):
@@ -33,9 +34,11 @@ class Frozen(nn.Module):
         w = layer.weight.detach()
         self.dims,(self.out_features,self.in_features) = w.ndim-2,w.shape[:2]
         for k,t in self.parts(w).items():
-            if t.is_floating_point(): self.register_parameter(k, nn.Parameter(t, False)) # fastai asks parameters for the device
+            # fastai asks parameters for the device
+            if t.is_floating_point(): self.register_parameter(k, nn.Parameter(t, False))
             else: self.register_buffer(k, t)
-        self.register_parameter('bias', None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), False))
+        self.register_parameter('bias',
+            None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), False))
 
     @property
     def size(self): return self.out_features,self.in_features
@@ -44,7 +47,8 @@ class Frozen(nn.Module):
 
     def forward(self, x):
         if self.training and torch.is_grad_enabled(): raise RuntimeError(
-            f'{self} is for inference and learns nothing: train the network that it was made of, or what `materialize` without `fmt` makes of this one. For inference call `eval()`.')
+            f'{self} is for inference and learns nothing: train the network that it was made of, or '
+            'what `materialize` without `fmt` makes of this one. For inference call `eval()`.')
         check_kernels(self, self.dtype, self.dtypes)
         kind = x.device.type
         with torch.no_grad():
@@ -58,7 +62,8 @@ class Frozen(nn.Module):
     def plain(self) -> nn.Module:
         "The ordinary layer with the same weights"
         args,bias = (self.in_features, self.out_features),self.bias is not None
-        new = getattr(nn, f'Conv{self.dims}d')(*args, 1, bias=bias) if self.dims else nn.Linear(*args, bias)
+        new = (getattr(nn, f'Conv{self.dims}d')(*args, 1, bias=bias) if self.dims
+            else nn.Linear(*args, bias))
         new = new.to(device=self.values.device, dtype=self.dtype)
         with torch.no_grad():
             new.weight.copy_(self.dense().view_as(new.weight))
@@ -68,9 +73,12 @@ class Frozen(nn.Module):
     def macs(self, x, out):
         "Only what is stored multiplies"
         n = out.numel()//self.out_features
-        return n*self.in_features*self.out_features,n*self.values.numel(),n*int(self.values.count_nonzero())
+        return n*self.in_features*self.out_features,n*self.values.numel(),n*int(
+            self.values.count_nonzero())
 
-    def extra_repr(self): return f'{self.in_features}, {self.out_features}, {self.values.numel()} of {self.in_features*self.out_features} weights'
+    def extra_repr(self):
+        return (f'{self.in_features}, {self.out_features}, {self.values.numel()} of '
+            f'{self.in_features*self.out_features} weights')
 
 class FrozenCSR(Frozen):
     "Holds what is not zero, row by row"
@@ -82,11 +90,13 @@ class FrozenCSR(Frozen):
         crow,col = csr_index(flat, self.size)
         return dict(values=w[flat], crow=crow, col=col)
 
-    def matrix(self): return self.layout(self.crow, self.col, self.values, self.size, check_invariants=False)
+    def matrix(self):
+        return self.layout(self.crow, self.col, self.values, self.size, check_invariants=False)
     def dense(self): return self.matrix().to_dense()
 
     def _rows(self, x):
-        if len(x) == 1: return self._one(x)[None] if self.bias is None else self._one(x).add_(self.bias)[None]
+        if len(x) == 1:
+            return self._one(x)[None] if self.bias is None else self._one(x).add_(self.bias)[None]
         a,y = self.matrix(),x.new_empty(len(x), self.out_features)
         for part,out in zip(x.split(self.chunk), y.split(self.chunk)):
             t = self._times(a, part.t().contiguous(), x.new_empty(self.out_features, len(part))).t()
@@ -111,8 +121,11 @@ class FrozenCSR(Frozen):
         new = [state_dict.get(prefix+k) for k in ('crow', 'col', 'values')]
         if all(t is not None for t in new):
             try: self.layout(*new, self.size, check_invariants=True)
-            except (RuntimeError, ValueError) as e: args[-1].append(f'{prefix}values: no sparse weight of {self.size} in the file: {e}'); return
-            self.col,self.values.data = self.col.new_empty(new[1].shape),self.values.new_empty(new[2].shape)
+            except (RuntimeError, ValueError) as e:
+                args[-1].append(f'{prefix}values: no sparse weight of {self.size} in the file: {e}')
+                return
+            self.col,self.values.data = self.col.new_empty(new[1].shape),self.values.new_empty(
+                new[2].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../../nbs/kernels/01_inference.ipynb #edfc6e02
@@ -140,7 +153,9 @@ class FrozenBSR(FrozenCSR):
     ):
         self.block = fit_block(layer.weight) if block is None else block
         if not self.block or any(s%self.block for s in layer.weight.shape[:2]): raise ValueError(
-            f'{type(layer).__name__}{tuple(layer.weight.shape)}: ' + (f'blocks of {self.block}x{self.block} do not divide it' if self.block else 'no block fits its zeros') + ". Take 'csr'.")
+            f'{type(layer).__name__}{tuple(layer.weight.shape)}: '
+            + (f'blocks of {self.block}x{self.block} do not divide it' if self.block
+                else 'no block fits its zeros') + ". Take 'csr'.")
         super().__init__(layer)
 
     def parts(self, w):
@@ -150,7 +165,8 @@ class FrozenBSR(FrozenCSR):
         crow,col = csr_index(flat, b.shape[:2])
         return dict(values=b.flatten(0, 1)[flat], crow=crow, col=col)
 
-    def _one(self, x): return self._times(self.matrix(), x.t(), x.new_empty(self.out_features, 1))[:,0] # `mv` is slow on blocks
+    def _one(self, x): # `mv` is slow on blocks
+        return self._times(self.matrix(), x.t(), x.new_empty(self.out_features, 1))[:,0]
 
 # %% ../../nbs/kernels/01_inference.ipynb #f334f02b
 def is_24(
@@ -177,12 +193,16 @@ class Frozen24(Frozen):
         w = self.weight
         known,key = self.__dict__.get('_packed', (None, None)),(w.data_ptr(), w.device, w._version)
         if known[1] != key:
-            if not is_24(w): raise ValueError(f'{self}: more than two of four inputs are live, which would be lost. Load a weight with a 2:4 pattern.')
+            if not is_24(w):
+                raise ValueError(f'{self}: more than two of four inputs are live, which would be lost. '
+                    'Load a weight with a 2:4 pattern.')
             known = self.__dict__['_packed'] = pack_24(w.detach().flatten(1).contiguous()),key
         return known[0]
 
     def _rows(self, x): return F.linear(x.contiguous(), self.packed, self.bias)
-    def _pixels(self, x): return self._rows(x.movedim(1, -1).flatten(0, -2)).view(len(x), *x.shape[2:], -1).movedim(-1, 1).contiguous()
+    def _pixels(self, x):
+        return self._rows(x.movedim(1, -1).flatten(0, -2)).view(len(x), *x.shape[2:], -1).movedim(-1,
+            1).contiguous()
     def macs(self, x, out):
         "Two of four multiply"
         n = out.numel()*self.in_features
@@ -206,7 +226,8 @@ def frozen(
     "The frozen twin of `layer`"
     name,_,block = kind.partition(' ')
     if name == 'bsr': return FrozenBSR(layer, int(block.split('x')[0]) if block else None)
-    if kind not in ('csr', '2:4'): raise ValueError(f"{kind!r} is no kind of frozen layer. Choose 'csr', 'bsr' or '2:4'.")
+    if kind not in ('csr', '2:4'):
+        raise ValueError(f"{kind!r} is no kind of frozen layer. Choose 'csr', 'bsr' or '2:4'.")
     return (FrozenCSR if kind == 'csr' else Frozen24)(layer)
 
 def freeze_layers(
@@ -218,7 +239,8 @@ def freeze_layers(
     for n,kind in kinds.items():
         try: swap_module(new, n, frozen(old.get_submodule(n), kind)).label = n
         except ValueError as e: raise ValueError(f'{n}: {e}') from e
-    return add_step(new, 'freeze', dict(kinds=dict(kinds)), ', '.join(f'{n}: {k}' for n,k in kinds.items())) if kinds else new
+    return (add_step(new, 'freeze', dict(kinds=dict(kinds)),
+        ', '.join(f'{n}: {k}' for n,k in kinds.items())) if kinds else new)
 
 def frozen_layers(
     model:nn.Module # Any network
@@ -242,5 +264,6 @@ def for_inference(
     learn:Learner # With frozen layers in its model
 ) -> Learner: # `learn`
     "Let `learn` validate and predict, and refuse to fit"
-    if not any(isinstance(c, InferenceOnly) for c in learn.cbs): learn.add_cb(InferenceOnly()).splitter = partial(_groups, splitter=learn.splitter)
+    if not any(isinstance(c, InferenceOnly) for c in learn.cbs):
+        learn.add_cb(InferenceOnly()).splitter = partial(_groups, splitter=learn.splitter)
     return learn

@@ -44,7 +44,8 @@ def ratios(
 def _pattern(n_out, n_in, live, block):
     "A weight with about so many live ones, in blocks"
     alive = torch.rand(n_out//block, n_in//block) < live/(n_out*n_in)
-    return (alive.repeat_interleave(block, 0).repeat_interleave(block, 1) if block > 1 else alive).float()
+    return (alive.repeat_interleave(block, 0).repeat_interleave(block, 1) if block > 1
+        else alive).float()
 
 @lru_cache(None)
 def time_infer(
@@ -61,9 +62,13 @@ def time_infer(
     with rng_guard():
         torch.manual_seed(0)
         make = getattr(nn, f'Conv{len(pixels)}d') if pixels else nn.Linear
-        dense = nn.utils.skip_init(make, n_in, n_out, **({'kernel_size': 1} if pixels else {})).to(dtype)
-        with torch.no_grad(): dense.weight.copy_(_pattern(n_out, n_in, live, int(kind.rpartition('x')[-1]) if ' ' in kind else 1).view_as(dense.weight))
-        return ratios([dense.eval(), frozen(dense, kind).eval()], torch.randn(items, n_in, *pixels, dtype=dtype), rounds)[0]
+        dense = nn.utils.skip_init(make, n_in, n_out,
+            **({'kernel_size': 1} if pixels else {})).to(dtype)
+        with torch.no_grad():
+            dense.weight.copy_(_pattern(n_out, n_in, live,
+                int(kind.rpartition('x')[-1]) if ' ' in kind else 1).view_as(dense.weight))
+        return ratios([dense.eval(), frozen(dense, kind).eval()],
+            torch.randn(items, n_in, *pixels, dtype=dtype), rounds)[0]
 
 def break_even(
     n_out:int, # Rows of the weight
@@ -87,13 +92,15 @@ def check_fmt(
     fmt:str # Any
 ) -> None:
     "An unknown format raises"
-    if fmt not in FORMATS: raise ValueError(f"fmt={fmt!r}: choose one of {', '.join(map(repr, FORMATS))}.")
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt={fmt!r}: choose one of {', '.join(map(repr, FORMATS))}.")
 
 def _layers(model, include):
     "Linear layers and convolutions, by name"
     known = match_layers(model, include) if include is not None else None
     kinds = nn.Linear,nn.Conv1d,nn.Conv2d,nn.Conv3d
-    return {n:m for n,m in model.named_modules() if isinstance(m, kinds) and (known is None or n in known)}
+    return {n:m for n,m in model.named_modules() if isinstance(m, kinds)
+        and (known is None or n in known)}
 
 def _shapes(model, mods, xs):
     "Layer name -> shape of its largest input"
@@ -108,7 +115,8 @@ def _shapes(model, mods, xs):
     return seen
 
 def _why_csr(layer):
-    if layer.weight.device.type != 'cpu': return f'compressed rows and blocks win on the CPU only, the weight is on {layer.weight.device}'
+    if layer.weight.device.type != 'cpu':
+        return f'compressed rows and blocks win on the CPU only, the weight is on {layer.weight.device}'
     return '' if isinstance(layer, CSR) else why_not_csr(layer)
 
 def _why_bsr(layer):
@@ -133,10 +141,14 @@ def _why_not(layer, shape, fused):
 
 def _row(name, layer, shape, fmt, fused):
     w = layer.weight.detach()
-    row = dict(layer=name, shape='x'.join(map(str, w.shape)), density=int(w.count_nonzero())/max(w.numel(), 1))
-    whys = {f: _why_not(layer, shape, fused) or WHY[f](layer) for f in (FORMATS[:-1] if fmt == 'auto' else [fmt])}
+    row = dict(layer=name, shape='x'.join(map(str, w.shape)),
+        density=int(w.count_nonzero())/max(w.numel(), 1))
+    whys = {f: _why_not(layer, shape, fused)
+        or WHY[f](layer) for f in (FORMATS[:-1] if fmt == 'auto' else [fmt])}
     able = [f for f,why in whys.items() if not why]
-    if not able: return row | dict(items=None, time=None, break_even=None, becomes='dense', why='; '.join(dict.fromkeys(whys.values())))
+    if not able:
+        return (row | dict(items=None, time=None, break_even=None, becomes='dense',
+            why='; '.join(dict.fromkeys(whys.values()))))
     return row | _timed(layer, shape, able, must=fmt != 'auto')
 
 def _block_kinds(w):
@@ -149,15 +161,19 @@ def _timed(layer, shape, able, must):
     dense = layer.plain() if isinstance(layer, CSR) else layer
     kinds = [k for f in able for k in (_block_kinds(layer.weight) if f == 'bsr' else [f])]
     mods,w = [frozen(dense, k).eval() for k in kinds],dense.weight
-    with rng_guard(), still(dense): times = dict(zip(kinds, ratios([dense, *mods], torch.randn(shape, dtype=w.dtype, device=w.device))))
+    with rng_guard(), still(dense):
+        times = dict(zip(kinds, ratios([dense, *mods],
+            torch.randn(shape, dtype=w.dtype, device=w.device))))
     best = min(times, key=times.get)
     wins,others = must or times[best] < 1,[f'{k}: {t:.2g}' for k,t in times.items() if k != best]
     return dict(items=prod(shape)//w.shape[1], time=times[best], break_even=None if best == '2:4' else _break_even(w, shape, best),
-                becomes=best if wins else 'dense', why=', '.join(others) if wins else f'{best} is slower')
+                becomes=best if wins else 'dense',
+                why=', '.join(others) if wins else f'{best} is slower')
 
 def _break_even(w, shape, kind):
     pixels = tuple(shape[-(w.ndim-2):]) if w.ndim > 2 else ()
-    return break_even(*w.shape[:2], prod(shape)//w.shape[1]//prod(pixels), dtype=w.dtype, rounds=3, kind=kind, pixels=pixels)
+    return break_even(*w.shape[:2], prod(shape)//w.shape[1]//prod(pixels), dtype=w.dtype, rounds=3,
+        kind=kind, pixels=pixels)
 
 def plan_infer(
     model:nn.Module, # Network; it is not changed
@@ -170,11 +186,14 @@ def plan_infer(
     model = root_module(model)
     check_values(model)
     mods,xs = _layers(model, include),model_inputs(model, sample)
-    shapes,blocks = _shapes(model, mods, xs),[m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    shapes,blocks = _shapes(model, mods,
+        xs),[m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     fused = {m for b in blocks for m in b.modules()}
-    rows = Table([_row(n, m, shapes.get(n), fmt, m in fused) for n,m in mods.items()], note=f'fmt={fmt!r}')
+    rows = Table([_row(n, m, shapes.get(n), fmt, m in fused) for n,m in mods.items()],
+        note=f'fmt={fmt!r}')
     taken = any(r['becomes'] != 'dense' for r in rows)
-    if fmt != 'auto' and not taken: raise ValueError(f"fmt={fmt!r}: no layer can take it. " + _reasons(rows) + _remedy(fmt))
+    if fmt != 'auto' and not taken:
+        raise ValueError(f"fmt={fmt!r}: no layer can take it. " + _reasons(rows) + _remedy(fmt))
     if not taken: rows.note = f"fmt='auto': every layer stays dense. {_reasons(rows)}"
     return rows
 
@@ -182,11 +201,15 @@ def _reasons(rows):
     "The layers by reason"
     whys = {}
     for r in rows: whys.setdefault(r['why'], []).append(r['layer'] or 'the model itself')
-    return '; '.join(f"{', '.join(ns[:8])}{', ...' if len(ns) > 8 else ''}: {why}" for why,ns in whys.items()) + '.' if whys else 'There is no linear layer and no convolution.'
+    return ('; '.join(f"{', '.join(ns[:8])}{', ...' if len(ns) > 8 else ''}: {why}"
+        for why,ns in whys.items()) + '.' if whys else 'There is no linear layer and no convolution.')
 
 def _remedy(fmt):
-    if fmt == '2:4': return " It takes layers trained with granularity='2:4', with model and sample on a GPU in half precision; on the CPU take 'csr' or 'auto'."
-    return " Make the network sparse first, keep it on the CPU in float32 or float64, or take fmt='auto'."
+    if fmt == '2:4':
+        return (" It takes layers trained with granularity='2:4', with model and sample on a GPU in "
+            "half precision; on the CPU take 'csr' or 'auto'.")
+    return (" Make the network sparse first, keep it on the CPU in float32 or float64, or take "
+        "fmt='auto'.")
 
 # %% ../../nbs/kernels/02_timing.ipynb #092a1aec
 def sparse_infer(
@@ -197,7 +220,9 @@ def sparse_infer(
     tol:float=None # Relative difference allowed, as in `check_same`
 ) -> nn.Module: # For inference only
     "A network with sparse products where they are faster; its outputs are checked. `sparse_infer.plan` tells why"
-    if effects(model): raise ValueError(f"{', '.join(effects(model))} is in force on this model. Call {way_out()} first.")
+    if effects(model):
+        raise ValueError(f"{', '.join(effects(model))} is in force on this model. Call {way_out()} "
+            "first.")
     new,rows = infer_rows(model, sample, fmt, include, tol)
     if not rows or all(r['becomes'] == 'dense' for r in rows): warnings.warn(rows.note)
     return new

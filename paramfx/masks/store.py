@@ -15,7 +15,8 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import store_attr
 from ..core.optimizers import opt_state
-from .units import check_sparsity, draw_positions, expand_units, from_groups, live_units, nm_groups, unit_scores, unit_shape, unit_view
+from .units import (check_sparsity, draw_positions, expand_units, from_groups, live_units,
+    nm_groups, unit_scores, unit_shape, unit_view)
 
 # %% ../../nbs/masks/01_store.ipynb #723782a8
 def density_uniform(
@@ -41,7 +42,8 @@ def density_erk(
         eps = left/sum(raw[i]*sizes[i] for i in free)
         over = [i for i in free if eps*raw[i] > 1]
         if not over: return [1. if i in dense else eps*raw[i] for i in range(len(shapes))]
-        dense |= {max(over, key=lambda i: raw[i])} | {i for i in over if raw[i] == max(raw[j] for j in over)}
+        dense |= ({max(over, key=lambda i: raw[i])}
+            | {i for i in over if raw[i] == max(raw[j] for j in over)})
 
 # %% ../../nbs/masks/01_store.ipynb #8e448695
 def initial_counts(
@@ -75,7 +77,8 @@ class Masked:
         module.register_buffer(self.buf, mask.to(self.weight.device))
         self.units = mask.numel()
         self.size = self.weight.numel()//self.units # weights per unit
-        self.handles = [module.register_load_state_dict_pre_hook(self._fill), module.register_load_state_dict_post_hook(self._loaded)]
+        self.handles = [module.register_load_state_dict_pre_hook(self._fill),
+            module.register_load_state_dict_post_hook(self._loaded)]
         self.refresh()
 
     @property
@@ -93,7 +96,8 @@ class Masked:
 
     def refresh(self):
         "Recount, renew the float copy (device and dtype of the weight) and mask the weight"
-        if not self.mask.is_contiguous(): self.module._buffers[self.buf] = self.mask.contiguous() # after channels_last
+        # after channels_last
+        if not self.mask.is_contiguous(): self.module._buffers[self.buf] = self.mask.contiguous()
         self.live = int(self.mask.sum())
         self.float = (self.full if self.tiled else self.mask).to(self.weight.device, self.weight.dtype)
         self.weight.data.mul_(self.float)
@@ -108,14 +112,17 @@ class Masked:
     def late(self) -> bool:
         "Has anybody written into the mask since?"
         now = [(t, _version(t)) for t in self.watched()]
-        return len(now) != len(self.noted) or any(a is not b or v != w for (a,v),(b,w) in zip(now, self.noted))
+        return (len(now) != len(self.noted)
+            or any(a is not b or v != w for (a,v),(b,w) in zip(now, self.noted)))
     def catch_up(self): self.refresh()
     def loose(self) -> int:
         "Weights outside of the mask that are not 0"
         return int((self.weight.detach().ne(0) & ~self.full).sum())
 
-    def __getstate__(self): return vars(self) | dict(noted=[] if self.late else [t for t,_ in self.noted]) # a copy counts versions anew
-    def __setstate__(self, state): vars(self).update(state, noted=[(t, _version(t)) for t in state.get('noted', ())])
+    def __getstate__(self): # a copy counts versions anew
+        return vars(self) | dict(noted=[] if self.late else [t for t,_ in self.noted])
+    def __setstate__(self, state):
+        vars(self).update(state, noted=[(t, _version(t)) for t in state.get('noted', ())])
 
     @property
     def bufs(self) -> list:
@@ -129,8 +136,10 @@ class Masked:
 
     def _fill(self, module, state_dict, prefix, *args):
         ever,mask = (prefix+f'{self.pname}_ever', state_dict.get(prefix+self.buf))
-        if self.ever is None: state_dict.pop(ever, None) # saved with explored=True, which this run is without
-        elif mask is not None: state_dict.setdefault(ever, mask.clone()) # saved without: no more is known
+        # saved with explored=True, which this run is without
+        if self.ever is None: state_dict.pop(ever, None)
+        # saved without: no more is known
+        elif mask is not None: state_dict.setdefault(ever, mask.clone())
         for b in self.bufs: state_dict.setdefault(prefix+b, module._buffers[b])
     def _loaded(self, module, incompatible_keys): self.refresh()
 
@@ -141,29 +150,35 @@ class Masked:
     def scores(self): return unit_scores(self.weight, self.mask.shape)
     def fill_(self, t, idx, value=0.):
         "Set the units `idx` of `t` (of the weight's or the mask's shape) to `value`, in place"
-        if t.shape == self.mask.shape and t.is_contiguous(): return t.view(-1).index_fill_(0, idx, value)
+        if t.shape == self.mask.shape and t.is_contiguous():
+            return t.view(-1).index_fill_(0, idx, value)
         lead = next((i for i,(a,b) in enumerate(zip(self.mask.shape, t.shape)) if a != b), t.ndim)
-        if t.is_contiguous() and prod(self.mask.shape[:lead+1]) == self.units: return t.view(self.units, -1).index_fill_(0, idx, value)
-        size,thin = unit_view(t.shape, self.mask.shape) # channels_last, blocks, or units along another dimension
+        if t.is_contiguous() and prod(self.mask.shape[:lead+1]) == self.units:
+            return t.view(self.units, -1).index_fill_(0, idx, value)
+        # channels_last, blocks, or units along another dimension
+        size,thin = unit_view(t.shape, self.mask.shape)
         t.view(size).masked_fill_(self.picked(idx).view(thin), value)
         return t
 
     def states(self, opt, only=None):
         "Tensors that `opt` keeps per weight"
-        return [t for k,t in opt_state(opt, self.param).items() if torch.is_tensor(t) and t.shape == self.param.shape and (only is None or k in only)]
+        return [t for k,t in opt_state(opt, self.param).items() if torch.is_tensor(t)
+            and t.shape == self.param.shape and (only is None or k in only)]
     def clean_(self, opt):
         for t in self.states(opt): t.mul_(self.float.to(t.dtype))
     def fade_(self, opt):
         "Set what has faded to nothing in the state of dead weights to 0: subnormal numbers make every step slow"
         for t in self.states(opt):
-            if t.is_floating_point(): t.masked_fill_((t.abs() < torch.finfo(t.dtype).tiny) & ~self.full, 0)
+            if t.is_floating_point():
+                t.masked_fill_((t.abs() < torch.finfo(t.dtype).tiny) & ~self.full, 0)
     def move_(self, dropped, grown, values=None, opt=None, only=None):
         "Drop and grow these units; where they grow, the weight is that of `values`, or 0"
         w = self.weight.data
         for t,v in ((self.mask, False), (self.float, 0.), (w, 0.)): self.fill_(t, dropped, v)
         for t,v in ((self.mask, True), (self.float, 1.)): self.fill_(t, grown, v)
         if self.ever is not None: self.fill_(self.ever, grown, True)
-        if values is not None: w.copy_(torch.where(expand_units(self.picked(grown), w.shape), values, w))
+        if values is not None:
+            w.copy_(torch.where(expand_units(self.picked(grown), w.shape), values, w))
         if opt is not None:
             for t in self.states(opt, only): self.fill_(t, dropped); self.fill_(t, grown)
         self.live += len(grown)-len(dropped)
@@ -175,7 +190,8 @@ class Masked:
     def find(self, state_dict, prefix=''):
         "The mask that a file holds for it, or None"
         if prefix+param_name(self.layer, 'crow') in state_dict: raise ValueError(
-            f"{self.name}: the file holds a sparse layer here. Build the callback with compute='csr', or with the layers that were, as in compute=[{self.layer!r}].")
+            f"{self.name}: the file holds a sparse layer here. Build the callback with compute='csr', "
+            f"or with the layers that were, as in compute=[{self.layer!r}].")
         return state_dict.get(prefix+param_name(self.layer, self.buf))
 
     def sync(self):
@@ -192,10 +208,12 @@ class Masked:
 class MaskStore:
     "Masks of a network, and the only place where they change"
     def __init__(self, items:list): # `Masked` parameters, in order of definition
-        self.items,self.masked,self.sparse = items,[e for e in items if e.masks],[e for e in items if not e.masks]
+        self.items,self.masked,self.sparse = items,[e for e in items if e.masks],[e for e in items
+            if not e.masks]
 
     def __len__(self): return len(self.items)
-    def __repr__(self): return f'MaskStore({len(self)} parameters, {self.live:,} of {self.units:,} units live)'
+    def __repr__(self):
+        return f'MaskStore({len(self)} parameters, {self.live:,} of {self.units:,} units live)'
 
     @property
     def live(self) -> int: return sum(e.live for e in self.items)
@@ -218,7 +236,8 @@ class MaskStore:
 
     def weights_(self):
         "Zero what is masked in the weights"
-        if self.masked: torch._foreach_mul_([e.weight.data for e in self.masked], [e.float for e in self.masked])
+        if self.masked:
+            torch._foreach_mul_([e.weight.data for e in self.masked], [e.float for e in self.masked])
 
     def grads_(self):
         "Zero what is masked in the gradients"
@@ -254,7 +273,8 @@ class MaskStore:
         sums = [None]*torch.distributed.get_world_size()
         torch.distributed.all_gather_object(sums, self.checksum())
         if len(set(sums)) > 1: raise RuntimeError(
-            f"Masks differ between ranks (checksums {sums}). Give all ranks the same seed and the same initial weights.")
+            f"Masks differ between ranks (checksums {sums}). Give all ranks the same seed and the same "
+            "initial weights.")
 
     # what an `EffectState` asks of what it holds
     def keys(self): return [param_name(e.layer, b) for e in self.items for b in e.bufs]
@@ -275,7 +295,8 @@ class MaskStore:
     ):
         "Put weights in step with masks that were written from outside, as those of an average are"
         late = [e for e in self.items if e.late]
-        if not late or not all(isinstance(e.param, nn.Parameter) for e in late): return # `functional_call` lends others
+        # `functional_call` lends others
+        if not late or not all(isinstance(e.param, nn.Parameter) for e in late): return
         try: self.check_budget({e.name: e.mask for e in self.items})
         except ValueError:
             if strict: raise ValueError(self._averaged(late)) from None
@@ -299,13 +320,16 @@ class MaskStore:
         found = {e.name: e.find(state_dict, prefix) for e in self.items}
         lost = [n for n,m in found.items() if m is None]
         if 0 < len(lost) < len(found): raise ValueError(
-            f"{lost[0]}: the file holds masks, but none for this parameter. Build the callback with the include= and exclude= of the saved run.")
+            f"{lost[0]}: the file holds masks, but none for this parameter. Build the callback with "
+            "the include= and exclude= of the saved run.")
         for e in self.items:
             m = found[e.name]
             if m is not None and m.shape != e.mask.shape: raise ValueError(
-                f"{e.name}: the file's mask has shape {tuple(m.shape)}, this one {tuple(e.mask.shape)}. Use the granularity of the saved run.")
+                f"{e.name}: the file's mask has shape {tuple(m.shape)}, this one "
+                f"{tuple(e.mask.shape)}. Use the granularity of the saved run.")
             if m is not None and e.groups and (nm_groups(m, *e.groups).sum(1)*e.units != e.live*e.groups[0]).any(): raise ValueError(
-                f"{e.name}: the file's mask is of another n:m pattern than this one. Use the granularity of the saved run.")
+                f"{e.name}: the file's mask is of another n:m pattern than this one. Use the "
+                "granularity of the saved run.")
         if all(m is not None for m in found.values()): self.check_budget(found)
 
     each = None
@@ -316,13 +340,16 @@ class MaskStore:
     def check_budget(self, found):
         "Refuse masks (parameter name -> tensor) that keep another number of units"
         ns = {n: int(m.sum()) for n,m in found.items()}
-        n,bad = sum(ns.values()),[e for e,ok in zip(self.items, self.each or []) if ns[e.name] not in ok]
+        n,bad = sum(ns.values()),[e for e,ok in zip(self.items, self.each or [])
+            if ns[e.name] not in ok]
         if self.each is None and n != self.live: raise ValueError(
             f"The file's masks keep {n} units, these {self.live} of {self.units}. Build the callback with the sparsity of the saved run, "
             "or call `learn.release()` first.")
         if self.each is None or not bad and n in self.total: return
-        what = f"{bad[0].name}: the file's mask keeps {ns[bad[0].name]} of {bad[0].units} units" if bad else f"The file's masks keep {n} of {self.units} units"
-        raise ValueError(f"{what}, which this schedule never does. Build the callback with the settings of the saved run: sparsity, schedule and the number of steps.")
+        what = (f"{bad[0].name}: the file's mask keeps {ns[bad[0].name]} of {bad[0].units} units" if bad
+            else f"The file's masks keep {n} of {self.units} units")
+        raise ValueError(f"{what}, which this schedule never does. Build the callback with the "
+            "settings of the saved run: sparsity, schedule and the number of steps.")
 
     def move_(self, dropped, grown, values=None, opt=None, only=None):
         "Apply a rewire: per parameter the units that go (weight 0) and come (`values`, or 0); state 0 at both if `opt` is given (`only`: these of its tensors)"
@@ -333,7 +360,8 @@ class MaskStore:
 def _nm_mask(score, n, m, transposed=False):
     "Keep the `n` best of each `m`"
     g = nm_groups(score, m, transposed)
-    return from_groups(torch.zeros_like(g, dtype=torch.bool).scatter_(1, g.topk(n, 1).indices, True), score.shape, transposed)
+    return from_groups(torch.zeros_like(g, dtype=torch.bool).scatter_(1, g.topk(n, 1).indices, True),
+        score.shape, transposed)
 
 def make_mask(
     w:torch.Tensor, # Weight
@@ -346,7 +374,9 @@ def make_mask(
 ) -> torch.Tensor: # Bool, `live` entries True
     "A mask for one weight"
     score = unit_scores(w, shape) if how == 'magnitude' else None
-    if nm: return _nm_mask(torch.rand(shape, generator=gen).to(w.device) if score is None else score, *nm, transposed)
+    if nm:
+        return _nm_mask(torch.rand(shape, generator=gen).to(w.device) if score is None else score, *nm,
+            transposed)
     mask = torch.zeros(prod(shape), dtype=torch.bool, device=w.device)
     if score is not None: mask[score.flatten().topk(live).indices] = True
     elif live > mask.numel()//2: # fewer to leave out than to keep

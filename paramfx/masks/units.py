@@ -31,19 +31,23 @@ def block_size(granularity:str) -> tuple|None:
 
 def check_granularity(granularity:str) -> None:
     "Raise unless `granularity` names a unit"
-    nm,block = (nm_pattern(granularity), block_size(granularity)) if isinstance(granularity, str) else (None, None)
+    nm,block = ((nm_pattern(granularity), block_size(granularity)) if isinstance(granularity, str)
+        else (None, None))
     if granularity not in GRANULARITIES and not (nm and 0 < nm[0] < nm[1]) and not (block and min(block) > 0): raise ValueError(
         f"granularity={granularity!r}: choose one of {', '.join(GRANULARITIES)}, 'RxC' for blocks of R outputs by C inputs such as '4x8', "
         "or 'n:m' with 0 < n < m such as '2:4'.")
 
 def _block_shape(shape, block, granularity):
     if any(a%b for a,b in zip(shape, block)): raise ValueError(
-        f"granularity={granularity!r}: blocks of {block[0]} by {block[1]} do not fill a weight of shape {tuple(shape)}.")
+        f"granularity={granularity!r}: blocks of {block[0]} by {block[1]} do not fill a weight of "
+        f"shape {tuple(shape)}.")
     return (shape[0]//block[0], shape[1]//block[1], *[1]*(len(shape)-2))
 
 def _nm_shape(shape, m, outputs, granularity):
     per_out = prod(shape)//outputs
-    if per_out%m: raise ValueError(f"granularity={granularity!r}: {per_out} weights per output are no multiple of {m}.")
+    if per_out%m:
+        raise ValueError(f"granularity={granularity!r}: {per_out} weights per output are no multiple "
+            f"of {m}.")
     return tuple(shape)
 
 def unit_shape(
@@ -100,9 +104,11 @@ def units_below(
     threshold:float # Strictly below it
 ) -> torch.Tensor: # Flat indices, ascending
     "Live units whose score is below `threshold`"
-    if score.device.type != 'cpu' or score.dtype not in (torch.float32, torch.float64) or not score.is_contiguous():
+    if (score.device.type != 'cpu' or score.dtype not in (torch.float32, torch.float64)
+        or not score.is_contiguous()):
         return (score.abs() < threshold).logical_and_(mask).flatten().nonzero().flatten()
-    s,m,step,found = score.detach().view(-1).numpy(),mask.view(-1).numpy(),1 << 15,[] # pieces that stay in the cache
+    # pieces that stay in the cache
+    s,m,step,found = score.detach().view(-1).numpy(),mask.view(-1).numpy(),1 << 15,[]
     buf = np.empty(step, s.dtype)
     for i in range(0, len(s), step):
         low = np.abs(s[i:i+step], out=buf[:len(s)-i]) < threshold
@@ -147,9 +153,11 @@ def draw_positions(
     n_taken:int=None # Number of True in `taken`, if known
 ) -> torch.Tensor: # `n` positions that were False
     "Draw `n` free positions uniformly without replacement, and mark them"
-    size,occupied = taken.numel(),taken.detach().cpu().numpy() # NumPy: an operation costs 1 us, in torch 5 us
+    # NumPy: an operation costs 1 us, in torch 5 us
+    size,occupied = taken.numel(),taken.detach().cpu().numpy()
     n_taken = int(np.count_nonzero(occupied)) if n_taken is None else n_taken
-    if n > size-n_taken: raise ValueError(f"Cannot place {n} units: {size-n_taken} of {size} positions are free.")
+    if n > size-n_taken:
+        raise ValueError(f"Cannot place {n} units: {size-n_taken} of {size} positions are free.")
     draw = _draw_listed if n_taken+n > .93*size else _draw_tried
     idx = torch.from_numpy(draw(occupied, n, gen)).to(taken.device)
     if taken.device.type != 'cpu': taken[idx] = True # on the CPU `occupied` is the tensor's own memory

@@ -43,7 +43,8 @@ def _cover(views):
     "Elements of one storage that at least one of its `views` reaches, and those of them that are not zero"
     t = views[0]
     if len(views) == 1: return np.array([t.numel(), n_nonzero(t)])
-    seen = torch.zeros(2, t.untyped_storage().nbytes()//t.element_size(), dtype=torch.bool, device=t.device)
+    seen = torch.zeros(2, t.untyped_storage().nbytes()//t.element_size(), dtype=torch.bool,
+        device=t.device)
     for v in views:
         for row,o in zip(seen, (torch.ones_like(v), v!=0)):
             row.as_strided(v.shape, v.stride(), row.storage_offset()+v.storage_offset()).logical_or_(o)
@@ -54,7 +55,8 @@ def n_params(
     model:nn.Module # Any model
 )->tuple[int,int]: # Stored parameter elements; those that are not zero
     "Stored and non-zero parameters, shared ones once"
-    if any(map(is_lazy, model.parameters())): raise ValueError('The model has lazy layers: run one batch through it first')
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError('The model has lazy layers: run one batch through it first')
     views = groupby([p.detach() for p in model.parameters()], _storage).values()
     return tuple(sum(map(_cover, views), np.zeros(2, int)).tolist())
 
@@ -73,7 +75,8 @@ def file_bytes(
     return sink.n
 
 # %% ../../nbs/report/00_cost.ipynb #3751927d
-def _strided(o): return [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.layout == torch.strided]
+def _strided(o):
+    return [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.layout == torch.strided]
 def _rnn_flops(x, *args, out_val=None, **kwargs):
     "A recurrent layer multiplies each of its matrices with each step of each item"
     ws = args[0] if isinstance(args[0], (tuple,list)) else args[:2]
@@ -86,7 +89,8 @@ def _attention_flops(q, k, v, *args, **kwargs):
 def _formulas(flop_registry):
     "A flop formula on raw arguments, per operator"
     aten,vec = torch.ops.aten,lambda a,*args,**kw: 2*a.numel()
-    rnns = {getattr(aten, o): _rnn_flops for o in ('mkldnn_rnn_layer','_cudnn_rnn','miopen_rnn') if hasattr(aten, o)}
+    rnns = {getattr(aten, o): _rnn_flops for o in ('mkldnn_rnn_layer','_cudnn_rnn','miopen_rnn')
+        if hasattr(aten, o)}
     more = {**rnns, aten.mv: vec, aten.dot: vec, aten.addmv: lambda b,*args,**kw: vec(*args)}
     # torch before 2.15 counts attention on a GPU, and forgets its kernel for the CPU
     attention = getattr(aten, '_scaled_dot_product_flash_attention_for_cpu', None)
@@ -102,7 +106,8 @@ class _MacCount:
         "Share of non-zeros in the weights among `args`"
         ws = [t for t in _strided(args) if t.ndim > 1 and _storage(t) in self.weights]
         key = tuple((t.data_ptr(), t.shape, t.stride()) for t in ws)
-        if key not in self.dens: self.dens[key] = sum(map(n_nonzero, ws))/max(1, sum(t.numel() for t in ws))
+        if key not in self.dens:
+            self.dens[key] = sum(map(n_nonzero, ws))/max(1, sum(t.numel() for t in ws))
         return self.dens[key] if ws else 1.
     def formula(self, f):
         "`f`, its answer added to the totals on the way"
@@ -115,19 +120,24 @@ class _MacCount:
     def before(self, m, args): self.stack.append(self.total.copy())
     def after(self, m, args, out):
         answer = m.macs(args[0] if len(args)==1 else args, out)
-        self.total = self.stack.pop() + np.array([*answer, answer[-1]*self.density(tuple(m.parameters()))][:3])
+        self.total = (self.stack.pop()
+            + np.array([*answer, answer[-1]*self.density(tuple(m.parameters()))][:3]))
 
 # %% ../../nbs/report/00_cost.ipynb #1f2997f2
 @contextmanager
 def _counting(model):
     "Count the multiply-adds of what runs inside"
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry # loads triton: longer than all of ours
+    # loads triton: longer than all of ours
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
     c,fast = _MacCount(model), torch.backends.mha.get_fastpath_enabled()
     own = [m for m in model.modules() if callable(getattr(m, 'macs', None))]
-    hooks = [h for m in own for h in (m.register_forward_pre_hook(c.before), m.register_forward_hook(c.after))]
+    hooks = [h for m in own for h in (m.register_forward_pre_hook(c.before),
+        m.register_forward_hook(c.after))]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping={k: c.formula(f) for k,f in _formulas(flop_registry).items()}): yield c
+        with FlopCounterMode(display=False,
+            custom_mapping={k: c.formula(f) for k,f in _formulas(flop_registry).items()}):
+            yield c
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks: h.remove()
@@ -153,7 +163,8 @@ def layer_macs(
         res[names[m]] = res.get(names[m], 0.) + c.total[1]-start-parts
         if running: running[-1][0] += c.total[1]-start
     with still(model), _counting(model) as c:
-        hooks = [h for m in names for h in (m.register_forward_pre_hook(_before), m.register_forward_hook(_after))]
+        hooks = [h for m in names for h in (m.register_forward_pre_hook(_before),
+            m.register_forward_hook(_after))]
         try: run_model(model, model_inputs(model, sample))
         finally:
             for h in hooks: h.remove()
@@ -243,7 +254,8 @@ class Report:
     def to_json(self)->str: return json.dumps(self.to_dict())
     def to_df(self): return Table([self.to_dict()]).to_df()
     def _repr_markdown_(self):
-        return '\n'.join(['| | |', '|---|--:|', *(f'| {k} | {_cell(v,k)} |' for k,v in self.to_dict().items())])
+        return '\n'.join(['| | |', '|---|--:|',
+            *(f'| {k} | {_cell(v,k)} |' for k,v in self.to_dict().items())])
 
 # %% ../../nbs/report/00_cost.ipynb #db488d5f
 def cost(
@@ -257,7 +269,8 @@ def cost(
     xs = model_inputs(model, sample)
     stored,macs = n_params(model),count_macs(model, xs)
     times = measure_latency(model, xs, n_runs, max_seconds) if latency else (None,None)
-    return Report(*stored, *macs, file_bytes(model), *times, peak_memory(model, xs), show_shapes(xs), str(xs[0].device))
+    return Report(*stored, *macs, file_bytes(model), *times, peak_memory(model, xs), show_shapes(xs),
+        str(xs[0].device))
 
 # %% ../../nbs/report/00_cost.ipynb #062f8929
 @patch
@@ -275,7 +288,8 @@ class Comparison(Table):
         self.reports,first = reports,next(iter(reports.values())).to_dict()
         ratio = lambda n,d: n/d if n is not None and d else None
         rows = {k: r.to_dict() for k,r in reports.items()}
-        super().__init__({'model': k, **r, **{f'{o}_ratio': ratio(r[o], first[o]) for o in _measures}} for k,r in rows.items())
+        super().__init__({'model': k, **r, **{f'{o}_ratio': ratio(r[o], first[o]) for o in _measures}}
+            for k,r in rows.items())
     def __getitem__(self, i): return self.reports[i] if isinstance(i, str) else super().__getitem__(i)
     def to_dict(self)->dict:
         "Name -> exact numbers and their ratios to the first row"
@@ -283,7 +297,9 @@ class Comparison(Table):
     def shown(self)->list:
         "Values for people, with the ratios below the first row"
         cols = [o for o in _measures if any(r[o] is not None for r in self)]
-        text = lambda r,o: _cell(r[o], o) + (f" ({r[f'{o}_ratio']:.2f}x)" if r is not self[0] and r[f'{o}_ratio'] is not None else '')
+        text = lambda r,o: _cell(r[o],
+            o) + (f" ({r[f'{o}_ratio']:.2f}x)" if r is not self[0]
+            and r[f'{o}_ratio'] is not None else '')
         return [{'model': r['model'], **{o: text(r,o) for o in cols}} for r in self]
 
 # %% ../../nbs/report/00_cost.ipynb #b3fd26ed
@@ -295,5 +311,7 @@ def compare(
     "Costs of several models side by side"
     if not models: raise ValueError('compare needs at least one model or report')
     need = [k for k,m in models.items() if not isinstance(m, Report)]
-    if need and sample is None: raise ValueError(f'{need[0]!r} is a model, not a Report: give compare a sample to run it on')
-    return Comparison({k: m if isinstance(m, Report) else cost(m, sample, **kwargs) for k,m in models.items()})
+    if need and sample is None:
+        raise ValueError(f'{need[0]!r} is a model, not a Report: give compare a sample to run it on')
+    return Comparison({k: m if isinstance(m, Report) else cost(m, sample, **kwargs)
+        for k,m in models.items()})

@@ -29,18 +29,27 @@ def _resolve(what, kwargs):
     "The callback or verb that `what` stands for"
     if isinstance(what, str):
         verb = getattr(Learner, what, None)
-        if not hasattr(verb, 'effect'): raise ValueError(f"{what!r} is no verb of this library on a Learner that can be planned. There are: {', '.join(_verbs())}. Or give a callback, such as DynamicSparse(...).")
+        if not hasattr(verb, 'effect'):
+            raise ValueError(f"{what!r} is no verb of this library on a Learner that can be planned. "
+                f"There are: {', '.join(_verbs())}. Or give a callback, such as DynamicSparse(...).")
         what = verb
-    if not isinstance(what, EffectCallback): what = getattr(what, 'effect', what) # a verb of the Learner names the callback it adds
+    # a verb of the Learner names the callback it adds
+    if not isinstance(what, EffectCallback): what = getattr(what, 'effect', what)
     if isinstance(what, type) and issubclass(what, EffectCallback): return what(**kwargs)
-    if isinstance(what, EffectCallback) and kwargs: raise ValueError(f"{type(what).__name__} is built already: give {', '.join(kwargs)} to it instead.")
-    if not hasattr(what, 'plan'): raise ValueError(f"{what!r} cannot be planned. Give a callback, such as DynamicSparse(...), or a verb: {', '.join(map(repr, _verbs()))}.")
+    if isinstance(what, EffectCallback) and kwargs:
+        raise ValueError(f"{type(what).__name__} is built already: give {', '.join(kwargs)} to it "
+            "instead.")
+    if not hasattr(what, 'plan'):
+        raise ValueError(f"{what!r} cannot be planned. Give a callback, such as DynamicSparse(...), or "
+            f"a verb: {', '.join(map(repr, _verbs()))}.")
     return what
 
 def _applied(what, model, learn, kwargs):
     "A copy of `model` with the method applied"
     twin = copy_model(model)
-    with rng_guard(): new = what.final(twin, learn).attach(twin) if isinstance(what, EffectCallback) else what(twin, **kwargs)
+    with rng_guard():
+        new = (what.final(twin, learn).attach(twin) if isinstance(what, EffectCallback)
+            else what(twin, **kwargs))
     return new if isinstance(new, nn.Module) else twin # what shrinks a model returns another one
 
 @patch
@@ -59,9 +68,12 @@ def _planned(self, model, what, kwargs):
     if not isinstance(what, EffectCallback):
         for k,v in dict(sample=x, splitter=self.splitter).items():
             if k in inspect.signature(what).parameters: kwargs.setdefault(k, v)
-    table = what.plan(model, learn=self) if isinstance(what, EffectCallback) else what.plan(model, **kwargs)
+    table = (what.plan(model, learn=self) if isinstance(what, EffectCallback)
+        else what.plan(model, **kwargs))
     table.before = cost(model, x, latency=False)
-    table.after = table.before if old is not None else cost(_applied(what, model, self, kwargs), x, latency=False)
-    now = ', '.join(f"{k} {human(getattr(table.before, k))} -> {human(getattr(table.after, k))}" for k in ('params', 'nonzero', 'macs_executed', 'macs_nonzero', 'bytes'))
+    table.after = (table.before if old is not None
+        else cost(_applied(what, model, self, kwargs), x, latency=False))
+    now = ', '.join(f"{k} {human(getattr(table.before, k))} -> {human(getattr(table.after, k))}"
+        for k in ('params', 'nonzero', 'macs_executed', 'macs_nonzero', 'bytes'))
     table.note = f"{table.note}; {now}" + ('; already in force' if old is not None else '')
     return table

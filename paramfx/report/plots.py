@@ -44,7 +44,8 @@ def _shrink(img, n=1000):
     for axis in (0,1):
         size = img.shape[axis]
         at = np.arange(0, size, -(-size//n))
-        img = np.add.reduceat(img, at, axis)/np.diff([*at, size]).reshape((-1,1) if axis == 0 else (1,-1))
+        img = np.add.reduceat(img, at,
+            axis)/np.diff([*at, size]).reshape((-1,1) if axis == 0 else (1,-1))
     return img
 
 def _picture(ax, img, width, **kwargs):
@@ -65,10 +66,13 @@ def plot_mask(
     "A mask as a picture: kept weights dark, outputs downwards, inputs to the right"
     m = _array(mask).astype(bool)
     m = m if shape is None else m.reshape(shape)
-    if m.ndim not in (2,4): raise ValueError(f'plot_mask draws two or four dimensions, not the shape {m.shape}: pass `shape`')
+    if m.ndim not in (2,4):
+        raise ValueError(f'plot_mask draws two or four dimensions, not the shape {m.shape}: pass '
+            '`shape`')
     from matplotlib.colors import LinearSegmentedColormap
     img = m if m.ndim == 2 else m.mean((2,3)) if m[:,:,0,0].size > 4096 else _lay_out(m)
-    cmap = LinearSegmentedColormap.from_list('kept', ['#FFFFFF', _colors[0]]).with_extremes(bad='#D0D0D0')
+    cmap = LinearSegmentedColormap.from_list('kept',
+        ['#FFFFFF', _colors[0]]).with_extremes(bad='#D0D0D0')
     ax = _picture(ax, img.astype(np.float32), 5, cmap=cmap, vmin=0, vmax=1)
     _label(ax, 'inputs', 'outputs', title or f'{"x".join(map(str, m.shape))}, {m.mean():.1%} kept')
     ax.spines[['top','right']].set_visible(True)
@@ -86,7 +90,8 @@ def plot_inputs(
     m = _array(mask).astype(bool)
     if m.ndim == 4 and shape is None: img = _lay_out(m.sum(0, keepdims=True).astype(float))
     elif m.ndim != 2 or shape is None or m.shape[1] != np.prod(shape): raise ValueError(
-        f'A mask of shape {m.shape} has no {tuple(shape) if shape else "known"} inputs: pass the `shape` of the image')
+        f'A mask of shape {m.shape} has no {tuple(shape) if shape else "known"} inputs: pass the '
+        '`shape` of the image')
     else: img = m.sum(0).reshape(-1, *shape[-2:]).sum(0)
     ax = _picture(ax, img, 3.6, cmap='cividis', vmin=0)
     ax.figure.colorbar(ax.images[0], ax=ax, fraction=.05)
@@ -143,12 +148,15 @@ def plot_shares(
     title:str|None=None # Text above
 ): # The axes
     "Each layer's share of the whole, first and last"
-    if not first or list(first) != list(last): raise ValueError(f'plot_shares compares the same layers twice, not {", ".join(first) or "none"} with {", ".join(last) or "none"}')
+    if not first or list(first) != list(last):
+        raise ValueError('plot_shares compares the same layers twice, not '
+            f'{", ".join(first) or "none"} with {", ".join(last) or "none"}')
     a,b = (np.array([*d.values()], float)/sum(d.values()) for d in (first,last))
     ax,ys = _axes(ax, (6, min(9, 1.1+.28*len(a)))),np.arange(len(a))
     ax.hlines(ys, a, b, color='#BBBBBB', lw=2.5, zorder=1)
     size = min(7, max(3.5, ax.figure.get_figheight()*36/len(a)))
-    ax.plot(a, ys, 'o', mfc='none', mec=_colors[0], mew=1.4, ms=size+1.5, label=labels[0], zorder=3) # a ring, around the dot where nothing moved
+    # a ring, around the dot where nothing moved
+    ax.plot(a, ys, 'o', mfc='none', mec=_colors[0], mew=1.4, ms=size+1.5, label=labels[0], zorder=3)
     ax.plot(b, ys, 'o', color=_colors[5], ms=size, label=labels[1])
     _row_names(ax, list(map(str, first)))
     ax.set_xlim(left=0)
@@ -176,9 +184,12 @@ def plot_survival(
     "How long what grew stays alive"
     rows = [_array(c).astype(float) for c in counts]
     named = [(f'grown at {i+1}', r) for i,r in enumerate(rows) if len(r) > 1 and r[0]]
-    if not named: raise ValueError('plot_survival needs a rewire at which something grew, and another one after it')
+    if not named:
+        raise ValueError(
+            'plot_survival needs a rewire at which something grew, and another one after it')
     ax = _axes(ax, (6,3.2))
-    lines = [ax.plot(range(len(r)), r/r[0], lw=1, alpha=.7, color=_colors[0], marker='.' if len(named) == 1 else None)[0] for _,r in named]
+    lines = [ax.plot(range(len(r)), r/r[0], lw=1, alpha=.7, color=_colors[0],
+        marker='.' if len(named) == 1 else None)[0] for _,r in named]
     if len(named) > 1:
         _many(ax, [n for n,_ in named], lines)
         ax.plot(_survival_of_all([r for _,r in named]), color='k', lw=2.2, label='all')
@@ -202,7 +213,8 @@ def plot_blocks(
     w = _array(matrix)
     w = np.abs(w) if w.ndim == 2 else np.sqrt((w.reshape(*w.shape[:2], -1)**2).sum(-1))
     for sizes,n,what in ((rows,w.shape[0],'rows'), (cols,w.shape[1],'columns')):
-        if sizes is not None and sum(sizes) != n: raise ValueError(f'Groups of {list(sizes)} {what} do not add up to {n}')
+        if sizes is not None and sum(sizes) != n:
+            raise ValueError(f'Groups of {list(sizes)} {what} do not add up to {n}')
     ax = _picture(ax, w, 4.6, cmap='cividis', vmin=0)
     ax.figure.colorbar(ax.images[0], ax=ax, fraction=.05, label='size')
     h,wd = np.array(ax.images[0].get_array().shape)/w.shape # a large matrix was shrunk
@@ -223,7 +235,8 @@ def _curves(ax, points):
     for i,(k,v) in enumerate(points.items()):
         xs,ys = zip(*sorted(map(tuple, v))) if np.ndim(v) == 2 else zip(v)
         one = np.ndim(v) < 2
-        ax.plot(xs, ys, color=_colors[i%8], ls='none' if one else ('-','--',':')[i//8%3], lw=1.6, marker='D' if one else 'osv^<>P'[i%7], ms=7 if one else 5, label=str(k))
+        ax.plot(xs, ys, color=_colors[i%8], ls='none' if one else ('-','--',':')[i//8%3], lw=1.6,
+            marker='D' if one else 'osv^<>P'[i%7], ms=7 if one else 5, label=str(k))
     ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
 
 def plot_tradeoff(
@@ -236,9 +249,12 @@ def plot_tradeoff(
     title:str|None=None # Text above
 ): # The axes
     "Cost against quality: one named point per model with the line of the best, or a line per method"
-    if not points or not all(map(len, points.values())): raise ValueError('plot_tradeoff needs at least one point' + (' of each name' if points else ''))
+    if not points or not all(map(len, points.values())):
+        raise ValueError('plot_tradeoff needs at least one point' + (' of each name' if points else ''))
     bad = [k for k,v in points.items() if log_x and np.reshape(v, (-1,2))[:,0].min() <= 0]
-    if bad: raise ValueError(f'{bad[0]!r} has no place on a logarithmic axis: its cost is not positive; use log_x=False')
+    if bad:
+        raise ValueError(f'{bad[0]!r} has no place on a logarithmic axis: its cost is not positive; '
+            'use log_x=False')
     ax = _axes(ax, (6,3.6))
     if log_x: ax.set_xscale('log')
     if any(np.ndim(v) == 2 for v in points.values()): _curves(ax, points)
@@ -250,13 +266,18 @@ def plot_tradeoff(
     return _label(ax, xlabel, ylabel, title)
 
 # offsets in points: beside the point, then further away
-_PLACES = [(7,0), (0,7), (0,-7), (-7,0), (7,9), (7,-9)] + [(x*r, y*r) for r in (20,32,44) for x,y in ((.7,.7), (.7,-.7), (-.7,.7), (-.7,-.7), (0,1), (0,-1))]
+_PLACES = ([(7,0), (0,7), (0,-7), (-7,0), (7,9), (7,-9)]
+    + [(x*r, y*r) for r in (20,32,44)
+    for x,y in ((.7,.7), (.7,-.7), (-.7,.7), (-.7,-.7), (0,1), (0,-1))])
 
 def _name(ax, name, at, dx, dy):
     "Write `name` beside a point, with a line to it from further away; also its box"
-    sides = ('center','left','right')[np.sign(dx).astype(int)],('center','bottom','top')[np.sign(dy).astype(int)]
-    far = dict(arrowstyle='-', color='.6', lw=.6, shrinkA=0, shrinkB=3) if max(abs(dx), abs(dy)) > 9 else None
-    text = ax.annotate(str(name), at, (dx,dy), textcoords='offset points', ha=sides[0], va=sides[1], fontsize='small', arrowprops=far)
+    sides = ('center','left','right')[np.sign(dx).astype(int)],('center','bottom',
+        'top')[np.sign(dy).astype(int)]
+    far = (dict(arrowstyle='-', color='.6', lw=.6, shrinkA=0, shrinkB=3) if max(abs(dx), abs(dy)) > 9
+        else None)
+    text = ax.annotate(str(name), at, (dx,dy), textcoords='offset points', ha=sides[0], va=sides[1],
+        fontsize='small', arrowprops=far)
     text.get_window_extent() # places it
     return text,super(type(text), text).get_window_extent() # without the line
 
@@ -292,7 +313,8 @@ def plot_spaces(
     for y,side in enumerate(layers.values()):
         for sign,kind in ((-1,'cols'), (1,'rows')):
             for a,b,g in _runs(np.asarray(side.get(kind, ()), int)):
-                ax.barh(y, sign*(b-a), left=sign*a, height=.7, color='.85' if g < 0 else _colors[g%len(_colors)], linewidth=0)
+                ax.barh(y, sign*(b-a), left=sign*a, height=.7,
+                    color='.85' if g < 0 else _colors[g%len(_colors)], linewidth=0)
     ax.axvline(0, color='k', linewidth=.8)
     ax.set_yticks(range(len(layers)), list(layers), fontsize='x-small')
     ax.invert_yaxis()

@@ -21,7 +21,8 @@ from ..core.samples import rng_guard, sample_batch
 from ..core.callback import EffectCallback, finding_lr
 from ..losses import picked
 from ..core.registry import recipe_verb
-from .passes import AtRate, RateMetric, autocast_as, autocast_now, distiller, measure_norms, no_sync, read_batches
+from .passes import (AtRate, RateMetric, autocast_as, autocast_now, distiller,
+    measure_norms, no_sync, read_batches)
 from .parts import check_norms, sliced_norms
 from .plan import check_rate, slice_plan, slice_rows
 from .rates import RateSchedule, check_schedule
@@ -36,17 +37,24 @@ class SliceHolder:
     def _names(self):
         "Keys of what slices have of their own, besides the tensors of the whole"
         return {f'{n}.{t}_{p.no}'.lstrip('.') for n,m in self.model.named_modules() if isinstance(m, Sliced) for p in m._parts.values()
-                for t in type(m).names[0] if f'{t}_{p.no}' in m._buffers or f'{t}_{p.no}' in m._parameters}
+                for t in type(m).names[0] if f'{t}_{p.no}' in m._buffers
+                or f'{t}_{p.no}' in m._parameters}
     def keys(self): return []
     def check(self, state_dict, prefix=''):
         "Raise where a file is of a network that was sliced in another way"
-        k,own = prefix+self.key,{n: t for n,t in self.model.state_dict(keep_vars=True).items() if n in self._names()}
+        k,own = (prefix+self.key,{n: t for n,t in self.model.state_dict(keep_vars=True).items()
+            if n in self._names()})
         stems = {n.rsplit('_', 1)[0] for n in own}
-        more = {o[1] for n in state_dict if n.startswith(prefix) and n[len(prefix):] not in own and len(o := n[len(prefix):].rsplit('_', 1)) == 2 and o[1].isdigit() and o[0] in stems}
+        more = {o[1] for n in state_dict if n.startswith(prefix) and n[len(prefix):] not in own
+            and len(o := n[len(prefix):].rsplit('_', 1)) == 2 and o[1].isdigit() and o[0] in stems}
         if more and len(state_dict.get(k, ())) == len(self.model._buffers[self.key]): raise ValueError(
-            f"{type(self.model).__name__}: the file has {len(more)} named slice{'s'*(len(more) > 1)} more than this model. Add {'them' if more-{max(more)} else 'it'} with `name_slice` first, as it was made, and then load.")
+            f"{type(self.model).__name__}: the file has {len(more)} named slice{'s'*(len(more) > 1)} "
+            f"more than this model. Add {'them' if more-{max(more)} else 'it'} with `name_slice` "
+            "first, as it was made, and then load.")
         if k in state_dict and len(state_dict[k]) != len(self.model._buffers[self.key]) or any(state_dict.get(prefix+n, t).shape != t.shape for n,t in own.items()): raise ValueError(
-            f"{type(self.model).__name__}: the file is of a network sliced at other rates than {', '.join(f'{r:g}' for r in slice_plan(self.model).rates)}. Give `SliceTrain` the rates that it was trained with.")
+            f"{type(self.model).__name__}: the file is of a network sliced at other rates than "
+            f"{', '.join(f'{r:g}' for r in slice_plan(self.model).rates)}. Give `SliceTrain` the rates "
+            "that it was trained with.")
 
     def plain_state(self, state): return {k:v for k,v in state.items() if k not in self._names()}
     def burn_in(self): self.left = True # `materialize` takes the slices out by itself
@@ -55,7 +63,8 @@ class SliceHolder:
     def __repr__(self): return 'trained at several rates'
 
 # %% ../../nbs/slicing/08_callback.ipynb #3d8e1b94
-_CONVERT = dict(groups=None, norm='switch', only=None, exclude=None, divisor=1, rescale=False, sort=None, embeddings=False, pin=None)
+_CONVERT = dict(groups=None, norm='switch', only=None, exclude=None, divisor=1, rescale=False,
+    sort=None, embeddings=False, pin=None)
 _ONCE = ('only', 'exclude', 'sort', 'embeddings', 'pin') # what the plan does not tell any more
 _RATES = (1, .75, .5, .25)
 
@@ -74,7 +83,8 @@ def _private(model, plan):
 
 class SliceTrain(EffectCallback):
     "Train at several widths in each step"
-    order,run_valid = TrainEvalCallback.order+1,True # sees the model's output and the loss before anyone else
+    # sees the model's output and the loss before anyone else
+    order,run_valid = TrainEvalCallback.order+1,True
     def __init__(self,
         rates=None, # Slice rates to prepare and train; None: those that the model is sliced at, else (1, .75, .5, .25)
         schedule:str='random_min_max', # Rates of a step, as in `rate_schedule`
@@ -96,10 +106,14 @@ class SliceTrain(EffectCallback):
         store_attr()
         check_schedule(schedule)
         if rates is not None: self._schedule(rates)
-        if reduce not in ('sum', 'mean'): raise ValueError(f"reduce={reduce!r}: choose 'sum' or 'mean'.")
-        if not isinstance(distill, bool) and not callable(distill): raise ValueError(f"distill={distill!r}: give True, False or a function f(pred, full_pred, *yb).")
+        if reduce not in ('sum', 'mean'):
+            raise ValueError(f"reduce={reduce!r}: choose 'sum' or 'mean'.")
+        if not isinstance(distill, bool) and not callable(distill):
+            raise ValueError(
+                f"distill={distill!r}: give True, False or a function f(pred, full_pred, *yb).")
 
-    def _schedule(self, rates): return RateSchedule(self.schedule, rates, self.n_random, self.probs, self.seed)
+    def _schedule(self, rates):
+        return RateSchedule(self.schedule, rates, self.n_random, self.probs, self.seed)
 
     # -- slices
     def _check_settings(self, old):
@@ -107,13 +121,16 @@ class SliceTrain(EffectCallback):
         super()._check_settings(old)
 
     def _sample(self, learn):
-        if learn is None: raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no sample. Call `slice_model(model, x)` first.")
+        if learn is None:
+            raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no "
+                "sample. Call `slice_model(model, x)` first.")
         return sample_batch(learn.dls)
 
     def _agree(self, model):
         "Raise where the model is sliced in another way than the settings say"
         plan = slice_plan(model)
-        rates = plan.rates if self.rates is None else sorted({check_rate(r) for r in self.rates}, reverse=True)
+        rates = (plan.rates if self.rates is None
+            else sorted({check_rate(r) for r in self.rates}, reverse=True))
         if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
                                              f"Give these rates or none, or call `unslice({caller_model()})` first.")
         for k,default in _CONVERT.items():
@@ -124,7 +141,9 @@ class SliceTrain(EffectCallback):
         part = next(m for m in model.modules() if m.__dict__.get('_slicing') is plan)
         return Table(rows+slice_rows(plan, part), note='sliced already')
 
-    def _convert_args(self): return dict(rates=_RATES if self.rates is None else self.rates, **{k: getattr(self, k) for k in _CONVERT})
+    def _convert_args(self):
+        return dict(rates=_RATES if self.rates is None else self.rates,
+            **{k: getattr(self, k) for k in _CONVERT})
 
     def plan(self, model, learn=None):
         "Rows of the rates; raises where the model cannot be sliced or trained like this"
@@ -137,17 +156,22 @@ class SliceTrain(EffectCallback):
     def convert(self, model, learn=None):
         "Slice `model`, unless it is sliced already; everything is checked first"
         rows,own = self.plan(model, learn),not _is_sliced(model)
-        if own: slice_model(model, self._sample(learn), opt=getattr(learn, 'opt', None), **self._convert_args())
+        if own:
+            slice_model(model, self._sample(learn), opt=getattr(learn, 'opt', None),
+                **self._convert_args())
         rates = {f'rate_{i}': r for i,r in enumerate(slice_plan(model).rates)}
-        return EffectState(self.name, self.settings, Clock(), SliceHolder(model, own, f'{self.name}_effect'), rows, **rates)
+        return EffectState(self.name, self.settings, Clock(),
+            SliceHolder(model, own, f'{self.name}_effect'), rows, **rates)
 
     @classmethod
     def without(cls, model):
         "Slices that a fit at one width would leave behind"
         part = next((m for m in model.modules() if '_slicing' in m.__dict__), None)
         if part is None or not any(p.requires_grad for p in part.parameters()): return None
-        plan,again = part.__dict__['_slicing'],'learn.slice_train' if 'slice_train' in effects(model) else 'SliceTrain()'
-        now,*left = [str(k) if isinstance(k, str) else f'{k:g}' for k in sorted(plan.keys, key=lambda k: k != plan.key)]
+        plan,again = (part.__dict__['_slicing'],
+            'learn.slice_train' if 'slice_train' in effects(model) else 'SliceTrain()')
+        now,*left = [str(k) if isinstance(k, str) else f'{k:g}'
+            for k in sorted(plan.keys, key=lambda k: k != plan.key)]
         return (f"this fit trains one width of the sliced model, {now}, and the weights that it changes are those of the others, "
                 f"{', '.join(left)}, too: what they have learned is lost. Train them together: fit with cbs={again}.")
 
@@ -165,7 +189,8 @@ class SliceTrain(EffectCallback):
         return d['_sched'].at(self.effect.clock.steps+d.get('_looked', 0))
 
     @property
-    def _acts(self): return getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name) is self # not a second instance, added by a cell run again
+    def _acts(self): # not a second instance, added by a cell run again
+        return getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name) is self
 
     def before_batch(self):
         self._leave()
@@ -181,8 +206,11 @@ class SliceTrain(EffectCallback):
         d = self.__dict__
         d['_pick'],rates = picked(d.pop('_raw', None), self.pred),d.get('_rates', [])
         if rates[1:] and self.loss_grad.requires_grad:
-            d['_hook'] = self.loss_grad.register_hook(lambda g: d.update(_scale=g)) # what accumulation, GradScaler and `reduce` make of it
-            self.learn.loss_grad = self.loss_grad/len(rates) if self.reduce == 'mean' else self.loss_grad.clone() # they write into it
+            # what accumulation, GradScaler and `reduce` make of it
+            d['_hook'] = self.loss_grad.register_hook(lambda g: d.update(_scale=g))
+            # they write into it
+            self.learn.loss_grad = (self.loss_grad/len(rates) if self.reduce == 'mean'
+                else self.loss_grad.clone())
         if len(rates) == 1: self.learn.loss_grad = self._touch(self.loss_grad)
 
     def after_backward(self):
@@ -195,7 +223,8 @@ class SliceTrain(EffectCallback):
 
     def _pass(self, rate, teach, scale, last):
         "Forward and backward at another rate; processes exchange gradients in the last one"
-        with nullcontext() if last else no_sync(self.learn.model): self._touch(self._forward(rate, teach)[1], last).backward(scale)
+        with nullcontext() if last else no_sync(self.learn.model):
+            self._touch(self._forward(rate, teach)[1], last).backward(scale)
 
     def _forward(self, rate, teach=None):
         "Prediction and loss, as the training loop would make them"
@@ -203,8 +232,10 @@ class SliceTrain(EffectCallback):
         with self.slices.at(rate, threads=True), autocast_as(d['_kinds']):
             pred = self.learn.model(*self.xb)
             if d['_pick'] is not None: pred = pred[d['_pick']]
-            pred = pred.to(self.pred.dtype) if isinstance(self.pred, torch.Tensor) else to_float(pred) if d['_kinds'] else pred
-            return pred,teach(pred, self.pred.detach(), *self.yb) if teach else self.learn.loss_func(pred, *self.yb)
+            pred = (pred.to(self.pred.dtype) if isinstance(self.pred, torch.Tensor) else to_float(pred)
+                if d['_kinds'] else pred)
+            return (pred,teach(pred, self.pred.detach(), *self.yb) if teach
+                else self.learn.loss_func(pred, *self.yb))
 
     def run_at(self, rate):
         "Prediction and loss of the batch at hand"
@@ -212,7 +243,8 @@ class SliceTrain(EffectCallback):
 
     def _touch(self, loss, last=True):
         "Distributed training waits for each parameter: those of idle slices take part with 0"
-        idle = _private(self.learn.model, self.slices) if last and hasattr(self.learn.model, 'no_sync') else ()
+        idle = (_private(self.learn.model, self.slices) if last
+            and hasattr(self.learn.model, 'no_sync') else ())
         return loss + 0*sum(p.sum() for p in idle) if idle else loss
 
     def after_batch(self): self._leave()
@@ -242,7 +274,9 @@ class SliceTrain(EffectCallback):
     def on_epoch_end(self):
         plan,dls,model = self.slices,self.learn.dls,root_module(self.learn.model)
         if plan.norm != 'recal' or not sliced_norms(model): return
-        with rng_guard(dls): measure_norms(model, [r for r in plan.rates if r < 1], (xb for xb,_ in read_batches(dls, dls.train, model, 10)))
+        with rng_guard(dls):
+            measure_norms(model, [r for r in plan.rates if r < 1],
+                (xb for xb,_ in read_batches(dls, dls.train, model, 10)))
 
     def on_leave(self):
         self._leave()
@@ -250,12 +284,15 @@ class SliceTrain(EffectCallback):
 
     def more_metrics(self, metrics):
         "The loss and each metric of the Learner, at each rate below 1"
-        kinds = {'valid_loss': AvgLoss()} | {m.name: m for m in metrics if not isinstance(m, ValueMetric)}
-        return [RateMetric(m, at, f'{n}@{r:g}') for r in self.slices.rates if r < 1 for at in [AtRate(self, r)] for n,m in kinds.items()]
+        kinds = ({'valid_loss': AvgLoss()}
+            | {m.name: m for m in metrics if not isinstance(m, ValueMetric)})
+        return [RateMetric(m, at, f'{n}@{r:g}') for r in self.slices.rates if r < 1
+            for at in [AtRate(self, r)] for n,m in kinds.items()]
 
 def _again_args(st):
     "Plain arguments that continue on a model which the recipe has sliced"
-    return {k:v for k,v in st.settings.items() if k not in _CONVERT and k != 'rates'} | dict(own=st.holder.own)
+    return ({k:v for k,v in st.settings.items() if k not in _CONVERT and k != 'rates'}
+        | dict(own=st.holder.own))
 
 @recipe_verb('slice_train', _again_args)
 def _train_again(model, own, **kw):

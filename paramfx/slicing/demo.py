@@ -24,7 +24,9 @@ def slice_row(
         learn = fit(new(), cbs=SliceTrain(DEMO_RATES))
         rows = learn.validate_rates() if rate == 1 else None
         learn.materialize(rate=rate)
-        if rows: learn.slice_curves = lambda: {'trained at all rates': rows, **plain_curves(fit(new(), counted=False))}
+        if rows:
+            learn.slice_curves = lambda: {'trained at all rates': rows,
+                **plain_curves(fit(new(), counted=False))}
         return learn
     return demo_row(f'sliced {rate:g}')(_row)
 
@@ -34,7 +36,8 @@ def plain_curves(
     "What a network is worth at rates that it was not trained at, as it is and with measured statistics"
     learn.slice(rates=DEMO_RATES)
     cut = learn.validate_rates()
-    return {'trained plainly, recalibrated': learn.recalibrate(DEMO_RATES[1:]).validate_rates(), 'trained plainly': cut}
+    return {'trained plainly, recalibrated': learn.recalibrate(DEMO_RATES[1:]).validate_rates(),
+        'trained plainly': cut}
 
 for rate in DEMO_RATES: slice_row(rate)
 
@@ -45,13 +48,18 @@ def plot_curves(
     title:str=None # Text above
 ): # The axes
     "Accuracy against multiply-adds, with the rates beside the points of the first curve"
-    ax = plot_tradeoff({n: [(r['macs'], r['accuracy']) for r in rows] for n,rows in curves.items()}, xlabel='multiply-adds', ylabel='accuracy', log_x=False, ax=ax, title=title)
+    ax = plot_tradeoff({n: [(r['macs'], r['accuracy']) for r in rows] for n,rows in curves.items()},
+        xlabel='multiply-adds', ylabel='accuracy', log_x=False, ax=ax, title=title)
     ax.xaxis.set_major_formatter(lambda v, pos: human(v))
-    for r in next(iter(curves.values())): ax.annotate(f"rate {r['rate']:g}", (r['macs'], r['accuracy']), xytext=(0, 7), textcoords='offset points', ha='center', fontsize='x-small', color='.4')
+    for r in next(iter(curves.values())):
+        ax.annotate(f"rate {r['rate']:g}", (r['macs'], r['accuracy']), xytext=(0, 7),
+            textcoords='offset points', ha='center', fontsize='x-small', color='.4')
     ax.margins(.08, .1)
     return ax
 
 @demo_picture
 def slice_pictures(name, learn):
     "Of the row of full width: accuracy at all rates, beside a network that was trained plainly"
-    if 'slice_curves' in learn.__dict__: yield 'curve', lambda ax: plot_curves(learn.slice_curves(), ax=ax, title='Digits: one network, every width')
+    if 'slice_curves' in learn.__dict__:
+        yield 'curve', lambda ax: plot_curves(learn.slice_curves(), ax=ax,
+            title='Digits: one network, every width')

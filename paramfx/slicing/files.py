@@ -57,7 +57,8 @@ def _settled(model):
     if any(effects(m) for m in model.modules()):
         model = copy_model(model)
         for m in [*model.modules()]: burn_in(m)
-    odd = [n for n,m in model.named_modules() if callable(getattr(m, 'plain', None)) and not isinstance(m, Sliced)]
+    odd = [n for n,m in model.named_modules() if callable(getattr(m, 'plain', None))
+        and not isinstance(m, Sliced)]
     if odd: raise ValueError(f"{odd[0]}: a {type(model.get_submodule(odd[0])).__name__} is no ordinary layer, so its tensors are not those of a plain network. "
                              "Call `unslice(model)` and `model = materialize(model, x)`, then slice it again.")
     return model
@@ -65,9 +66,12 @@ def _settled(model):
 def _places(model):
     "Name in the plain `state_dict` -> (module, name of the tensor)"
     res = {f'{n}.{t}'.lstrip('.'): (m, t) for n,m in model.named_modules(remove_duplicate=False)
-           for t,v in (m._parameters | m._buffers).items() if v is not None and t not in m._non_persistent_buffers_set}
+           for t,v in (m._parameters | m._buffers).items() if v is not None
+           and t not in m._non_persistent_buffers_set}
     odd = {*model.state_dict()} ^ {*res}
-    if odd: raise ValueError(f"{sorted(odd)[0]}: the state of this model is more than its tensors. Save it with `save_recipe(model, file)`.")
+    if odd:
+        raise ValueError(f"{sorted(odd)[0]}: the state of this model is more than its tensors. Save it "
+            "with `save_recipe(model, file)`.")
     return {k: (m, t) for k,(m,t) in res.items() if not (isinstance(m, Sliced) and t in _own_names(m))}
 
 def _own_names(m): return {f'{t}_{p.no}' for p in m._parts.values() for t in type(m).names[0]}
@@ -89,7 +93,10 @@ def _stored(model):
     "Tensors to write, and name -> name under which a tensor stands that several have"
     first,same,res = {},{},{}
     for k,t in model.state_dict().items():
-        if t.dtype.is_complex and t.dtype != torch.complex64 or t.is_quantized or t.layout != torch.strided: raise ValueError(f"{k}: safetensors cannot hold {t.dtype}, {t.layout}. Convert it first, or save with `save_recipe(model, file)`.")
+        if (t.dtype.is_complex and t.dtype != torch.complex64 or t.is_quantized
+            or t.layout != torch.strided):
+            raise ValueError(f"{k}: safetensors cannot hold {t.dtype}, {t.layout}. Convert it first, "
+                "or save with `save_recipe(model, file)`.")
         at = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else k
         if first.setdefault(at, k) != k: same[k] = first[at]
         else: res[k] = t.detach().cpu().contiguous()
@@ -98,7 +105,8 @@ def _stored(model):
 def _taken(t, take, maps):
     for d,i in take.items():
         r = maps[i]
-        t = torch.cat([t.narrow(int(d), s, n) for s,n in zip(r[::2], r[1::2])], int(d)) if len(r) > 2 else t.narrow(int(d), *r)
+        t = (torch.cat([t.narrow(int(d), s, n) for s,n in zip(r[::2], r[1::2])], int(d)) if len(r) > 2
+            else t.narrow(int(d), *r))
     return t.contiguous()
 
 def _checksum(tensors):
@@ -126,20 +134,29 @@ def save_slices(
     model = _settled(root_module(model))
     places,(tensors,same) = _places(model),_stored(model)
     text = _as_json(_index(model, places, tensors, same))
-    with atomic_path(file) as tmp: save_file(tensors, tmp, dict(format='pt', paramfx_slices=f'{_FORMAT} {__version__} {_digest(text)}', index=text))
+    with atomic_path(file) as tmp:
+        save_file(tensors, tmp, dict(format='pt', paramfx_slices=f'{_FORMAT} {__version__} '
+            f'{_digest(text)}', index=text))
     return file
 
 def _index(model, places, tensors, same):
     "What the header says: recipe, names and shapes of the tensors, and of each slice its positions and checksum"
     plan,maps = slice_plan(model),{}
     slices = [_slice_entry(places, key, maps, key in plan.ready) for key in plan.keys]
-    index = dict(recipe=[*Recipe.of(model)], names=[*places], same=same, tensors={k: [str(t.dtype).split('.')[1], [*t.shape]] for k,t in tensors.items()}, maps=[*maps], slices=slices)
-    for e in slices: e['sum'] = _checksum((k, _taken(tensors[_where(index, e, k)], e['take'].get(k, {}), index['maps'])) for k in places)
+    index = dict(recipe=[*Recipe.of(model)], names=[*places], same=same,
+        tensors={k: [str(t.dtype).split('.')[1], [*t.shape]] for k,t in tensors.items()}, maps=[*maps],
+        slices=slices)
+    for e in slices:
+        e['sum'] = _checksum((k, _taken(tensors[_where(index, e, k)], e['take'].get(k, {}),
+            index['maps'])) for k in places)
     return index
 
 def _as_json(index):
     try: return json.dumps(index, separators=(',',':'))
-    except TypeError: raise ValueError(f"The recipe of this model holds tensors ({', '.join(s['verb'] for s in index['recipe'])}), which the header of a file cannot. Save it with `save_recipe(model, file)`.") from None
+    except TypeError:
+        raise ValueError("The recipe of this model holds tensors "
+            f"({', '.join(s['verb'] for s in index['recipe'])}), which the header of a file cannot. "
+            "Save it with `save_recipe(model, file)`.") from None
 
 def _digest(text): return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -151,37 +168,54 @@ def _head(f, file):
     "Header of a safetensors file: index of `save_slices`, and where tensors begin and end"
     from safetensors import SafetensorError, safe_open
     start = f.read(8)
-    if start[:4] == b'PK\3\4': raise _refusal(file, 'a file of torch, not of `save_slices`', 'Load it with `learn.load`, `load_recipe`, or `torch.load`')
+    if start[:4] == b'PK\3\4':
+        raise _refusal(file, 'a file of torch, not of `save_slices`',
+            'Load it with `learn.load`, `load_recipe`, or `torch.load`')
     try:
-        with safe_open(file, 'pt') as o: meta = o.metadata() or {} # it compares the header with the length of the file
-    except SafetensorError as e: raise _refusal(file, f'not a safetensors file, or damaged ({e})', _AGAIN) from None
-    if 'paramfx_slices' not in meta: raise _refusal(file, 'a safetensors file, but not one of `save_slices`', 'Load it with `load_sparse` if `save_sparse` wrote it, else with `learn.load` or `safetensors.torch.load_file`')
+        # it compares the header with the length of the file
+        with safe_open(file, 'pt') as o: meta = o.metadata() or {}
+    except SafetensorError as e:
+        raise _refusal(file, f'not a safetensors file, or damaged ({e})', _AGAIN) from None
+    if 'paramfx_slices' not in meta:
+        raise _refusal(file, 'a safetensors file, but not one of `save_slices`',
+            'Load it with `load_sparse` if `save_sparse` wrote it, else with `learn.load` or '
+            '`safetensors.torch.load_file`')
     m,text = _MAGIC.fullmatch(meta['paramfx_slices']),meta.get('index', '')
-    if m and int(m[1]) > _FORMAT: raise _refusal(file, f'written in format {m[1]} by paramfx {m[2]}; this is paramfx {__version__}, which reads format {_FORMAT}', 'Update paramfx')
+    if m and int(m[1]) > _FORMAT:
+        raise _refusal(file, f'written in format {m[1]} by paramfx {m[2]}; this is paramfx '
+            f'{__version__}, which reads format {_FORMAT}', 'Update paramfx')
     if not m or _digest(text) != m[3]: raise _refusal(file, 'its header was altered', _AGAIN)
     n = int.from_bytes(start, 'little')
-    return json.loads(text),{k: [8+n+i for i in e['data_offsets']] for k,e in json.loads(f.read(n)).items() if k != '__metadata__'}
+    return json.loads(text),{k: [8+n+i for i in e['data_offsets']]
+        for k,e in json.loads(f.read(n)).items() if k != '__metadata__'}
 
 def _find_slice(index, rate, file):
     keys = {e['key']: e for e in index['slices']}
     key = round(float(rate), 9) if isinstance(rate, Real) and not isinstance(rate, bool) else rate
     there = f"There are: {', '.join(map(str, keys))}"
-    if not isinstance(key, (float, str)) or key not in keys: raise _refusal(file, f'it has no slice {rate!r}. {there}', 'Choose one of them, or prepare this one with `name_slice` and save again')
-    if not keys[key]['ready']: raise _refusal(file, f"slice {key} was saved without statistics (norm='recal')", f'Call `recalibrate(model, {key!r}, dls=dls)`, then save again')
+    if not isinstance(key, (float, str)) or key not in keys:
+        raise _refusal(file, f'it has no slice {rate!r}. {there}', 'Choose one of them, or prepare '
+            'this one with `name_slice` and save again')
+    if not keys[key]['ready']:
+        raise _refusal(file, f"slice {key} was saved without statistics (norm='recal')",
+            f'Call `recalibrate(model, {key!r}, dls=dls)`, then save again')
     return keys[key]
 
 def _read(f, file, index, places, e, name):
     "What slice `e` takes of a tensor, as it stands in the file"
     stored = _where(index, e, name)
     (kind,shape),(start,end) = index['tensors'][stored],places.get(stored, (0, -1))
-    take,dtype = {int(d): index['maps'][i] for d,i in e['take'].get(name, {}).items()},getattr(torch, kind)
-    if end-start != prod(shape)*dtype.itemsize: raise _refusal(file, f'its header is wrong about {stored}', _AGAIN)
+    take,dtype = {int(d): index['maps'][i] for d,i in e['take'].get(name, {}).items()},getattr(torch,
+        kind)
+    if end-start != prod(shape)*dtype.itemsize:
+        raise _refusal(file, f'its header is wrong about {stored}', _AGAIN)
     runs = [take.get(d, [0, n]) for d,n in enumerate(shape[:max(take, default=-1)+1])]
     t = torch.empty([*[sum(r[1::2]) for r in runs], *shape[len(runs):]], dtype=dtype)
     buf,at = memoryview(_flat_bytes(t)),0
     for i,n in _pieces(runs, shape, dtype.itemsize, start):
         f.seek(i)
-        if f.readinto(buf[at:at+n]) != n: raise _refusal(file, 'it became shorter while it was read', _AGAIN)
+        if f.readinto(buf[at:at+n]) != n:
+            raise _refusal(file, 'it became shorter while it was read', _AGAIN)
         at += n
     return t
 
@@ -195,7 +229,9 @@ def load_slice(
         index,places = _head(f, file)
         e = _find_slice(index, rate, file)
         state = {k: _read(f, file, index, places, e, k) for k in index['names']}
-    if _checksum(state.items()) != e['sum']: raise _refusal(file, f"the checksum of slice {e['key']} does not match: the file was altered", _AGAIN)
+    if _checksum(state.items()) != e['sum']:
+        raise _refusal(file, f"the checksum of slice {e['key']} does not match: the file was altered",
+            _AGAIN)
     for k,s in e['scale'].items(): state[k] = state[k]*s
     return state if model is None else _built(file, index, e['key'], root_module(model), state)
 
@@ -205,7 +241,9 @@ def _built(file, index, key, model, state):
     try:
         new = load_recipe(Recipe([*index['recipe'], step]), model)
         new.load_state_dict(state)
-    except (ValueError, RuntimeError) as e: raise _refusal(file, f'it does not fit this {type(model).__name__}', f'Build the network as it was before it was sliced. {e}') from e
+    except (ValueError, RuntimeError) as e:
+        raise _refusal(file, f'it does not fit this {type(model).__name__}',
+            f'Build the network as it was before it was sliced. {e}') from e
     return new
 
 # %% ../../nbs/slicing/11_files.ipynb #72c7fe7e
@@ -231,13 +269,18 @@ def _export_tensors(learn, model, sample, file):
 def _check_onnx(file):
     "Raise where torch could not write the format"
     try: import onnx, onnxscript
-    except ImportError as e: raise ImportError(f"{file}: torch needs onnx and onnxscript for this format. Install them, as with `pip install 'paramfx[export]'`.") from e
+    except ImportError as e:
+        raise ImportError(f"{file}: torch needs onnx and onnxscript for this format. Install them, as "
+            "with `pip install 'paramfx[export]'`.") from e
 
 def _export_onnx(learn, model, sample, file):
-    xs = tuple(torch.cat([x.as_subclass(torch.Tensor)]*2) for x in sample) # at a batch of one torch would take 1 for a constant
-    torch.onnx.export(model.eval(), xs, file, dynamo=True, external_data=False, verbose=False, dynamic_shapes=tuple({0: torch.export.Dim('batch')} for _ in xs))
+    # at a batch of one torch would take 1 for a constant
+    xs = tuple(torch.cat([x.as_subclass(torch.Tensor)]*2) for x in sample)
+    torch.onnx.export(model.eval(), xs, file, dynamo=True, external_data=False, verbose=False,
+        dynamic_shapes=tuple({0: torch.export.Dim('batch')} for _ in xs))
 
-_EXPORTS = {'.pth': _export_weights, '.pt': _export_weights, '.safetensors': _export_tensors, '.pkl': _export_learner, '.onnx': _export_onnx}
+_EXPORTS = {'.pth': _export_weights, '.pt': _export_weights, '.safetensors': _export_tensors,
+    '.pkl': _export_learner, '.onnx': _export_onnx}
 
 @patch
 def export_slice(self:Learner,
@@ -247,12 +290,16 @@ def export_slice(self:Learner,
 ) -> Path: # The file
     "Save one slice as an ordinary network"
     file = Path(file) if Path(file).suffix else Path(file).with_suffix('.pth')
-    if file.suffix not in _EXPORTS: raise ValueError(f"{file}: no such format. End the name in {', '.join(_EXPORTS)}.")
+    if file.suffix not in _EXPORTS:
+        raise ValueError(f"{file}: no such format. End the name in {', '.join(_EXPORTS)}.")
     key = slice_plan(self.model).find(rate)
     if file.suffix == '.onnx': _check_onnx(file)
-    path = join_path_file(file.with_suffix(''), self.path if file.suffix in ('.pkl', '.onnx') else self.path/self.model_dir, ext=file.suffix)
+    path = join_path_file(file.with_suffix(''),
+        self.path if file.suffix in ('.pkl', '.onnx') else self.path/self.model_dir, ext=file.suffix)
     if rank_distrib(): return path
     sample = sample_batch(self.dls) if sample is None else sample
     small = materialize(self.model, sample, rate=key)
-    with atomic_path(path) as tmp: _EXPORTS[path.suffix](self, small, sample if isinstance(sample, (tuple, list)) else (sample,), tmp)
+    with atomic_path(path) as tmp:
+        _EXPORTS[path.suffix](self, small, sample if isinstance(sample, (tuple, list)) else (sample,),
+            tmp)
     return path

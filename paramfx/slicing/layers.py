@@ -32,13 +32,15 @@ class Part:
 
     def take(self, name, t):
         "The part of tensor `t`, as a view where that is possible"
-        for d,i in self.index.get(name, ()): t = t.narrow(d, 0, i) if isinstance(i, int) else t.index_select(d, i.to(t.device))
+        for d,i in self.index.get(name, ()):
+            t = t.narrow(d, 0, i) if isinstance(i, int) else t.index_select(d, i.to(t.device))
         return t if self.scale == 1 or name != 'weight' else t*self.scale
 
     def grown(self, name, w):
         "As `take`, with a backward that adds into the gradient of parameter `w` where that can be done"
         idx = self.index.get(name, ())
-        plain = type(w) is not nn.Parameter or not w.requires_grad or torch.compiler.is_compiling() or not idx or not all(isinstance(i, int) for _,i in idx)
+        plain = (type(w) is not nn.Parameter or not w.requires_grad or torch.compiler.is_compiling()
+            or not idx or not all(isinstance(i, int) for _,i in idx))
         if plain: return self.take(name, w)
         t = _Prefix.apply(w, idx)
         return t if self.scale == 1 or name != 'weight' else t*self.scale
@@ -55,8 +57,12 @@ def _narrowed(t, idx):
 def _may_add(w, node):
     "Can a part be added to the gradient of `w` in place, with nobody watching?"
     g = w.grad
-    if g is None or g.shape != w.shape or g.dtype != w.dtype or g.layout != torch.strided or torch.is_grad_enabled(): return False
-    if w._backward_hooks or w._post_accumulate_grad_hooks or torch.distributed.is_available() and torch.distributed.is_initialized(): return False
+    if (g is None or g.shape != w.shape or g.dtype != w.dtype or g.layout != torch.strided
+        or torch.is_grad_enabled()):
+        return False
+    if (w._backward_hooks or w._post_accumulate_grad_hooks or torch.distributed.is_available()
+        and torch.distributed.is_initialized()):
+        return False
     try: return torch._C._will_engine_execute_node(node)
     except RuntimeError: return False # inside of `torch.autograd.grad`
 
@@ -96,7 +102,8 @@ class Sliced:
         live = torch.is_grad_enabled() or self.training
         if live and self._kept: self.forget()
         if t is None or p is None: return t
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling(): p.trained = True
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            p.trained = True
         mine = f'{name}_{p.no}'
         if mine in self._buffers or mine in self._parameters: return self._stat(name, mine, p)
         if name not in p.index: return t if p.scale == 1 else p.take(name, t)
@@ -110,15 +117,20 @@ class Sliced:
     def _copy(self, name, p, t):
         now,key = (*_stamp(t), self._switch.since()),(name, p.no)
         old = self._kept.get(key)
-        if old is None or old[0] != now: old = self._kept[key] = (now, p.take(name, t).detach().contiguous().requires_grad_(t.requires_grad)) # torch chooses its way through a product by that
+        # torch chooses its way through a product by that
+        if old is None or old[0] != now:
+            old = self._kept[key] = (now,
+                p.take(name, t).detach().contiguous().requires_grad_(t.requires_grad))
         return old[1]
 
     def _pair(self, p):
         "Weight and bias of a slice, looked up together"
         w,b = self._parameters['weight'],self._parameters['bias']
         if w is None: return None,None
-        now,old = (*_stamp(w), self._switch.since(), *(_stamp(b) if b is not None else ())),self._kept.get(p.no)
-        if old is None or old[0] != now: old = self._kept[p.no] = now,(self._tensor('weight', p),self._tensor('bias', p))
+        now,old = (*_stamp(w), self._switch.since(),
+            *(_stamp(b) if b is not None else ())),self._kept.get(p.no)
+        if old is None or old[0] != now:
+            old = self._kept[p.no] = now,(self._tensor('weight', p),self._tensor('bias', p))
         return old[1]
 
     def forget(self): self._kept.clear()
@@ -135,7 +147,9 @@ class Sliced:
         for p in self._parts.values():
             for name in type(self).names[0]:
                 key,own = f'{prefix}{name}',f'{name}_{p.no}'
-                if (own in self._buffers or own in self._parameters) and key in state_dict: state_dict.setdefault(f'{prefix}{own}', self._first(name, p.take(name, state_dict[key])))
+                if (own in self._buffers or own in self._parameters) and key in state_dict:
+                    state_dict.setdefault(f'{prefix}{own}',
+                        self._first(name, p.take(name, state_dict[key])))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _first(self, name, t): return t
@@ -148,11 +162,13 @@ class Sliced:
         new = base.__new__(base)
         held = {f'{n}_{q.no}' for q in self._parts.values() for n in type(self).names[0]}
         vars(new).update({k: {n:o for n,o in v.items() if n not in held} if k in ('_parameters', '_buffers') else v.copy() if isinstance(v, (dict, set)) else v
-                          for k,v in vars(self).items() if k not in ('_switch', '_parts', '_kept', 'statistics')})
+                          for k,v in vars(self).items()
+                          if k not in ('_switch', '_parts', '_kept', 'statistics')})
         new._non_persistent_buffers_set -= held
         if p is not None: self._shrink(new, p)
         for m in new.modules(): # fastai's WeightDropout gives its layer a method of its own
-            vars(m).update({k: v.__func__.__get__(new) for k,v in vars(m).items() if getattr(v, '__self__', None) is self})
+            vars(m).update({k: v.__func__.__get__(new) for k,v in vars(m).items()
+                if getattr(v, '__self__', None) is self})
         return new
 
     def acting(self, rate=None):
@@ -164,7 +180,8 @@ class Sliced:
     def _shrink(self, new, p):
         vars(new).update(p.sizes)
         for store in (new._parameters, new._buffers):
-            store.update({name: self._taken(name, t, p) for name,t in store.items() if t is not None and name in type(self).names[0]})
+            store.update({name: self._taken(name, t, p) for name,t in store.items() if t is not None
+                and name in type(self).names[0]})
         if hasattr(new, '_init_flat_weights'): new._init_flat_weights() # of recurrent layers
 
     def _taken(self, name, t, p):
@@ -185,20 +202,24 @@ class _SlicedNorm:
     statistics = 'switch' # 'recal': only `recalibrate` sets those of a narrow slice
     def _stat(self, name, mine, p):
         t = self._own(mine)
-        if self.statistics != 'recal' or not name.startswith(('running', 'num_')) or self._switch.measuring: return t
+        if (self.statistics != 'recal' or not name.startswith(('running', 'num_'))
+            or self._switch.measuring):
+            return t
         if self.training: return t.clone() # the batch is normalized by itself and leaves no trace
         if self._switch.key not in self._switch.ready: raise ValueError(
             f"rate {self._switch.key}: norm='recal' has no statistics at this rate yet. "
             f"Call {for_caller(f'learn.recalibrate({self._switch.key!r})', f'recalibrate(model, {self._switch.key!r}, dls=dls)')} first.")
         return t
 
-    def _first(self, name, t): return torch.zeros_like(t) if self.statistics == 'recal' and name.startswith('num_') else t # not measured
+    def _first(self, name, t): # not measured
+        return torch.zeros_like(t) if self.statistics == 'recal' and name.startswith('num_') else t
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.statistics != 'recal': return
         for key,p in self._parts.items():
             n = self._buffers.get(f'num_batches_tracked_{p.no}')
-            if n is not None: (self._switch.ready.add if n > 0 else self._switch.ready.discard)(key) # the file tells what was measured
+            # the file tells what was measured
+            if n is not None: (self._switch.ready.add if n > 0 else self._switch.ready.discard)(key)
 
 class _QuickNorm(_SlicedNorm):
     "A batch norm whose evaluation asks for each tensor once"
@@ -206,7 +227,8 @@ class _QuickNorm(_SlicedNorm):
         p = None if torch.is_grad_enabled() or self.training else self.part()
         if p is None or not self.track_running_stats: return super().forward(x)
         no = p.no
-        return F.batch_norm(x, self._stat('running_mean', f'running_mean_{no}', p), self._stat('running_var', f'running_var_{no}', p), *self._pair(p), False, 0., self.eps)
+        return F.batch_norm(x, self._stat('running_mean', f'running_mean_{no}', p),
+            self._stat('running_var', f'running_var_{no}', p), *self._pair(p), False, 0., self.eps)
 
 class _QuickConv:
     "A convolution that asks for its weight and bias once"
@@ -223,7 +245,8 @@ _MIXINS = {nn.modules.batchnorm._BatchNorm: _QuickNorm, nn.modules.batchnorm._No
            nn.Conv1d: _QuickConv, nn.Conv2d: _QuickConv, nn.Conv3d: _QuickConv, nn.Linear: _QuickLinear}
 def _mixins(base):
     "What a class needs besides; a quick forward pass only in the place of torch's own"
-    fit = [m for b,m in _MIXINS.items() if issubclass(base, b) and ('forward' not in vars(m) or base.forward is b.forward)]
+    fit = [m for b,m in _MIXINS.items() if issubclass(base, b)
+        and ('forward' not in vars(m) or base.forward is b.forward)]
     return fit[:1]
 
 @lru_cache(None)
@@ -234,8 +257,11 @@ def sliced_class(
     states:tuple=() # Names of the attributes that a forward pass leaves for the next one
 ) -> type:
     "The subclass of `base` in which these names answer for the slice in force"
-    names = {n: _property(n, True) for n in tensors} | {n: _property(n, False) for n in sizes} | {n: state_property(n) for n in states}
-    return type(f'Sliced{base.__name__}', (*[Stateful]*bool(states), *_mixins(base), Sliced, base), names | dict(base=base, names=(tensors, sizes, states), __module__=__name__, __doc__=f'`{base.__name__}`, sliced'))
+    names = ({n: _property(n, True) for n in tensors} | {n: _property(n, False) for n in sizes}
+        | {n: state_property(n) for n in states})
+    return type(f'Sliced{base.__name__}', (*[Stateful]*bool(states), *_mixins(base), Sliced, base),
+        names | dict(base=base, names=(tensors, sizes, states), __module__=__name__,
+        __doc__=f'`{base.__name__}`, sliced'))
 
 def _blank(base, *names):
     cls = sliced_class(base, *names)
@@ -248,9 +274,11 @@ def make_sliced(
     states:tuple=() # Names of attributes that a forward pass leaves for the next one: each slice gets its own
 ) -> nn.Module: # `layer`
     "Let `layer` use what the slice in force takes of it"
-    tensors = [t for p in parts.values() for t in p.index] + [n for n in ('running_mean', 'running_var', 'num_batches_tracked') if n in layer._buffers]
+    tensors = ([t for p in parts.values() for t in p.index]
+        + [n for n in ('running_mean', 'running_var', 'num_batches_tracked') if n in layer._buffers])
     sizes = [a for p in parts.values() for a in p.sizes]
-    layer.__class__ = sliced_class(type(layer), tuple(sorted({*tensors})), tuple(sorted({*sizes})), tuple(states))
+    layer.__class__ = sliced_class(type(layer), tuple(sorted({*tensors})), tuple(sorted({*sizes})),
+        tuple(states))
     vars(layer).update(_switch=switch, _parts=parts, _kept={}, **(dict(_held={}) if states else {}))
     return layer
 

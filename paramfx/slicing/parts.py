@@ -14,7 +14,8 @@ from .layers import Part, Sliced, make_sliced
 
 # %% ../../nbs/slicing/05_parts.ipynb #b6c624ed
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
-def _measured(m): return isinstance(m, nn.modules.batchnorm._NormBase) and m._buffers.get('running_mean') is not None
+def _measured(m):
+    return isinstance(m, nn.modules.batchnorm._NormBase) and m._buffers.get('running_mean') is not None
 
 def layer_parts(
     model:nn.Module, # Network
@@ -35,7 +36,8 @@ def _held(model):
     "{id of a tensor: [(module, name)]}: tied modules hold the same"
     res = {}
     for m in model.modules():
-        for name,t in (*m._parameters.items(), *m._buffers.items()): res.setdefault(id(t), []).append((m, name))
+        for name,t in (*m._parameters.items(), *m._buffers.items()):
+            res.setdefault(id(t), []).append((m, name))
     return res
 
 def _scales(model, cut, held):
@@ -43,7 +45,8 @@ def _scales(model, cut, held):
     res,left = {},cut.indices()
     for (n,t,d),(kind,lab) in cut.cmap.bindings.items():
         idx = dict(left.get((n, t), ())).get(d) if (t, kind) == ('weight', 'cols') else None
-        if idx is not None: res.update({m: len(lab)/len(idx) for m,_ in held[id(model.get_submodule(n).weight)]})
+        if idx is not None:
+            res.update({m: len(lab)/len(idx) for m,_ in held[id(model.get_submodule(n).weight)]})
     return res
 
 # %% ../../nbs/slicing/05_parts.ipynb #053ea555
@@ -62,18 +65,25 @@ def check_norms(
     for part in [m for m in model.modules() if '_slicing' in vars(m)]:
         for n,m in part.named_modules():
             if _measured(m) and not isinstance(m, Sliced): raise ValueError(
-                f"{n} ({type(m).__name__}): it stands where a norm had statistics for each slice. In distributed training, pass sync_bn=False, or convert the norms before they are sliced.")
+                f"{n} ({type(m).__name__}): it stands where a norm had statistics for each slice. In "
+                "distributed training, pass sync_bn=False, or convert the norms before they are sliced.")
 
 def _own_norm(m, p, plan, source=None):
     "Statistics, perhaps affine parameters, of slice `p` in norm `m`: those of another slice, or a part of the whole ones"
     if not isinstance(m, nn.modules.batchnorm._NormBase): return
     for t in _STATISTICS if _measured(m) else ():
         old = m._buffers.get(f'{t}_{source}') if source else None
-        m.register_buffer(f'{t}_{p.no}', p.take(t, m._buffers[t]).clone() if old is None or old.shape != p.take(t, m._buffers[t]).shape else old.clone())
-    if plan.norm == 'recal' and f'num_batches_tracked_{p.no}' in m._buffers: m._buffers[f'num_batches_tracked_{p.no}'].zero_() # not measured
+        m.register_buffer(f'{t}_{p.no}',
+            p.take(t, m._buffers[t]).clone() if old is None
+            or old.shape != p.take(t, m._buffers[t]).shape else old.clone())
+    # not measured
+    if plan.norm == 'recal' and f'num_batches_tracked_{p.no}' in m._buffers:
+        m._buffers[f'num_batches_tracked_{p.no}'].zero_()
     for t in ('weight', 'bias') if plan.norm == 'switch_affine' else ():
         w = m._parameters.get(t)
-        if w is not None: m.register_parameter(f'{t}_{p.no}', nn.Parameter(p.take(t, w.detach()).clone(), w.requires_grad))
+        if w is not None:
+            m.register_parameter(f'{t}_{p.no}',
+                nn.Parameter(p.take(t, w.detach()).clone(), w.requires_grad))
     m.statistics = plan.norm
 
 def _mark_ready(model, plan, *keys):
@@ -86,7 +96,8 @@ def put_slices(
     "Make a network sliceable"
     todo = {model.get_submodule(n): {} for n in plan.states}
     for no,key in enumerate(plan.keys):
-        for m,p in (layer_parts(model, plan, key, no) if no else {}).items(): todo.setdefault(m, {})[key] = p
+        for m,p in (layer_parts(model, plan, key, no) if no else {}).items():
+            todo.setdefault(m, {})[key] = p
     states = {model.get_submodule(n): names for n,names in plan.states.items()}
     for m,parts in todo.items():
         for p in parts.values(): _own_norm(m, p, plan)
@@ -101,7 +112,8 @@ def add_slice(
 ) -> None:
     "Prepare the layers for another slice"
     no = 'trial' if key == TRIAL else [k for k in plan.keys if k != TRIAL].index(key)
-    with plan.at(1.): parts = layer_parts(model, plan, key, no) # at another width, layers tell of fewer channels
+    # at another width, layers tell of fewer channels
+    with plan.at(1.): parts = layer_parts(model, plan, key, no)
     for m,p in parts.items():
         if not isinstance(m, Sliced): continue
         near = min(m._parts.values(), key=lambda q: abs(_width(q, m)-_width(p, m)))

@@ -32,9 +32,13 @@ _TEACH = {_softmax: SOFTMAX, _sigmoid: SIGMOID, _square: SQUARE, _abs: ABS}
 
 def _taught(pred, full, *yb, f, axis, reduction, skip):
     "Mean or sum of `f` over what has a label"
-    pred,full,*yb = (t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t for t in (pred, full, *yb)) # types of fastai do not mix
+    # types of fastai do not mix
+    pred,full,*yb = (t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t
+        for t in (pred, full, *yb))
     v = f(pred, full, axis)
-    if f is not _softmax or skip is None or not yb or yb[0].numel() != v.numel() or yb[0].is_floating_point(): keep = torch.ones_like(v)
+    if (f is not _softmax or skip is None or not yb or yb[0].numel() != v.numel()
+        or yb[0].is_floating_point()):
+        keep = torch.ones_like(v)
     else: keep = (yb[0].view(v.shape) != skip).to(v.dtype)
     total = (v*keep).sum()
     return total if reduction == 'sum' else total/keep.sum()
@@ -47,9 +51,12 @@ def distiller(
     if distill is False or callable(distill): return distill or None
     inner,axis,opts = bare_loss(loss)
     for f,kinds in _TEACH.items():
-        if is_loss(inner, *kinds): return partial(_taught, f=f, axis=1 if axis is None else axis, reduction=opts['reduction'], skip=opts['ignore_index'])
+        if is_loss(inner, *kinds):
+            return partial(_taught, f=f, axis=1 if axis is None else axis, reduction=opts['reduction'],
+                skip=opts['ignore_index'])
     name = getattr(inner, '__name__', type(inner).__name__)
-    raise ValueError(f"distill=True: how one network teaches another is not known for the loss {name}. Give a function distill=f(pred, full_pred, *yb), or distill=False for labels.")
+    raise ValueError(f"distill=True: how one network teaches another is not known for the loss {name}. "
+        "Give a function distill=f(pred, full_pred, *yb), or distill=False for labels.")
 
 # %% ../../nbs/slicing/07_passes.ipynb #751850c7
 def read_batches(
@@ -98,10 +105,16 @@ def measure_norms(
     with rng_guard(), _measuring(model, plan, norms):
         _at_all(plan, keys, lambda: [m.reset_running_stats() for m in norms])
         for n,xb in enumerate(batches, 1):
-            for m in norms: m.momentum = 1/n if isinstance(m, nn.modules.instancenorm._InstanceNorm) else None # which counts no batches
+            # which counts no batches
+            for m in norms:
+                m.momentum = 1/n if isinstance(m, nn.modules.instancenorm._InstanceNorm) else None
             _at_all(plan, keys, lambda: model(*xb))
-        if not n: raise ValueError("There are no batches to measure with: the loader is empty, perhaps because it drops the last one. Give at least one, or use a smaller batch size.")
-        _at_all(plan, keys, lambda: [m.num_batches_tracked.fill_(n) for m in norms if not m.num_batches_tracked]) # by this, a file tells what was measured
+        if not n:
+            raise ValueError("There are no batches to measure with: the loader is empty, perhaps "
+                "because it drops the last one. Give at least one, or use a smaller batch size.")
+        # by this, a file tells what was measured
+        _at_all(plan, keys, lambda: [m.num_batches_tracked.fill_(n) for m in norms
+            if not m.num_batches_tracked])
     plan.ready |= {*keys}
     return n
 
@@ -119,7 +132,8 @@ def autocast_of(learn, model):
     "Those in which a Learner validates"
     device = next((p.device.type for p in model.parameters()), None)
     if not hasattr(learn, 'mixed_precision') or device != 'cuda': return []
-    return [(device, torch.bfloat16 if 'BF16' in str(learn.mixed_precision.amp_mode) else torch.float16)]
+    return [(device, torch.bfloat16 if 'BF16' in str(learn.mixed_precision.amp_mode)
+        else torch.float16)]
 
 @contextmanager
 def autocast_as(kinds):

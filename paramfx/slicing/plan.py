@@ -26,14 +26,19 @@ from ..core.state import root_module, told_loss
 # %% ../../nbs/slicing/03_plan.ipynb #d827c139
 def check_rate(rate) -> float:
     "A slice rate as a number in (0, 1], or an error"
-    if hasattr(rate, 'tolist') and not isinstance(rate, Real): raise ValueError(f"rate={rate!r}: give slice rates as numbers of Python, as `.tolist()` makes them.")
-    r = round(float(str(rate) if isinstance(rate, np.floating) else rate), 9) if isinstance(rate, Real) and not isinstance(rate, bool) else 0. # .3 in float32 is .3
+    if hasattr(rate, 'tolist') and not isinstance(rate, Real):
+        raise ValueError(
+            f"rate={rate!r}: give slice rates as numbers of Python, as `.tolist()` makes them.")
+    # .3 in float32 is .3
+    r = (round(float(str(rate) if isinstance(rate, np.floating) else rate), 9) if isinstance(rate, Real)
+        and not isinstance(rate, bool) else 0.)
     if not 0 < r <= 1: raise ValueError(f"rate={rate!r}: a slice rate is a number in (0, 1].")
     return r
 
 def check_whole(name, n):
     "A whole number from 1 on, or an error"
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1: raise ValueError(f"{name}={n!r}: give a whole number from 1 on.")
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"{name}={n!r}: give a whole number from 1 on.")
     return n
 
 # %% ../../nbs/slicing/03_plan.ipynb #90b1a569
@@ -46,7 +51,9 @@ def slice_count(
     "Channels that a slice rate leaves"
     rate,g = check_rate(rate),channels if groups is None else check_whole('groups', groups)
     check_whole('divisor', divisor)
-    if not 1 <= g <= channels: raise ValueError(f"groups={groups}: {channels} channels do not fall into {groups} groups. Use at most {channels}, or exclude the layer.")
+    if not 1 <= g <= channels:
+        raise ValueError(f"groups={groups}: {channels} channels do not fall into {groups} groups. Use "
+            f"at most {channels}, or exclude the layer.")
     if rate == 1: return channels
     k = min(max(floor(round(rate*g, 9)+.5), 1), g)
     c = max(1, (2*k*channels+g)//(2*g))
@@ -60,18 +67,25 @@ class SlicePlan(Switch):
     until_plain = True # `materialize` takes it out
     def __init__(self, cmap, spaces, rates, groups, norm, divisor, rescale):
         store_attr()
-        self.keys,self.ready,self.measuring = {1.: {}},{1.},False # key -> units of each space; slices whose statistics are right; `recalibrate` is at work
+        # key -> units of each space; slices whose statistics are right; `recalibrate` is at work
+        self.keys,self.ready,self.measuring = {1.: {}},{1.},False
 
     @property
     def lowest(self): return min(self.rates)
 
     def units(self, space, rate):
         "Units of `space` at this rate"
-        per,groups = space.channels//space.size,None if self.groups is None or self.norm == 'gn' and space.channels > space.size else self.groups
-        if self.norm == 'gn' and per > 1 and space.size == self.groups: return slice_count(space.size, rate)
+        per,groups = (space.channels//space.size,
+            None if self.groups is None or self.norm == 'gn'
+            and space.channels > space.size else self.groups)
+        if self.norm == 'gn' and per > 1 and space.size == self.groups:
+            return slice_count(space.size, rate)
         try: c = slice_count(space.channels, rate, groups, self.divisor)
         except ValueError as e: raise ValueError(f"{space.name}: {e}") from None
-        if c%per: raise ValueError(f"{space.name}: rate {rate:g} leaves {c} of {space.channels} channels, which cuts a group of {per}. Use divisor={per}, another rate, or exclude=[{space.name!r}].")
+        if c%per:
+            raise ValueError(f"{space.name}: rate {rate:g} leaves {c} of {space.channels} channels, "
+                f"which cuts a group of {per}. Use divisor={per}, another rate, or "
+                f"exclude=[{space.name!r}].")
         return c//per
 
     def cut(self, counts):
@@ -96,24 +110,32 @@ class SlicePlan(Switch):
         if isinstance(rate, str) and rate in self.keys: return rate
         if isinstance(rate, str): raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. "
                                                f"Add it with {_name_call(rate, ', {layer: rate}')}.")
-        if isinstance(rate, dict): raise ValueError(f"rate={rate}: several rates go by a name here. Give them one, as with {_name_call('uneven', f', {rate!r}')}, and use that.")
+        if isinstance(rate, dict):
+            raise ValueError(f"rate={rate}: several rates go by a name here. Give them one, as with "
+                f"{_name_call('uneven', f', {rate!r}')}, and use that.")
         key = check_rate(rate)
         if key in self.keys: return key
         self.check_low(key)
-        raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Add it with {_name_call(key)}.")
+        raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Add "
+            f"it with {_name_call(key)}.")
 
     def unfinished(self, model, effects=(), rate=None) -> str:
         "What is lost with a slice that is narrower than any that was trained, for `materialize`"
         key,st = self.find(rate),dict(effects).get('slice_train')
-        ran = {k for m in model.modules() if isinstance(m, Sliced) for k,p in m._parts.items() if p.trained}
-        known = {1., *ran, *(self.rates if st is not None and st.clock.steps else ())} & self.keys.keys()
+        ran = {k for m in model.modules() if isinstance(m, Sliced) for k,p in m._parts.items()
+            if p.trained}
+        known = {1., *ran, *(self.rates if st is not None
+            and st.clock.steps else ())} & self.keys.keys()
         least = lambda n: min(self.keys[k].get(n, self.cmap[n].size) for k in known)
         if all(k >= least(n) for n,k in self.keys[key].items()): return None
         with self.at(1.): share = self.cut(self.keys[key]).lost(model)
-        return told_loss(share, f"Slice {key} was never trained, nor a narrower one: train with cbs=SliceTrain() before, or this network afterwards.")
+        return told_loss(share, f"Slice {key} was never trained, nor a narrower one: train with "
+            "cbs=SliceTrain() before, or this network afterwards.")
 
     def __getstate__(self): return super().__getstate__()|dict(measuring=False)
-    def __repr__(self): return f"SlicePlan(rates {', '.join(f'{r:g}' for r in self.rates)}; norm {self.norm}; {len(self.spaces)} spaces; now {self.current})"
+    def __repr__(self):
+        return (f"SlicePlan(rates {', '.join(f'{r:g}' for r in self.rates)}; norm {self.norm}; "
+            f"{len(self.spaces)} spaces; now {self.current})")
 
 def slice_rows(
     plan:SlicePlan, # Of the network
@@ -131,7 +153,8 @@ def slice_plan(
     plans = {id(p): p for m in model.modules() if (p := m.__dict__.get('_slicing'))}
     if len(plans) == 1: return [*plans.values()][0]
     raise ValueError(f"{type(root_module(model)).__name__}: " + (
-        'several parts are sliced on their own; name one.' if plans else f"this model is not sliced. Call {for_caller('learn.slice()', 'slice_model(model, x)')} first."))
+        'several parts are sliced on their own; name one.' if plans else "this model is not sliced. "
+        f"Call {for_caller('learn.slice()', 'slice_model(model, x)')} first."))
 
 # %% ../../nbs/slicing/03_plan.ipynb #790e5f77
 def named_spaces(cmap, model, specs, all_of):
@@ -141,7 +164,9 @@ def named_spaces(cmap, model, specs, all_of):
         if isinstance(spec, str) and spec in known: res.append(spec); continue
         layers = match_layers(model, spec)
         hit = [s.name for s in cmap if (all if all_of else any)(p in layers for p in s.producers)]
-        if not hit: raise ValueError(f"{spec!r}: the channels of these layers belong together with those of others. Name a space: {short_list([s.name for s in cmap.cuttable])}.")
+        if not hit:
+            raise ValueError(f"{spec!r}: the channels of these layers belong together with those of "
+                f"others. Name a space: {short_list([s.name for s in cmap.cuttable])}.")
         res += hit
     return [*dict.fromkeys(res)]
 
@@ -155,8 +180,10 @@ def _nothing(cmap, model, only, out):
     unknown = tell_unknown(model)
     if out: return 'all is excluded'
     if unknown: return unknown.rstrip('.')
-    if any(s.why.endswith(EMBEDDING) for s in cmap): return 'all is as wide as an embedding, which embeddings=True slices, too'
-    return 'the model has no layer whose channels could go' if only is None else f'only={only!r} names none here'
+    if any(s.why.endswith(EMBEDDING) for s in cmap):
+        return 'all is as wide as an embedding, which embeddings=True slices, too'
+    return ('the model has no layer whose channels could go' if only is None
+        else f'only={only!r} names none here')
 
 def choose_spaces(
     cmap, # `ChannelMap` of the model
@@ -167,16 +194,24 @@ def choose_spaces(
     "What `slice_model` slices; raises where something has to stay whole that nobody has named"
     ffn = _feed_forward(cmap, model)
     if only is None: chosen = [s.name for s in cmap if s.cuttable or s.size > 1 and not s.is_output]
-    else: chosen = ffn if isinstance(only, str) and only == 'ffn' else named_spaces(cmap, model, only, True)
+    else:
+        chosen = (ffn if isinstance(only, str)
+            and only == 'ffn' else named_spaces(cmap, model, only, True))
     out = {*named_spaces(cmap, model, exclude, False)} if exclude is not None else set()
-    meant = lambda why: only is None and (why.endswith(EMBEDDING) or why.endswith(PINNED)) # as wide as an embedding, or named by the user
+    # as wide as an embedding, or named by the user
+    meant = lambda why: only is None and (why.endswith(EMBEDDING) or why.endswith(PINNED))
     chosen = [n for n in chosen if n not in out and not meant(cmap[n].why)]
     stuck = [cmap[n] for n in chosen if not cmap[n].cuttable]
     if stuck:
-        named = f"[s.name for s in trace_channels({{}}{', embeddings=True' if cmap.embeddings else ''}) if not s.cuttable]"
-        names = [s.name for s in stuck] if len(stuck) < 4 else named.format(for_caller('learn.model, sample_batch(learn.dls)', 'model, x')[1:-1])
+        named = ("[s.name for s in "
+            f"trace_channels({{}}{', embeddings=True' if cmap.embeddings else ''}) if not s.cuttable]")
+        names = ([s.name for s in stuck] if len(stuck) < 4
+            else named.format(for_caller('learn.model, sample_batch(learn.dls)', 'model, x')[1:-1]))
         raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if stuck[1:] else '') + '. ' + (
-            f"Leave {'them' if stuck[1:] else 'it'} out with exclude={names}" + (", or slice the hidden layers of the feed-forward parts only, with only='ffn'." if ffn and only is None else '.') if cmap.cuttable else f'Nothing is left to slice. {tell_unknown(model)}'.strip()))
+            f"Leave {'them' if stuck[1:] else 'it'} out with exclude={names}"
+            + (", or slice the hidden layers of the feed-forward parts only, with only='ffn'." if ffn
+                and only is None else '.') if cmap.cuttable else 'Nothing is left to slice. '
+                f'{tell_unknown(model)}'.strip()))
     if not chosen: raise ValueError(f"Nothing to slice: {_nothing(cmap, model, only, out)}. "
                                     f"Spaces: {short_list([s.name for s in cmap]) or 'none'}.")
     return chosen
@@ -189,8 +224,10 @@ def _order(model, cmap, space, by):
         w = getattr(model.get_submodule(n), t)
         mine = cmap.space_of[lab] == i
         if 'rows' not in kind or not mine.any() or w is None: continue
-        v = w.detach().abs() if by == 'l1' else (w*w.grad).detach().abs() if w.grad is not None else torch.zeros_like(w)
-        rows = v.double().transpose(0, d).flatten(1).sum(1).cpu().numpy()[mine] if v.ndim > 1 else v.double().cpu().numpy()[mine]
+        v = (w.detach().abs() if by == 'l1' else (w*w.grad).detach().abs() if w.grad is not None
+            else torch.zeros_like(w))
+        rows = (v.double().transpose(0, d).flatten(1).sum(1).cpu().numpy()[mine] if v.ndim > 1
+            else v.double().cpu().numpy()[mine])
         one = np.bincount(cmap.unit_of[lab[mine]], rows, minlength=cmap[space].size)
         score = score + one/max(one.mean(), 1e-30)
     return np.argsort(-score, kind='stable')
@@ -204,9 +241,13 @@ def check_grads(
     held = {n: [w.grad for (m,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind and (cmap.space_of[lab] == cmap.find(n)).any()
                 and isinstance(w := getattr(model.get_submodule(m), t), nn.Parameter)] for n in spaces}
     frozen = [n for n,gs in held.items() if all(g is None for g in gs)]
-    if frozen: raise ValueError(f"{frozen[0]}: sort='taylor', and its layers have no gradients{f' ({len(frozen)} such spaces)' if frozen[1:] else ''}. Unfreeze them and run a loss backward, or use sort='l1'.")
+    if frozen:
+        raise ValueError(f"{frozen[0]}: sort='taylor', and its layers have no "
+            f"gradients{f' ({len(frozen)} such spaces)' if frozen[1:] else ''}. Unfreeze them and run "
+            "a loss backward, or use sort='l1'.")
     if not any(g is not None and g.any() for gs in held.values() for g in gs): raise ValueError(
-        "sort='taylor': all gradients are zero, as a Learner leaves them after each step. Run a loss backward first, or use sort='l1'.")
+        "sort='taylor': all gradients are zero, as a Learner leaves them after each step. Run a loss "
+        "backward first, or use sort='l1'.")
 
 @torch.no_grad()
 def sort_channels(
@@ -220,6 +261,8 @@ def sort_channels(
     cut = Cut(cmap, {n: _order(model, cmap, n, by) for n in spaces})
     held = {(n, t): getattr(model.get_submodule(n), t) for n,t in cut.indices()}
     for key,t in held.items():
-        states = [s for s in opt_state(opt, t).values() if torch.is_tensor(s) and s.shape == t.shape] if opt is not None else []
-        for o in [t, *([t.grad] if t.grad is not None else []), *states]: o.copy_(cut.tensor('.'.join(filter(None, key)), o))
+        states = ([s for s in opt_state(opt, t).values() if torch.is_tensor(s) and s.shape == t.shape]
+            if opt is not None else [])
+        for o in [t, *([t.grad] if t.grad is not None else []), *states]:
+            o.copy_(cut.tensor('.'.join(filter(None, key)), o))
     return cut

@@ -20,7 +20,8 @@ from ..core.state import root_module
 # %% ../../nbs/slicing/12_plots.ipynb #4ce88d1e
 def _sliced_weights(model):
     "Name of each sliced layer -> name of the tensor to draw"
-    res = {n: next((t for t in type(m).names[0] if getattr(m._parameters.get(t), 'ndim', 0) > 1), None) for n,m in model.named_modules() if isinstance(m, Sliced)}
+    res = {n: next((t for t in type(m).names[0] if getattr(m._parameters.get(t), 'ndim', 0) > 1), None)
+        for n,m in model.named_modules() if isinstance(m, Sliced)}
     return {n:t for n,t in res.items() if t}
 
 def _positions(part, name, d, size):
@@ -33,7 +34,8 @@ def _borders(plan, layer, name, d, size):
     parts = [p for p in layer._parts.values() if d in dict(p.index.get(name, ()))]
     n = plan.groups
     if parts and n and n <= 32 and size%n == 0: return [size//n]*n
-    ends = {len(pos) for p in parts if (pos := _positions(p, name, d, size))[-1] == len(pos)-1} # none for what is gathered
+    # none for what is gathered
+    ends = {len(pos) for p in parts if (pos := _positions(p, name, d, size))[-1] == len(pos)-1}
     return np.diff([0, *sorted(ends | {size})]).tolist()
 
 def plot_slices(
@@ -45,9 +47,12 @@ def plot_slices(
     "The weights of a layer that each rate lights up"
     model = root_module(model)
     plan,known = slice_plan(model),_sliced_weights(model)
-    if layer not in known: raise ValueError(f"{layer!r}: no sliced layer with a weight has this name. There are: {short_list([*known])}.")
+    if layer not in known:
+        raise ValueError(f"{layer!r}: no sliced layer with a weight has this name. There are: "
+            f"{short_list([*known])}.")
     m,t,keys = model.get_submodule(layer),known[layer],[plan.find(r) for r in rates]
-    w = m._parameters[t].detach().float().flatten(2).norm(dim=2) if m._parameters[t].ndim > 2 else m._parameters[t].detach().float().abs()
+    w = (m._parameters[t].detach().float().flatten(2).norm(dim=2) if m._parameters[t].ndim > 2
+        else m._parameters[t].detach().float().abs())
     w = w.cpu().numpy()
     lines = [_borders(plan, m, t, d, w.shape[d]) for d in (0, 1)]
     axs = _row_of_axes(layer, len(keys), w.shape) if axs is None else list(np.ravel(axs))
@@ -58,12 +63,14 @@ def plot_slices(
         plot_blocks(lit, *lines, ax=ax, title=f'rate {k:g}' if not isinstance(k, str) else k)
         ax.images[0].set_clim(0, w.max()) # the same scale for all
         ax.set_facecolor('.85')
-        ax.set(xlabel=f'{len(at[1])} of {w.shape[1]} inputs', ylabel=f'{len(at[0])} of {w.shape[0]} outputs')
+        ax.set(xlabel=f'{len(at[1])} of {w.shape[1]} inputs', ylabel=f'{len(at[0])} of {w.shape[0]} '
+            'outputs')
     return axs
 
 def _row_of_axes(layer, n, shape):
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, n, figsize=(4*n, 1+2.8*min(1.4, max(.4, shape[0]/shape[1]))), layout='constrained')
+    fig,axs = plt.subplots(1, n, figsize=(4*n, 1+2.8*min(1.4, max(.4, shape[0]/shape[1]))),
+        layout='constrained')
     fig.suptitle(f'weights of {layer}', fontsize='medium')
     return list(np.ravel(axs))
 
@@ -77,27 +84,35 @@ def plot_rates(
     axs=None # Axes to draw on, one per panel; None: a new figure
 ): # The axes
     "A metric against rate, multiply-adds and latency, as far as they are known"
-    if not curves or not all(curves.values()): raise ValueError('plot_rates needs at least one row' + (' in each curve' if curves else ''))
+    if not curves or not all(curves.values()):
+        raise ValueError('plot_rates needs at least one row' + (' in each curve' if curves else ''))
     cost = {r['rate']: r for r in costs or ()}
-    rows = {n: [cost.get(r['rate'], {}) | {k:v for k,v in r.items() if v is not None} for r in t] for n,t in curves.items()}
+    rows = {n: [cost.get(r['rate'], {}) | {k:v for k,v in r.items() if v is not None} for r in t]
+        for n,t in curves.items()}
     every = [r for t in rows.values() for r in t]
     metric = metric or _first_metric(every[0])
-    if any(metric not in r for r in every): raise ValueError(f"{metric!r}: not every row has it. There are: {', '.join(every[0])}.")
+    if any(metric not in r for r in every):
+        raise ValueError(f"{metric!r}: not every row has it. There are: {', '.join(every[0])}.")
     panels = [c for c in _PANELS if all(_is_number(r.get(c)) for r in every)]
-    if not panels: raise ValueError(f"Not every row has a number for one of {', '.join(_PANELS)}: name slices apart, or give costs=.")
+    if not panels:
+        raise ValueError(f"Not every row has a number for one of {', '.join(_PANELS)}: name slices "
+            "apart, or give costs=.")
     axs = _panel_axes(len(panels)) if axs is None else list(np.ravel(axs))
     for c,ax in zip(panels, axs):
-        plot_tradeoff({n: [(r[c], r[metric]) for r in t] for n,t in rows.items()}, xlabel=_PANELS[c], ylabel=metric if ax is axs[0] else '', log_x=False, ax=ax)
+        plot_tradeoff({n: [(r[c], r[metric]) for r in t] for n,t in rows.items()}, xlabel=_PANELS[c],
+            ylabel=metric if ax is axs[0] else '', log_x=False, ax=ax)
         if c == 'macs': ax.xaxis.set_major_formatter(lambda v, pos: human(v))
         if c != panels[-1]: ax.get_legend().remove() # one for all
     return axs[:len(panels)]
 
 def _first_metric(row):
     "A table of `validate_rates` has its metrics between loss and parameters"
-    return next((k for k in row if k not in (*_PANELS, 'valid_loss', 'params', 'peak_memory', 'bytes')), 'valid_loss')
+    return next((k for k in row if k not in (*_PANELS, 'valid_loss', 'params', 'peak_memory', 'bytes')),
+        'valid_loss')
 
 def _is_number(v): return isinstance(v, (int, float))
 
 def _panel_axes(n):
     import matplotlib.pyplot as plt
-    return list(np.ravel(plt.subplots(1, n, figsize=(3.1*n+1.8, 3), sharey=True, layout='constrained')[1]))
+    return list(np.ravel(plt.subplots(1, n, figsize=(3.1*n+1.8, 3), sharey=True,
+        layout='constrained')[1]))

@@ -32,7 +32,8 @@ class RateSchedule:
         check_schedule(name)
         given = [check_rate(r) for r in listify(rates)]
         if not given: raise ValueError("rates=(): give at least one slice rate.")
-        if isinstance(n_random, bool) or not isinstance(n_random, Integral) or n_random < 0: raise ValueError(f"n_random={n_random!r}: give a whole number, 0 or more.")
+        if isinstance(n_random, bool) or not isinstance(n_random, Integral) or n_random < 0:
+            raise ValueError(f"n_random={n_random!r}: give a whole number, 0 or more.")
         self.name,self.rates,self.seed = name,sorted({*given}, reverse=True),seed
         forced = RATE_SCHEDULES[name]
         if forced is None: return self._check_still(n_random, probs)
@@ -43,24 +44,38 @@ class RateSchedule:
 
     def _check_still(self, n_random, probs):
         for k,v,ok in (('n_random', n_random, n_random < 2), ('probs', probs, probs is None)):
-            if not ok: raise ValueError(f"{k}={v!r}: schedule {self.name!r} draws no rates. Leave it out, or choose one of random, random_min, random_max, random_min_max.")
+            if not ok:
+                raise ValueError(f"{k}={v!r}: schedule {self.name!r} draws no rates. Leave it out, or "
+                    "choose one of random, random_min, random_max, random_min_max.")
 
     def _check_number(self, n):
-        if n > max(len(self.drawn), bool(self.forced)): raise ValueError(f"n_random={n}: schedule {self.name!r} draws from {len(self.drawn)} rates ({', '.join(f'{r:g}' for r in self.drawn) or 'none'}). Give at most that.")
-        if not n and not self.forced: raise ValueError("n_random=0: schedule 'random' would run no rate at all. Give 1 or more.")
+        if n > max(len(self.drawn), bool(self.forced)):
+            raise ValueError(f"n_random={n}: schedule {self.name!r} draws from {len(self.drawn)} rates "
+                f"({', '.join(f'{r:g}' for r in self.drawn) or 'none'}). Give at most that.")
+        if not n and not self.forced:
+            raise ValueError("n_random=0: schedule 'random' would run no rate at all. Give 1 or more.")
         return min(n, len(self.drawn))
 
     def _check_probs(self, given, probs):
         "Weights of what is drawn from, in its order"
         if probs is None: return torch.ones(len(self.drawn), dtype=torch.float64)
-        if self.name == 'sandwich': raise ValueError("probs: schedule 'sandwich' draws uniformly. Use 'random_min_max'.")
+        if self.name == 'sandwich':
+            raise ValueError("probs: schedule 'sandwich' draws uniformly. Use 'random_min_max'.")
         try: p,left = [float(o) for o in listify(probs)],[r for r in given if r in self.drawn]
-        except (TypeError, ValueError): raise ValueError(f"probs={probs!r}: give a number for each of the rates {', '.join(f'{r:g}' for r in given)}.") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"probs={probs!r}: give a number for each of the rates "
+                f"{', '.join(f'{r:g}' for r in given)}.") from None
         if len({*given}) < len(given) or len(p) not in (len(given), len(left)): raise ValueError(
-            f"probs={p}: give a number for each of the rates {', '.join(f'{r:g}' for r in given)}, each of them once" + (f", or for those that are drawn from: {', '.join(f'{r:g}' for r in left)}." if left else '.'))
+            f"probs={p}: give a number for each of the rates {', '.join(f'{r:g}' for r in given)}, "
+            "each of them once"
+            + (", or for those that are drawn from: "
+            f"{', '.join(f'{r:g}' for r in left)}." if left else '.'))
         by = dict(zip(given if len(p) == len(given) else left, p))
         w = torch.tensor([by[r] for r in self.drawn], dtype=torch.float64)
-        if min(p) < 0 or not torch.isfinite(torch.tensor(p)).all() or int((w > 0).sum()) < self.n_random: raise ValueError(f"probs={p}: give numbers from 0 on, above 0 for at least the {self.n_random} rates that a step draws.")
+        if (min(p) < 0 or not torch.isfinite(torch.tensor(p)).all()
+            or int((w > 0).sum()) < self.n_random):
+            raise ValueError(f"probs={p}: give numbers from 0 on, above 0 for at least the "
+                f"{self.n_random} rates that a step draws.")
         return w
 
     def at(self, step:int) -> list:
@@ -70,7 +85,8 @@ class RateSchedule:
         if self.name == 'cycle': return [self.rates[step%len(self.rates)]]
         if self.name != 'normal' and not self.n_random: return sorted(self.forced, reverse=True)
         gen = generator(self.seed, 'rates', int(step))
-        if self.name == 'normal': return [self._nearest(1+torch.randn((), generator=gen, dtype=torch.float64).item()/3)]
+        if self.name == 'normal':
+            return [self._nearest(1+torch.randn((), generator=gen, dtype=torch.float64).item()/3)]
         got = torch.multinomial(self.weights, self.n_random, generator=gen).tolist()
         return sorted(self.forced | {self.drawn[i] for i in got}, reverse=True)
 
@@ -82,7 +98,8 @@ def check_schedule(
     name:str # Of a schedule
 ) -> None:
     "Raise where no schedule has this name"
-    if not isinstance(name, str) or name not in RATE_SCHEDULES: raise ValueError(f"schedule={name!r}: choose one of {', '.join(RATE_SCHEDULES)}.")
+    if not isinstance(name, str) or name not in RATE_SCHEDULES:
+        raise ValueError(f"schedule={name!r}: choose one of {', '.join(RATE_SCHEDULES)}.")
 
 # %% ../../nbs/slicing/04_rates.ipynb #bcdd65b1
 def rate_schedule(

@@ -14,7 +14,8 @@ from torch import nn
 # %% ../../nbs/slicing/00_recurrent.ipynb #248ac201
 class SlicedRNN:
     "Mixin for recurrent layers: a list of weights for the slice in force"
-    _flat_weights = property(lambda self: [t if (t := self._tensor(n)) is None else t.contiguous() for n in self._flat_weights_names], lambda self, v: None)
+    _flat_weights = property(lambda self: [t if (t := self._tensor(n)) is None else t.contiguous()
+        for n in self._flat_weights_names], lambda self, v: None)
     def _update_flat_weights(self): pass
     def __setattr__(self, name, value): nn.Module.__setattr__(self, name, value)
     def flatten_parameters(self):
@@ -22,8 +23,12 @@ class SlicedRNN:
 
     def check_input(self, input, batch_sizes):
         dtype = self._own(self._flat_weights_names[0]).dtype
-        if input.dtype != dtype and not torch._C._is_any_autocast_enabled(): raise ValueError(f"{type(self).base.__name__}: the input is {input.dtype}, the weights are {dtype}. Convert one of them with .to().")
-        if input.shape[-1] != self.input_size: raise ValueError(f"{type(self).base.__name__}: the input has {input.shape[-1]} channels, this slice reads {self.input_size}.")
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"{type(self).base.__name__}: the input is {input.dtype}, the weights are "
+                f"{dtype}. Convert one of them with .to().")
+        if input.shape[-1] != self.input_size:
+            raise ValueError(f"{type(self).base.__name__}: the input has {input.shape[-1]} channels, "
+                f"this slice reads {self.input_size}.")
 
     def check_hidden_size(self, hx, expected_hidden_size, msg=''):
         if tuple(hx.shape) != tuple(expected_hidden_size): raise ValueError(
@@ -52,11 +57,13 @@ class Stateful:
     def _put_state(self, name, v):
         key = self._switch.key
         if key == 1.: self.__dict__[name] = v
-        else: self._held = {**self._held, key: {**self._begun(key), name: v}} # no dict is written into: `still` puts back the old one
+        # no dict is written into: `still` puts back the old one
+        else: self._held = {**self._held, key: {**self._begun(key), name: v}}
 
     def reset(self):
         key = self._switch.key
-        self._held = {} if key == 1. else {key: self._begun(key)} # a model that resets itself in its forward pass has noted before what for
+        # a model that resets itself in its forward pass has noted before what for
+        self._held = {} if key == 1. else {key: self._begun(key)}
         with self._switch.at(1.): res = type(self).base.reset(self)
         return res if key == 1. else type(self).base.reset(self)
 
@@ -66,7 +73,8 @@ class Stateful:
 
     def __reduce_ex__(self, proto):
         make,args,state,*rest = super().__reduce_ex__(proto)
-        shy = any(state.get(n) is not self.__dict__.get(n) for n in type(self).names[2]) # a class whose copies begin afresh
+        # a class whose copies begin afresh
+        shy = any(state.get(n) is not self.__dict__.get(n) for n in type(self).names[2])
         return make,args,state | dict(_held={} if shy else self._held),*rest
 
     def plain(self, rate=None):

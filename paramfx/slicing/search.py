@@ -36,21 +36,29 @@ class SliceMacs(SliceParams):
     ):
         super().__init__(model)
         with self.plan.at(1.): own = layer_macs(model, sample)
-        mats = lambda m: [(id(p), p.numel()) for p in m._parameters.values() if p is not None and p.ndim > 1 and id(p) in self.full]
+        mats = lambda m: [(id(p), p.numel()) for p in m._parameters.values() if p is not None
+            and p.ndim > 1 and id(p) in self.full]
         self.layers = [(own.get(n, 0), mats(m)) for n,m in model.named_modules() if own.get(n, 0)]
         with trial_slice(model) as use:
             use(narrow)
             real = count_macs(model, sample)[1]
-        if self(narrow) != real: raise ValueError(f"{type(model).__name__}: multiply-adds go with more than the sizes of its weights ({self(narrow):,} expected at the narrowest slice, {real:,} counted). Use by='latency' or by='params'.")
+        if self(narrow) != real:
+            raise ValueError(f"{type(model).__name__}: multiply-adds go with more than the sizes of "
+                f"its weights ({self(narrow):,} expected at the narrowest slice, {real:,} counted). "
+                "Use by='latency' or by='params'.")
 
     def __call__(self, counts:dict) -> int:
         "Multiply-adds of the slice"
         left = self.left(counts)
-        return sum(round(macs*sum(left.get(i, n) for i,n in ws)/sum(n for _,n in ws)) if ws else macs for macs,ws in self.layers)
+        return sum(round(macs*sum(left.get(i, n) for i,n in ws)/sum(n for _,n in ws)) if ws else macs
+            for macs,ws in self.layers)
 
 def _steps(plan, rates):
-    rates = sorted({1., *map(check_rate, plan.rates if rates is None else listify(rates))}, reverse=True)
-    if rates[-1] < plan.lowest: raise ValueError(f"rates={rates[-1]:g}: the narrowest that was prepared is {plan.lowest:g}. Go no lower.")
+    rates = sorted({1., *map(check_rate, plan.rates if rates is None else listify(rates))},
+        reverse=True)
+    if rates[-1] < plan.lowest:
+        raise ValueError(f"rates={rates[-1]:g}: the narrowest that was prepared is {plan.lowest:g}. Go "
+            "no lower.")
     return rates
 
 def _levels(plan, rates):
@@ -69,18 +77,24 @@ class _Search:
         self.levels = _levels(slice_plan(model), rates)
         self.plan,self.x,dls = slice_plan(model),sample_batch(learn.dls),learn.dls
         self.narrow = {n: len(l)-1 for n,l in self.levels.items()}
-        self.count = dict(params=SliceParams, macs=lambda m: SliceMacs(m, self.x, self.counts(self.narrow)), latency=lambda m: None)[by](model)
-        self.train = [xb for xb,_ in read_batches(dls, dls.train, model, n_batches)] if sliced_norms(model) else None
+        self.count = dict(params=SliceParams,
+            macs=lambda m: SliceMacs(m, self.x, self.counts(self.narrow)),
+            latency=lambda m: None)[by](model)
+        self.train = ([xb for xb,_ in read_batches(dls, dls.train, model, n_batches)]
+            if sliced_norms(model) else None)
         self.valid = [*read_batches(dls, dls.valid, model, n_valid)]
 
     def counts(self, at): return {n: self.levels[n][i][0] for n,i in at.items()}
-    def cost(self, use, at): return self.count(self.counts(at)) if self.count is not None else (use(self.counts(at)), measure_latency(self.model, self.x, 20, .2)[0])[1]
+    def cost(self, use, at):
+        return (self.count(self.counts(at)) if self.count is not None
+            else (use(self.counts(at)), measure_latency(self.model, self.x, 20, .2)[0])[1])
     def settle(self, key):
         if self.train is not None: measure_norms(self.model, key, self.train)
 
     def loss(self, key):
         self.settle(key)
-        with still(self.model), self.plan.at(key): v = score(self.learn, self.model, self.valid, [AvgLoss()])[0]
+        with still(self.model), self.plan.at(key):
+            v = score(self.learn, self.model, self.valid, [AvgLoss()])[0]
         return v if v == v else inf
 
     def trial(self, use, at): return self.cost(use, at),self.loss(use(self.counts(at)))
@@ -88,22 +102,28 @@ class _Search:
     def uniform(self, use, budget):
         "The widest slice of the same rate everywhere that fits"
         for r in self.rates:
-            at = {n: next(i for i,(u,_) in enumerate(l) if u == self.plan.units(self.plan.cmap[n], r)) for n,l in self.levels.items()}
+            at = {n: next(i for i,(u,_) in enumerate(l) if u == self.plan.units(self.plan.cmap[n], r))
+                for n,l in self.levels.items()}
             if self.cost(use, at) <= budget: return at,r
 
     def swap(self, use, at, budget):
         "The best of all slices of which one layer is a step wider, and perhaps another one narrower"
         wider = [n for n in at if at[n]]
-        moves = [dict(widened=n) for n in wider] + [dict(widened=n, narrowed=o) for n in wider for o in at if o != n and at[o] < self.narrow[o]]
+        moves = ([dict(widened=n) for n in wider]
+            + [dict(widened=n, narrowed=o) for n in wider for o in at if o != n
+            and at[o] < self.narrow[o]])
         options = []
         for i,m in enumerate(moves):
-            new = {**at, m['widened']: at[m['widened']]-1} | ({m['narrowed']: at[m['narrowed']]+1} if 'narrowed' in m else {})
-            if (c := self.cost(use, new)) <= budget: options.append((self.loss(use(self.counts(new))), i, c, new, ' for '.join(m.values())))
+            new = ({**at, m['widened']: at[m['widened']]-1}
+                | ({m['narrowed']: at[m['narrowed']]+1} if 'narrowed' in m else {}))
+            if (c := self.cost(use, new)) <= budget:
+                options.append((self.loss(use(self.counts(new))), i, c, new, ' for '.join(m.values())))
         return min(options, default=(inf, 0, 0, at, ''))
 
     def cut(self, use, at, cost, loss):
         "The cut that costs the least loss for what it saves"
-        def _price(c, l): return inf if c >= cost else (l-loss)/(cost-c) if l > loss else (l-loss)*(cost-c)
+        def _price(c, l):
+            return inf if c >= cost else (l-loss)/(cost-c) if l > loss else (l-loss)*(cost-c)
         options = []
         for n in (n for n in at if at[n] < self.narrow[n]):
             c,l = self.trial(use, {**at, n: at[n]+1})
@@ -124,16 +144,20 @@ def search_rates(
 ) -> Table: # A row per cut; `.name` is the slice
     "Find widths layer by layer that meet a budget, and keep them as a named slice"
     model = root_module(learn.model)
-    if not isinstance(budget, Real) or not budget > 0: raise ValueError(f"budget={budget!r}: give a positive number.")
+    if not isinstance(budget, Real) or not budget > 0:
+        raise ValueError(f"budget={budget!r}: give a positive number.")
     plan,name = slice_plan(model),f'{by} {human(budget)}' if name is None else name
-    if by not in ('macs', 'params', 'latency'): raise ValueError(f"by={by!r}: choose 'macs', 'params' or 'latency'.")
-    if name in plan.keys: raise ValueError(f"{name!r}: there is such a slice already. Give another name=.")
+    if by not in ('macs', 'params', 'latency'):
+        raise ValueError(f"by={by!r}: choose 'macs', 'params' or 'latency'.")
+    if name in plan.keys:
+        raise ValueError(f"{name!r}: there is such a slice already. Give another name=.")
     with rng_guard(learn.dls):
         search = _Search(learn, model, _steps(plan, rates), by, n_batches, n_valid)
         with trial_slice(model) as use: at,rows = _run(search, use, budget, swaps)
         name_slice(model, name, {n: search.levels[n][i][1] for n,i in at.items() if i})
         search.settle(name)
-    table = Table(rows, note=f"slice {name!r}: {by} {rows[-1][COSTS[by]]:,.4g} of {rows[0][COSTS[by]]:,.4g}")
+    table = Table(rows, note=f"slice {name!r}: {by} {rows[-1][COSTS[by]]:,.4g} of "
+        f"{rows[0][COSTS[by]]:,.4g}")
     table.name = name
     return table
 
@@ -141,16 +165,23 @@ def _run(search, use, budget, swaps):
     "Cut until the budget is met; then the better of this and of one rate everywhere, improved by exchanges"
     at,col = dict.fromkeys(search.levels, 0),COSTS[search.by]
     low,full = search.cost(use, search.narrow),search.cost(use, at)
-    if low > budget: raise ValueError(f"budget={budget!r}: the narrowest slice needs {col} {low:,.6g}. Give at least that, or prepare a lower rate.")
-    if full <= budget: raise ValueError(f"budget={budget!r}: the whole network needs no more ({col} {full:,.6g}), so there is nothing to search. Give less.")
+    if low > budget:
+        raise ValueError(f"budget={budget!r}: the narrowest slice needs {col} {low:,.6g}. Give at "
+            "least that, or prepare a lower rate.")
+    if full <= budget:
+        raise ValueError(f"budget={budget!r}: the whole network needs no more ({col} {full:,.6g}), so "
+            "there is nothing to search. Give less.")
     cost,loss = search.trial(use, at)
     rows = [{'step': 'start', 'space': 'all', 'rate': 1., col: cost, 'valid_loss': loss}]
     ticks = iter(bar(range(sum(search.narrow.values())), search.learn)) # at most
     while cost > budget:
-        if at == search.narrow: raise ValueError(f"budget={budget!r}: at its narrowest the network needed {col} {cost:,.6g} in this measurement. Give more.")
+        if at == search.narrow:
+            raise ValueError(f"budget={budget!r}: at its narrowest the network needed {col} "
+                f"{cost:,.6g} in this measurement. Give more.")
         next(ticks)
         at,cost,loss,n = search.cut(use, at, cost, loss)
-        rows.append({'step': 'cut', 'space': n, 'rate': search.levels[n][at[n]][1], col: cost, 'valid_loss': loss})
+        rows.append({'step': 'cut', 'space': n, 'rate': search.levels[n][at[n]][1], col: cost,
+            'valid_loss': loss})
     flat,r = search.uniform(use, budget)
     c,l = search.trial(use, flat)
     if l < loss:

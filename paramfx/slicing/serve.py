@@ -24,37 +24,53 @@ def poisson_arrivals(
     steps:int=10_000 # Intervals in which the rate is taken to be constant
 ) -> np.ndarray: # Times in seconds, ascending
     "Random times of arrival"
-    if not (isinstance(duration, Real) and 0 < duration < inf): raise ValueError(f"duration={duration!r}: give the seconds that requests arrive for.")
+    if not (isinstance(duration, Real) and 0 < duration < inf):
+        raise ValueError(f"duration={duration!r}: give the seconds that requests arrive for.")
     rng,dt = np.random.default_rng(seed),duration/steps
     begin = np.arange(steps)*dt
     expected = np.array([rate(t) if callable(rate) else rate for t in begin+dt/2], float)
-    if not (np.isfinite(expected).all() and (expected >= 0).all()): raise ValueError(f"The rate of arrivals must be a number from 0 on at all times; it is {expected[~(expected >= 0)|np.isinf(expected)][0]} at one.")
+    if not (np.isfinite(expected).all() and (expected >= 0).all()):
+        raise ValueError("The rate of arrivals must be a number from 0 on at all times; it is "
+            f"{expected[~(expected >= 0)|np.isinf(expected)][0]} at one.")
     n = rng.poisson(expected*dt)
     return np.sort(np.repeat(begin, n)+rng.uniform(0, dt, n.sum()))
 
 # %% ../../nbs/slicing/13_serve.ipynb #f68ffaeb
 def _seconds(table, items):
     "{rate: seconds for a request}, the widest first, from a dict or from rows with 'rate' and 'latency' in milliseconds"
-    rows = [(r, t) for r,t in table.items()] if isinstance(table, dict) else [_row(r, items) for r in table]
+    rows = ([(r, t) for r,t in table.items()] if isinstance(table, dict)
+        else [_row(r, items) for r in table])
     res = {}
     for r,t in rows:
-        if not isinstance(t, Real) or not 0 < t < inf: raise ValueError(f"rate {r}: a time of {t!r} was given. Measure it, and give a positive number.")
-        if check_rate(r) in res: raise ValueError(f"rate {r} stands in the table twice. Leave one of the rows out.")
+        if not isinstance(t, Real) or not 0 < t < inf:
+            raise ValueError(f"rate {r}: a time of {t!r} was given. Measure it, and give a positive "
+                "number.")
+        if check_rate(r) in res:
+            raise ValueError(f"rate {r} stands in the table twice. Leave one of the rows out.")
         res[check_rate(r)] = float(t)
-    if not res: raise ValueError("The table is empty: give {rate: seconds for a request}, or rows with 'rate' and 'latency'.")
+    if not res:
+        raise ValueError("The table is empty: give {rate: seconds for a request}, or rows with 'rate' "
+            "and 'latency'.")
     return dict(sorted(res.items(), reverse=True))
 
 def _row(row, items):
-    if 'latency' not in row and 'latency_ms' in row: row = {**row, 'latency': row['latency_ms']} # as `slice_report` calls it
+    # as `slice_report` calls it
+    if 'latency' not in row and 'latency_ms' in row: row = {**row, 'latency': row['latency_ms']}
     lost = {'rate', 'latency'}-{*row}
-    if lost: raise ValueError(f"A row of the table has no {' and no '.join(sorted(lost))}: {row!r:.100}. Give {{rate: seconds for a request}}, or rows with 'rate' and 'latency' in milliseconds.")
+    if lost:
+        raise ValueError(f"A row of the table has no {' and no '.join(sorted(lost))}: {row!r:.100}. "
+            f"Give {{rate: seconds for a request}}, or rows with 'rate' and 'latency' in milliseconds.")
     return row['rate'],row['latency']/1000/items if isinstance(row['latency'], Real) else row['latency']
 
 def _times(arrivals, duration, seed):
-    if callable(arrivals) or isinstance(arrivals, Real): return poisson_arrivals(arrivals, duration, seed)
-    if duration is not None: raise ValueError(f"duration={duration!r} is for a rate of arrivals, and these are times. Leave it out.")
+    if callable(arrivals) or isinstance(arrivals, Real):
+        return poisson_arrivals(arrivals, duration, seed)
+    if duration is not None:
+        raise ValueError(f"duration={duration!r} is for a rate of arrivals, and these are times. Leave "
+            "it out.")
     at = np.sort(np.asarray(arrivals, float).ravel())
-    if len(at) and not (at[0] >= 0 and np.isfinite(at[-1])): raise ValueError("Times of arrival must be numbers from 0 on.")
+    if len(at) and not (at[0] >= 0 and np.isfinite(at[-1])):
+        raise ValueError("Times of arrival must be numbers from 0 on.")
     return at
 
 _FITS = 1+1e-9 # for sums of floating point numbers
@@ -84,10 +100,14 @@ def simulate_load(
 ): # `LoadRun`
     "Serve `arrivals` within `sla` by choosing the rate of each batch; one row in the table: a fixed network"
     secs = _seconds(table, items)
-    if not (isinstance(sla, Real) and 0 < sla < inf): raise ValueError(f"sla={sla!r}: give the seconds within which a request is to be answered.")
-    if overload not in ('late', 'reject'): raise ValueError(f"overload={overload!r}: choose 'late' or 'reject'.")
+    if not (isinstance(sla, Real) and 0 < sla < inf):
+        raise ValueError(f"sla={sla!r}: give the seconds within which a request is to be answered.")
+    if overload not in ('late', 'reject'):
+        raise ValueError(f"overload={overload!r}: choose 'late' or 'reject'.")
     rate,least = min(secs.items(), key=lambda o: o[1])
-    if least > sla/2*_FITS: raise ValueError(f"sla={sla:g}: one request takes {least:g} s at rate {rate:g}, and half of the bound is {sla/2:g} s. Allow at least {2*least:g} s, or slice narrower.")
+    if least > sla/2*_FITS:
+        raise ValueError(f"sla={sla:g}: one request takes {least:g} s at rate {rate:g}, and half of "
+            f"the bound is {sla/2:g} s. Allow at least {2*least:g} s, or slice narrower.")
     at = _times(arrivals, duration, seed)
     return LoadRun(at, [*_batches(at, _useful(secs), sla, overload == 'reject')], secs, sla)
 
@@ -108,7 +128,8 @@ class LoadRun:
         sla:float # Bound, in seconds
     ):
         store_attr('arrived,seconds,sla')
-        self.start,self.end,self.waiting,self.taken,self.served,self.rates = np.array(batches, float).reshape(-1, 6).T
+        self.start,self.end,self.waiting,self.taken,self.served,self.rates = np.array(batches,
+            float).reshape(-1, 6).T
         n,m = self.taken.astype(int),self.served.astype(int)
         ok = np.concatenate([np.arange(a) < b for a,b in zip(n, m)] or [np.zeros(0, bool)])
         self.done,self.rate = [np.where(ok, np.repeat(v, n), np.nan) for v in (self.end, self.rates)]
@@ -130,7 +151,8 @@ class LoadRun:
         t # Times in seconds
     ) -> np.ndarray: # Numbers of requests
         "How many requests wait to be served, just before each of these times"
-        return np.searchsorted(self.arrived, t)-np.concatenate([[0], self.taken.cumsum()])[np.searchsorted(self.start, t)]
+        return np.searchsorted(self.arrived,
+            t)-np.concatenate([[0], self.taken.cumsum()])[np.searchsorted(self.start, t)]
 
     @property
     def row(self) -> dict:
@@ -139,7 +161,8 @@ class LoadRun:
         late,rejected = int(self.late.sum()),int(self.rejected.sum())
         some = lambda v, k: float(v/k) if k else None
         return dict(requests=n, in_time=some(n-late-rejected, n), late=late, rejected=rejected, mean_rate=some(answered.sum(), len(answered)),
-            p99_ms=float(1e3*np.nanpercentile(self.latency, 99)) if len(answered) else None, busy=some((self.end-self.start).sum(), self.end[-1] if len(self.end) else 0),
+            p99_ms=float(1e3*np.nanpercentile(self.latency, 99)) if len(answered) else None, busy=some(
+                (self.end-self.start).sum(), self.end[-1] if len(self.end) else 0),
             **{f'at {r:g}': some((answered == r).sum(), len(answered)) for r in self.seconds})
 
     @property
@@ -155,7 +178,8 @@ class LoadRun:
         title:str|None=None # Text above
     ): # The axes
         "Queue and chosen rate over time"
-        if not len(self.start): raise ValueError('No request came in this run, so there is nothing to draw.')
+        if not len(self.start):
+            raise ValueError('No request came in this run, so there is nothing to draw.')
         top,low = _two_axes() if axs is None else np.ravel(axs)
         self._plot_queue(top)
         self._plot_rates(low)
@@ -163,21 +187,28 @@ class LoadRun:
         return top,low
 
     def _plot_queue(self, ax):
-        t = np.sort(np.concatenate([self.start, np.nextafter(self.start, np.inf), np.linspace(0, self.end[-1], 1000)]))
+        t = np.sort(np.concatenate([self.start, np.nextafter(self.start, np.inf),
+            np.linspace(0, self.end[-1], 1000)]))
         ax.fill_between(t, self.queue(t), color=_BLUE, lw=0, alpha=.6)
         top,last = self.queue(t).max(),-inf
         for r,s in self.seconds.items():
             n = self.sla/2/s
             if n > 1.1*top: continue
             ax.axhline(n, color='#808080', lw=.8, ls=':')
-            if n-last > .08*top: ax.text(1.01, last := n, f'rate {r:g}', transform=ax.get_yaxis_transform(), va='center', fontsize='small', color='#606060')
+            if n-last > .08*top:
+                ax.text(1.01, last := n, f'rate {r:g}', transform=ax.get_yaxis_transform(), va='center',
+                    fontsize='small', color='#606060')
         ax.set(ylabel='requests waiting', ylim=(0, None))
 
     def _plot_rates(self, ax):
-        late = np.array([v.any() for v in np.split(self.late | self.rejected, self.taken.cumsum().astype(int)[:-1])])
+        late = np.array([v.any() for v in np.split(self.late | self.rejected,
+            self.taken.cumsum().astype(int)[:-1])])
         for mine,color,label in ((~late, _BLUE, 'all in time'), (late, _RED, 'some late or rejected')):
-            if mine.any(): ax.plot(self.start[mine], self.rates[mine], '.', ms=4, color=color, label=label, alpha=.7)
-        ax.set(xlabel='seconds', ylabel='rate of each batch', yticks=[*self.seconds], ylim=(0, 1.1*max(self.seconds)))
+            if mine.any():
+                ax.plot(self.start[mine], self.rates[mine], '.', ms=4, color=color, label=label,
+                    alpha=.7)
+        ax.set(xlabel='seconds', ylabel='rate of each batch', yticks=[*self.seconds],
+            ylim=(0, 1.1*max(self.seconds)))
         if late.any(): ax.legend(frameon=False, fontsize='small', loc='lower left')
 
 _BLUE,_RED = '#0072B2','#D55E00'

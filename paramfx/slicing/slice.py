@@ -21,10 +21,12 @@ from ..channels.trace import trace_channels
 from ..core.tables import Table
 from ..core.optimizers import caller_model, swap_module, way_out
 from ..core.samples import sample_batch
-from ..core.forward import copy_model, model_inputs, pack_sample, state_keepers, still, unpack_sample
+from paramfx.core.forward import (copy_model, model_inputs, pack_sample, state_keepers, still,
+    unpack_sample)
 from ..core.registry import recipe_verb
 from .parts import TRIAL, add_slice, drop_slice, put_slices
-from .plan import SlicePlan, check_grads, check_rate, check_whole, choose_spaces, named_spaces, slice_plan, slice_rows, sort_channels
+from .plan import (SlicePlan, check_grads, check_rate, check_whole, choose_spaces,
+    named_spaces, slice_plan, slice_rows, sort_channels)
 from .layers import Sliced, make_whole
 from ..channels.spaces import pin_names, short_list
 from ..core.state import add_report, add_step, effects, root_module
@@ -38,8 +40,12 @@ def _group_norms(model, groups):
     for n,m in [*model.named_modules()]:
         if not isinstance(m, nn.modules.batchnorm._BatchNorm): continue
         c = m.num_features
-        if c < groups or c%groups: raise ValueError(f"{n}: {c} channels do not divide into {groups} groups for norm='gn'. Choose another groups=, or norm='switch'.")
-        if type(m).__module__.split('.')[0] != 'torch': raise ValueError(f"{n}: a {type(m).__name__} does more than normalize, so a group norm cannot take its place. Use norm='switch'.")
+        if c < groups or c%groups:
+            raise ValueError(f"{n}: {c} channels do not divide into {groups} groups for norm='gn'. "
+                "Choose another groups=, or norm='switch'.")
+        if type(m).__module__.split('.')[0] != 'torch':
+            raise ValueError(f"{n}: a {type(m).__name__} does more than normalize, so a group norm "
+                "cannot take its place. Use norm='switch'.")
         new = nn.GroupNorm(groups, c, m.eps, m.affine)
         new.weight,new.bias = m.weight,m.bias
         swap_module(model, n, new)
@@ -73,16 +79,23 @@ def _carried(model, sample):
             except Exception:
                 if ys is xs: raise
                 continue # texts lie side by side in one dimension only
-            for n,m in keep.items(): res.setdefault(n, set()).update(k for k,v in before[n].items() if vars(m).get(k, v) is not v)
+            for n,m in keep.items():
+                res.setdefault(n, set()).update(k for k,v in before[n].items()
+                    if vars(m).get(k, v) is not v)
     return {n: tuple(sorted(v)) for n,v in res.items() if v}
 
 def _check(model, groups, norm, divisor, rescale, sort):
     "Raise where a model cannot be sliced, or not like this"
     if any('_slicing' in m.__dict__ for m in model.modules()): raise ValueError(f"{type(model).__name__}: this model is sliced already. "
         f"Call `unslice({caller_model()})` first, or `name_slice({caller_model()}, .4)` for another slice.")
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Slice it before that (in `cbs`, SliceTrain goes first), or call {way_out()} first.")
-    if sort not in (None, 'l1', 'taylor'): raise ValueError(f"sort={sort!r}: choose 'l1', 'taylor' or None.")
-    if sort == 'taylor' and not any(p.grad is not None for p in model.parameters()): raise ValueError("sort='taylor': the model has no gradients. Run a loss backward first, or use sort='l1'.")
+    if effects(model):
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Slice it before that (in "
+            f"`cbs`, SliceTrain goes first), or call {way_out()} first.")
+    if sort not in (None, 'l1', 'taylor'):
+        raise ValueError(f"sort={sort!r}: choose 'l1', 'taylor' or None.")
+    if sort == 'taylor' and not any(p.grad is not None for p in model.parameters()):
+        raise ValueError("sort='taylor': the model has no gradients. Run a loss backward first, or use "
+            "sort='l1'.")
     if norm not in NORMS: raise ValueError(f"norm={norm!r}: choose one of {', '.join(NORMS)}.")
     if groups is not None: check_whole('groups', groups)
     check_whole('divisor', divisor)
@@ -96,20 +109,29 @@ def _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale
     trial = copy_model(model)
     if norm == 'gn': _group_norms(trial, groups)
     cmap = trace_channels(trial, sample, pin_names(model, pin), embeddings)
-    plan = SlicePlan(cmap, choose_spaces(cmap, trial, only, exclude), rates, groups, norm, divisor, rescale)
+    plan = SlicePlan(cmap, choose_spaces(cmap, trial, only, exclude), rates, groups, norm, divisor,
+        rescale)
     if sort == 'taylor': check_grads(model, cmap, plan.spaces)
     same = [r for r in rates if r < 1 and plan.counts(r) == plan.counts(1)]
-    if same: raise ValueError(f"rate={same[0]:g}: with groups={groups} and divisor={divisor} no layer gets narrower, so this slice is the whole network. Use more groups, a smaller divisor or a lower rate.")
+    if same:
+        raise ValueError(f"rate={same[0]:g}: with groups={groups} and divisor={divisor} no layer gets "
+            "narrower, so this slice is the whole network. Use more groups, a smaller divisor or a "
+            "lower rate.")
     rows,full = [],sum(p.numel() for p in trial.parameters())
     for r in rates:
         counts = plan.counts(r)
-        left = full if r == 1 else sum(p.numel() for p in plan.cut(counts).apply(trial, follow=False).parameters())
+        left = (full if r == 1 else sum(p.numel()
+            for p in plan.cut(counts).apply(trial, follow=False).parameters()))
         rows.append(dict(rate=r, params=left, share=left/full, smallest=min(counts.values())))
     plan.states = _carried(trial, sample)
-    cmap.sample = tuple(x.new_zeros(()).expand(x.shape) for x in cmap.sample) # only its shape is needed from here on
+    # only its shape is needed from here on
+    cmap.sample = tuple(x.new_zeros(()).expand(x.shape) for x in cmap.sample)
     off = [r for r in rates if groups and abs(r*groups-round(r*groups)) > 1e-6]
-    if off: warnings.warn(f"rates {', '.join(f'{r:g}' for r in off)} are no whole numbers of {groups} groups: the nearest whole group is taken.")
-    return plan,Table(rows+slice_rows(plan, trial), note=f"{len(plan.spaces)} of {len(cmap)} spaces are sliced")
+    if off:
+        warnings.warn(f"rates {', '.join(f'{r:g}' for r in off)} are no whole numbers of {groups} "
+            "groups: the nearest whole group is taken.")
+    return plan,Table(rows+slice_rows(plan, trial), note=f"{len(plan.spaces)} of {len(cmap)} spaces "
+        "are sliced")
 
 def plan_slices(
     model:nn.Module, # Network; it is not changed
@@ -126,7 +148,8 @@ def plan_slices(
     pin=None # Modules that the trace shall not enter, with all they read and produce left whole, as in `trace_channels`
 ) -> Table: # A row per rate, then a row per matrix: what the lowest rate leaves of it, or why it stays whole
     "What `slice_model` would do; raises where it could not be done"
-    return _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings, pin)[1]
+    return _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort,
+        embeddings, pin)[1]
 
 # %% ../../nbs/slicing/06_slice.ipynb #d51e4bd0
 def slice_model(
@@ -146,15 +169,21 @@ def slice_model(
 ) -> Table: # A row per rate, then a row per matrix
     "Let `model` run at any of `rates`: `set_rate` and `at_rate` choose"
     model = root_module(model)
-    kw = dict(rates=rates, groups=groups, norm=norm, only=only, exclude=exclude, divisor=divisor, rescale=rescale, embeddings=embeddings, pin=pin_names(model, pin))
+    kw = dict(rates=rates, groups=groups, norm=norm, only=only, exclude=exclude, divisor=divisor,
+        rescale=rescale, embeddings=embeddings, pin=pin_names(model, pin))
     plan,table = _planned(model, sample, sort=sort, **kw)
-    seen = [n for n,m in model.named_modules() if norm == 'gn' and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_batches_tracked]
-    if seen: warnings.warn(f"norm='gn': {len(seen)} batch norms that have been trained ({seen[0]}, ...) become group norms, so the network does not do what it did. Train it on, or use norm='switch'.")
+    seen = [n for n,m in model.named_modules() if norm == 'gn'
+        and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_batches_tracked]
+    if seen:
+        warnings.warn(f"norm='gn': {len(seen)} batch norms that have been trained ({seen[0]}, ...) "
+            "become group norms, so the network does not do what it did. Train it on, or use "
+            "norm='switch'.")
     if norm == 'gn': _group_norms(model, plan.groups)
     if sort is not None: sort_channels(model, plan.cmap, plan.spaces, sort, opt)
     plan.keys.update({r: plan.counts(r) for r in plan.rates if r < 1})
     put_slices(model, plan)
-    args = kw | dict(rates=plan.rates, groups=plan.groups, only=plan.spaces, exclude=None, sample=pack_sample(plan.cmap.sample))
+    args = (kw | dict(rates=plan.rates, groups=plan.groups, only=plan.spaces, exclude=None,
+        sample=pack_sample(plan.cmap.sample)))
     add_step(model, 'slice', args, f"rates {', '.join(f'{r:g}' for r in plan.rates)}")
     return table
 
@@ -197,22 +226,30 @@ def name_slice(
     "Prepare another slice"
     model,plan = root_module(model),slice_plan(model)
     key = check_rate(name) if isinstance(name, Real) else name
-    if not isinstance(key, (float, str)) or key == TRIAL: raise ValueError(f"name={name!r}: a slice has a text for a name, but {TRIAL!r}, or is a rate. Choose another one.")
+    if not isinstance(key, (float, str)) or key == TRIAL:
+        raise ValueError(f"name={name!r}: a slice has a text for a name, but {TRIAL!r}, or is a rate. "
+            "Choose another one.")
     if key in plan.keys: raise ValueError(f"{name!r}: there is such a slice already.")
     rates = key if rates is None else rates
-    if not isinstance(rates, (Real, dict)): raise ValueError(f"{name!r}: rates={rates!r}: give the rates of this slice, as a number or as {{layer: rate}}.")
+    if not isinstance(rates, (Real, dict)):
+        raise ValueError(f"{name!r}: rates={rates!r}: give the rates of this slice, as a number or as "
+            f"{{layer: rate}}.")
     if isinstance(rates, Real): plan.check_low(check_rate(rates))
-    plan.keys[key] = plan.counts(check_rate(rates)) if isinstance(rates, Real) else _counts(model, plan, rates)
+    plan.keys[key] = (plan.counts(check_rate(rates)) if isinstance(rates, Real)
+        else _counts(model, plan, rates))
     add_slice(model, plan, key)
     add_step(model, 'name_slice', dict(name=key, counts=dict(plan.keys[key])), str(key))
     return model
 
 def _counts(model, plan, rates):
-    if not rates: raise ValueError("rates={}: give at least one {layer or space: rate}, or a number for all.")
+    if not rates:
+        raise ValueError("rates={}: give at least one {layer or space: rate}, or a number for all.")
     res = {}
     for spec,r in rates.items():
         for n in named_spaces(plan.cmap, model, spec, True):
-            if n not in plan.spaces: raise ValueError(f"{n}: this space is not sliced. Choose one of: {short_list(plan.spaces)}.")
+            if n not in plan.spaces:
+                raise ValueError(f"{n}: this space is not sliced. Choose one of: "
+                    f"{short_list(plan.spaces)}.")
             plan.check_low(check_rate(r), f'{n}: ')
             res[n] = plan.units(plan.cmap[n], r)
     return res
@@ -241,7 +278,9 @@ def trial_slice(
 ): # `use(counts)`, which lets these units of each space run from then on, and returns the key of the slice
     "A slice to try things with: inside of the block it is in force, in this thread or task only; afterwards there is none"
     model,plan = root_module(model),slice_plan(model)
-    if TRIAL in plan.keys: raise ValueError("There is a trial already, and a network has one at a time. Leave its block first.")
+    if TRIAL in plan.keys:
+        raise ValueError("There is a trial already, and a network has one at a time. Leave its block "
+            "first.")
     def use(counts):
         drop_slice(model, plan, TRIAL)
         plan.keys[TRIAL] = dict(counts)
@@ -276,7 +315,8 @@ def slice(self:Learner,
 ) -> Learner: # Itself
     "Let the model run at several widths"
     model,before = root_module(self.model),{*self.model.parameters()}
-    rows = slice_model(model, sample_batch(self.dls) if sample is None else sample, opt=self.opt, **kwargs)
+    rows = slice_model(model, sample_batch(self.dls) if sample is None else sample, opt=self.opt,
+        **kwargs)
     if before != {*model.parameters()}: self.opt = None # of own affine parameters it knows nothing
     return add_report(self, 'slice', rows)
 

@@ -19,13 +19,16 @@ from ..core.optimizers import tell_export
 
 # %% ../../nbs/slicing/01_switch.ipynb #e64a82c4
 _here = ContextVar('paramfx_slices', default=None) # {id of a plan: key}
-_mine = local() # of each thread: {id of a plan: {with gradients?: [(number of the next autograd node, key)]}}
+# of each thread: {id of a plan: {with gradients?: [(number of the next autograd node, key)]}}
+_mine = local()
 _node_no = torch._C._autograd._get_sequence_nr
 
 class Switch:
     "Which slice of a network is in force"
     current = 1. # everything
-    era = logs = None # an object that lasts until the next pass with gradients; what the thread has noted that made the latest one
+    # an object that lasts until the next pass with gradients; what the thread has noted that made the
+    # latest one
+    era = logs = None
     @property
     def key(self):
         "The slice in force here"
@@ -36,17 +39,23 @@ class Switch:
             return key
         grad,again = torch.is_grad_enabled(),torch._C._current_graph_task_id() >= 0
         if grad: self.era = None
-        if not again and getattr(_mine, 'last', None) == (id(self), key, -1 if grad else _node_no()): return key # nothing new
+        # nothing new
+        if not again and getattr(_mine, 'last', None) == (id(self), key, -1 if grad else _node_no()):
+            return key
         return self._noted(key, grad, again)
 
     def _noted(self, key, grad, again):
         "Note from which autograd node on `key` is in force; a backward pass that computes a part of the forward pass `again` looks it up"
-        logs,_mine.last = vars(_mine).get(id(self)),None if again else (id(self), key, -1 if grad else _node_no())
-        if again: key = self._then(key, self.logs if logs is None else logs) # on a GPU, a backward pass has a thread of its own
-        elif logs is None: logs = vars(_mine)[id(self)] = {True: deque(maxlen=10_000), False: deque(maxlen=10_000)}
+        logs,_mine.last = (vars(_mine).get(id(self)),
+            None if again else (id(self), key, -1 if grad else _node_no()))
+        # on a GPU, a backward pass has a thread of its own
+        if again: key = self._then(key, self.logs if logs is None else logs)
+        elif logs is None:
+            logs = vars(_mine)[id(self)] = {True: deque(maxlen=10_000), False: deque(maxlen=10_000)}
         if grad and not again: self.logs = logs
         log = logs and logs[grad]
-        if logs and (not log or log[-1][1] != key or not grad and log[-1][0] != _node_no()): log.append((_node_no(), key))
+        if logs and (not log or log[-1][1] != key or not grad and log[-1][0] != _node_no()):
+            log.append((_node_no(), key))
         return key
 
     def _then(self, key, logs):
@@ -54,7 +63,8 @@ class Switch:
         node,first = torch._C._current_autograd_node(),None
         if node is None or not logs: return key
         n = node._sequence_nr()
-        for no,k in reversed(logs[False] if isinstance(node, BackwardCFunction) else ()): # one that has run its part without gradients
+        # one that has run its part without gradients
+        for no,k in reversed(logs[False] if isinstance(node, BackwardCFunction) else ()):
             if no <= n: break
             if no == n+1: first = k
         return next((k for no,k in reversed(logs[True]) if no <= n), key) if first is None else first

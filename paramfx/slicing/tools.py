@@ -34,7 +34,8 @@ from .layers import Sliced
 from ..core.state import add_report, root_module
 
 # %% ../../nbs/slicing/09_tools.ipynb #fe4457e6
-def _as_dls(dl): return dl if hasattr(dl, 'loaders') else SimpleNamespace(loaders=[dl]) # for `rng_guard`
+def _as_dls(dl): # for `rng_guard`
+    return dl if hasattr(dl, 'loaders') else SimpleNamespace(loaders=[dl])
 
 def bar(
     it, # Something to go through
@@ -42,7 +43,8 @@ def bar(
     **kwargs # As for `progress_bar`
 ):
     "The same, with a progress bar that vanishes"
-    return progress_bar(it, leave=False, **kwargs) if learn is None or hasattr(learn, 'progress') else it
+    return (progress_bar(it, leave=False, **kwargs) if learn is None
+        or hasattr(learn, 'progress') else it)
 
 def _keys(plan, rates, ready=True):
     "Keys of the slices asked for, all of them with statistics"
@@ -65,12 +67,18 @@ def recalibrate(
     model = root_module(learn.model if own else learn)
     plan,dls = slice_plan(model),learn.dls if own and dls is None else dls
     keys = _keys(plan, rates, False)
-    if dls is None: raise ValueError("recalibrate: a model alone has no data. Pass dls=, as in `recalibrate(model, dls=dls)`.")
-    if not isinstance(n_batches, Integral) or isinstance(n_batches, bool) or n_batches < 1: raise ValueError(f"n_batches={n_batches!r}: give a whole number, at least one batch.")
-    if not sliced_norms(model): raise ValueError(f"{type(model).__name__}: it has no batch norm with running statistics, so there is nothing to recalibrate. Leave the call out.")
+    if dls is None:
+        raise ValueError("recalibrate: a model alone has no data. Pass dls=, as in `recalibrate(model, "
+            "dls=dls)`.")
+    if not isinstance(n_batches, Integral) or isinstance(n_batches, bool) or n_batches < 1:
+        raise ValueError(f"n_batches={n_batches!r}: give a whole number, at least one batch.")
+    if not sliced_norms(model):
+        raise ValueError(f"{type(model).__name__}: it has no batch norm with running statistics, so "
+            "there is nothing to recalibrate. Leave the call out.")
     dl = dls.train if hasattr(dls, 'loaders') else dls
     with rng_guard(_as_dls(dls)):
-        seen = bar(read_batches(dls, dl, model, n_batches), learn if own else None, total=min(n_batches, len(dl)))
+        seen = bar(read_batches(dls, dl, model, n_batches), learn if own else None,
+            total=min(n_batches, len(dl)))
         n = measure_norms(model, keys, (xb for xb,_ in seen))
     return add_report(learn, 'recalibrate', [dict(rate=k, batches=n) for k in keys]) if own else learn
 
@@ -89,7 +97,8 @@ class _Seen:
 
 def _predict(learn, model, xb):
     pred = model(*xb)
-    if any(isinstance(c, RNNCallback) for c in learn.cbs): pred = pred[0][-1] if isinstance(pred[0], (list, tuple)) else pred[0]
+    if any(isinstance(c, RNNCallback) for c in learn.cbs):
+        pred = pred[0][-1] if isinstance(pred[0], (list, tuple)) else pred[0]
     return pred.float() if hasattr(learn, 'mixed_precision') else pred
 
 def score(
@@ -127,7 +136,9 @@ def validate_rates(
             with plan.at(k):
                 vals = score(learn, model, read_batches(learn.dls, dl, model), metrics)
                 macs = count_macs(model, x)[1]
-            rows.append(dict(rate=k, valid_loss=vals[0]) | dict(zip([m.name for m in metrics[1:]], vals[1:])) | dict(params=count(plan.keys[k]), macs=macs))
+            rows.append(dict(rate=k, valid_loss=vals[0])
+                | dict(zip([m.name for m in metrics[1:]], vals[1:]))
+                | dict(params=count(plan.keys[k]), macs=macs))
     return Table(rows, note='multiply-adds of one item')
 
 # %% ../../nbs/slicing/09_tools.ipynb #54f23439
@@ -138,16 +149,20 @@ class SliceParams:
     ):
         self.plan = slice_plan(model)
         self.part = next(m for m in model.modules() if m.__dict__.get('_slicing') is self.plan)
-        self.full = {id(p): p.numel() for m in model.modules() for n,p in m._parameters.items() if p is not None and n not in self._extra(m)}
+        self.full = {id(p): p.numel() for m in model.modules() for n,p in m._parameters.items()
+            if p is not None and n not in self._extra(m)}
 
-    def _extra(self, m): return {f'{n}_{p.no}' for p in m._parts.values() for n in type(m).names[0]} if isinstance(m, Sliced) else ()
+    def _extra(self, m):
+        return ({f'{n}_{p.no}' for p in m._parts.values() for n in type(m).names[0]}
+            if isinstance(m, Sliced) else ())
 
     def left(self, counts) -> dict:
         "{id of a parameter: elements that stay}, of those that get smaller"
         res = {}
         for (n,t),idx in self.plan.cut(counts).indices().items():
             p = self.part.get_submodule(n)._parameters.get(t)
-            if p is not None: res[id(p)] = prod({**dict(enumerate(p.shape)), **{d: len(i) for d,i in idx}}.values())
+            if p is not None:
+                res[id(p)] = prod({**dict(enumerate(p.shape)), **{d: len(i) for d,i in idx}}.values())
         return res
 
     def __call__(self,
@@ -175,12 +190,16 @@ def pick_rate(
     "The widest slice that fits a budget"
     if by not in COSTS: raise ValueError(f"by={by!r}: choose one of {', '.join(COSTS)}.")
     col = COSTS[by]
-    if not table or any(r.get(col) is None for r in table): raise ValueError(f"The table has no {col}. Make it with `learn.slice_report()`, or `slice_report(model, x)`.")
-    if not isinstance(budget, Real) or not budget > 0: raise ValueError(f"budget={budget!r}: give a positive number.")
+    if not table or any(r.get(col) is None for r in table):
+        raise ValueError(f"The table has no {col}. Make it with `learn.slice_report()`, or "
+            "`slice_report(model, x)`.")
+    if not isinstance(budget, Real) or not budget > 0:
+        raise ValueError(f"budget={budget!r}: give a positive number.")
     fits = [r for r in table if r[col] <= budget]
     if not fits:
         low = min(table, key=lambda r: r[col])
-        raise ValueError(f"budget={budget:g}: the cheapest slice, {low['rate']}, needs {col} {low[col]:,}. Give at least that, or prepare a lower rate.")
+        raise ValueError(f"budget={budget:g}: the cheapest slice, {low['rate']}, needs {col} "
+            f"{low[col]:,}. Give at least that, or prepare a lower rate.")
     named = any(isinstance(r['rate'], str) for r in fits) # names say nothing about width
     return max(fits, key=lambda r: r.get('macs', 0) if named else r['rate'])['rate']
 
@@ -188,7 +207,10 @@ def pick_rate(
 class SliceReport(Table):
     "A row per slice: what it costs"
     rule = '--:'
-    def shown(self): return [{k: f'{v:.3g} ms' if k == 'latency_ms' else human(v, 'B' if k in ('peak_memory', 'bytes') else '') if k != 'rate' else v for k,v in r.items()} for r in self]
+    def shown(self):
+        return [{k: f'{v:.3g} ms' if k == 'latency_ms'
+            else human(v, 'B' if k in ('peak_memory', 'bytes') else '') if k != 'rate' else v
+            for k,v in r.items()} for r in self]
     @delegates(pick_rate, but='table')
     def pick_rate(self, budget, **kwargs): return pick_rate(self, budget, **kwargs)
 
@@ -218,12 +240,15 @@ def slice_report(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # what it costs does not depend on what it was trained for
             net = materialize(model, sample, rate=k, dead=False)
-        rows.append(dict(rate=k, params=n_params(net)[0], macs=count_macs(net, sample)[1], latency_ms=None, peak_memory=peak_memory(net, sample), bytes=file_bytes(net)))
+        rows.append(dict(rate=k, params=n_params(net)[0], macs=count_macs(net, sample)[1],
+            latency_ms=None, peak_memory=peak_memory(net, sample), bytes=file_bytes(net)))
     times = _latencies(model, plan, keys, sample, repeats)
-    return SliceReport([r | dict(latency_ms=times[r['rate']]) for r in rows], note='latency of the sliced network, all else of the materialized one')
+    return SliceReport([r | dict(latency_ms=times[r['rate']]) for r in rows],
+        note='latency of the sliced network, all else of the materialized one')
 
 @patch
 @delegates(slice_report, but='model')
 def slice_report(self:Learner, rates=None, sample=None, **kwargs) -> SliceReport:
     "What each slice costs, for one item of the Learner's data"
-    return slice_report(self.model, sample_batch(self.dls) if sample is None else sample, rates=rates, **kwargs)
+    return slice_report(self.model, sample_batch(self.dls) if sample is None else sample, rates=rates,
+        **kwargs)

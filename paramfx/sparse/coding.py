@@ -34,7 +34,8 @@ def plan_code(
     gaps,live = _gaps(mask),int(np.count_nonzero(mask))
     if not len(gaps): return live,0,0
     near = int(log2(max(gaps.mean()*log(2), 1)))
-    sizes = {k: k*-(-len(gaps)//8) + (len(gaps)+int((gaps >> k).sum())+7)//8 for k in range(max(near-1, 0), near+2)}
+    sizes = {k: k*-(-len(gaps)//8) + (len(gaps)+int((gaps >> k).sum())+7)//8
+        for k in range(max(near-1, 0), near+2)}
     k = min(sizes, key=sizes.get)
     return live,k,sizes[k]
 
@@ -47,7 +48,8 @@ def encode_mask(
     ends = np.cumsum(gaps >> k) + np.arange(len(gaps))
     unary = np.zeros(ends[-1]+1 if len(ends) else 0, np.uint8)
     unary[ends] = 1
-    return np.concatenate([np.packbits(unary), *(np.packbits((gaps >> j & 1).astype(np.uint8)) for j in range(k))])
+    return np.concatenate([np.packbits(unary),
+        *(np.packbits((gaps >> j & 1).astype(np.uint8)) for j in range(k))])
 
 def decode_mask(
     code:np.ndarray, # Bytes
@@ -58,12 +60,16 @@ def decode_mask(
     "The way back from `encode_mask`; a code that does not fit is refused"
     n = min(live, units-live)
     plane = -(-n//8)
-    if n < 0 or len(code) < k*plane: raise ValueError(f"The code of a mask is {len(code)} bytes long, too short for {live} of {units} units.")
+    if n < 0 or len(code) < k*plane:
+        raise ValueError(f"The code of a mask is {len(code)} bytes long, too short for {live} of "
+            f"{units} units.")
     quotients,planes = np.split(code, [len(code)-k*plane])
     at = np.flatnonzero(np.unpackbits(quotients)) # ends of the unary numbers
     if len(at) != n: raise ValueError(f"The code of a mask has {len(at)} gaps, expected were {n}.")
     at = (at-np.arange(n) << k) + np.arange(n)
-    if k and n: at += np.cumsum(sum(np.unpackbits(p, count=n).astype(np.int64) << j for j,p in enumerate(planes.reshape(k, plane))))
+    if k and n:
+        at += np.cumsum(sum(np.unpackbits(p, count=n).astype(np.int64) << j
+            for j,p in enumerate(planes.reshape(k, plane))))
     if n and at[-1] >= units: raise ValueError(f"The code of a mask reaches unit {at[-1]} of {units}.")
     mask = np.full(units, n < live)
     mask[at] = n == live

@@ -25,7 +25,8 @@ from ..core.state import effects
 # %% ../../nbs/sparse/00_compute.ipynb #53ce19db
 class CSRMasked(Masked):
     "A CSR layer in the place of a `Masked` parameter; its values are all there is"
-    masks,groups,ever,pname,buf,size,bufs,places = False,None,None,'weight','weight_mask',1,['crow','col'],None
+    masks,groups,ever,pname,buf,size,bufs,places = False,None,None,'weight','weight_mask',1,['crow',
+        'col'],None
     def __init__(self,
         e:Masked, # Of a layer that can be one, see `why_not_csr`
         opt=None # Optimizer that trains it already
@@ -45,7 +46,9 @@ class CSRMasked(Masked):
         return self.module.weight.detach()
     @property
     def mask(self): return self._mask(self.module.flat)
-    def _mask(self, flat): return torch.zeros(self.units, dtype=torch.bool, device=self.param.device).index_fill_(0, flat, True).view(self.module.shape)
+    def _mask(self, flat):
+        return torch.zeros(self.units, dtype=torch.bool, device=self.param.device).index_fill_(0, flat,
+            True).view(self.module.shape)
     @property
     def full(self): return self.mask
     @property
@@ -56,7 +59,8 @@ class CSRMasked(Masked):
     def watched(self): return [self.module._buffers[k] for k in self.bufs]
     def note(self):
         super().note()
-        self.places = zlib.crc32(self.module.col.cpu().numpy().tobytes(), zlib.crc32(self.module.crow.cpu().numpy().tobytes()))
+        self.places = zlib.crc32(self.module.col.cpu().numpy().tobytes(),
+            zlib.crc32(self.module.crow.cpu().numpy().tobytes()))
     def loose(self): return 0
     def refresh(self):
         "Nothing is kept twice"
@@ -72,19 +76,23 @@ class CSRMasked(Masked):
     def unpack(self, opt=None):
         "Make an ordinary layer of it, which `opt` trains from now on"
         old,flat,shape = self.param,self.module.flat,self.module.shape
-        swap_params(opt, {old: to_dense(self.module).weight}, lambda t,*args: t.new_zeros(self.units).index_copy_(0, flat, t).view(shape))
+        swap_params(opt, {old: to_dense(self.module).weight}, lambda t,*args: t.new_zeros(
+            self.units).index_copy_(0, flat, t).view(shape))
 
     def plain_state(self, state_dict):
         "With the dense weight in place of what it holds"
         key = param_name(self.layer, 'values')
-        return {param_name(self.layer, 'weight') if k == key else k: self.weight if k == key else v for k,v in state_dict.items()}
+        return {param_name(self.layer, 'weight') if k == key else k: self.weight if k == key else v
+            for k,v in state_dict.items()}
 
     def clean_(self, opt):
         "Fit optimizer state that a file brought for other values, or for a masked layer"
         for k,t in opt_state(opt, self.param).items():
             if not torch.is_tensor(t) or not t.ndim or t.shape == self.param.shape: continue
             if t.shape == self.module.shape: t.data = t.reshape(-1)[self.module.flat]
-            else: t.data = self.param.detach().clone() if k == 'slow_weights' else torch.zeros_like(self.param)
+            else:
+                t.data = (self.param.detach().clone() if k == 'slow_weights'
+                    else torch.zeros_like(self.param))
 
     def move_(self, dropped, grown, values=None, opt=None, only=None):
         "Drop and grow these positions; state follows its values"
@@ -95,24 +103,30 @@ class CSRMasked(Masked):
         def moved(t, new): return torch.cat([t[keep], new])[order]
         zeros = self.param.new_zeros(len(grown))
         for t in states: t.data = moved(t, zeros.to(t.dtype))
-        self.module.place_(flat, moved(self.param.detach(), zeros if values is None else values.reshape(-1)[grown]))
+        self.module.place_(flat, moved(self.param.detach(),
+            zeros if values is None else values.reshape(-1)[grown]))
         self.note()
 
     def dense_grad(self):
         t,self.module.tapped = self.module.tapped,None
         if not torch.is_tensor(t): return self.weight
-        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(t)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(t)
         return t
 
     def find(self, state_dict, prefix=''):
-        crow,col,mask = (state_dict.get(prefix+param_name(self.layer, k)) for k in ('crow', 'col', self.buf))
-        return mask if crow is None or col is None else self._mask(csr_flat(crow, col, self.module.size[1]).to(self.param.device))
+        crow,col,mask = (state_dict.get(prefix+param_name(self.layer, k))
+            for k in ('crow', 'col', self.buf))
+        return (mask if crow is None or col is None
+            else self._mask(csr_flat(crow, col, self.module.size[1]).to(self.param.device)))
 
     def sync(self):
         for k in self.bufs: torch.distributed.broadcast(self.module._buffers[k], 0)
         vars(self.module).pop('_index', None)
 
-    def follow(self): raise ValueError(f"{self.name}: explored=True keeps a table of all weights. Use compute='dense'.")
+    def follow(self):
+        raise ValueError(f"{self.name}: explored=True keeps a table of all weights. Use "
+            "compute='dense'.")
 
 # %% ../../nbs/sparse/00_compute.ipynb #b6c8ca45
 COMPUTE = ('dense','csr','auto')
@@ -125,19 +139,23 @@ def _no_kernels(model, learn):
     "Why no layer at all can be sparse here"
     kind = _device(model, learn)
     if kind != 'cpu': return f'sparse kernels win on the CPU only, and this trains on {kind}'
-    return '' if torch.backends.mkl.is_available() else 'this build of torch has no sparse kernels (MKL)'
+    return ('' if torch.backends.mkl.is_available()
+        else 'this build of torch has no sparse kernels (MKL)')
 
 def _why_dense(model, name, named):
     "Why this layer cannot be sparse, or is not to be"
     layer,mod = name.rpartition('.')[0],model.get_submodule(name.rpartition('.')[0])
     if named is not None and layer not in named: return 'not in compute='
-    owners = [n for n,p in model.named_parameters(remove_duplicate=False) if p is getattr(mod, 'weight', None) and n != name]
+    owners = [n for n,p in model.named_parameters(remove_duplicate=False)
+        if p is getattr(mod, 'weight', None) and n != name]
     return f'shared with {owners[0]}' if owners else why_not_csr(mod)
 
 def _items(model, learn, names):
     "Rows that each layer sees of a training batch"
     seen = {}
-    def note(n): return lambda m,x,out: seen.update({n: out.numel()//(m.out_features if isinstance(m, nn.Linear) else m.out_channels)})
+    def note(n):
+        return lambda m,x,out: seen.update(
+            {n: out.numel()//(m.out_features if isinstance(m, nn.Linear) else m.out_channels)})
     hooks = [model.get_submodule(n).register_forward_hook(note(n)) for n in names]
     try:
         with still(model): model(*model_inputs(model, sample_batch(learn.dls)))
@@ -147,13 +165,16 @@ def _items(model, learn, names):
 
 def _try(model, rows, learn):
     "Time each of these layers, or guess"
-    items = {} if getattr(learn, 'dls', None) is None else _items(model, learn, [r['layer'].rpartition('.')[0] for r in rows])
+    items = ({} if getattr(learn, 'dls', None) is None
+        else _items(model, learn, [r['layer'].rpartition('.')[0] for r in rows]))
     for r in rows:
         n,live = r['layer'].rpartition('.')[0],r.get('end', r['live'])
         w = model.get_submodule(n).weight
         r['csr_time'] = time_csr(*w.shape[:2], live, items[n], w.dtype) if n in items else None
         fast = r['csr_time'] < 1 if n in items else live <= .15*r['units'] and r['units'] >= 2**14
-        if not fast: r.update(compute='dense', note='dense is faster' if n in items else 'dense is probably faster')
+        if not fast:
+            r.update(compute='dense', note='dense is faster' if n in items
+                else 'dense is probably faster')
 
 def plan_csr(
     model:nn.Module, # Network
@@ -162,17 +183,23 @@ def plan_csr(
     learn=None # Learner with the device and the batch size
 ): # `table`
     "Which of the masked layers become sparse, and why others do not; raises where none of them can"
-    rows,named = [r for r in table if 'live' in r],None if isinstance(compute, str) else match_layers(model, compute)
+    rows,named = ([r for r in table if 'live' in r],
+        None if isinstance(compute, str) else match_layers(model, compute))
     lost = sorted((named or set()) - {r['layer'].rpartition('.')[0] for r in rows})
-    if lost: raise ValueError(f"compute=: {lost[0]} is not masked, so it cannot be sparse. Take it out of the list, or mask it.")
+    if lost:
+        raise ValueError(f"compute=: {lost[0]} is not masked, so it cannot be sparse. Take it out of "
+            "the list, or mask it.")
     here = _no_kernels(model, learn)
     for r in rows:
         why = _why_dense(model, r['layer'], named)
-        if why and why != 'not in compute=' and named is not None: raise ValueError(f"compute=: {r['layer']} cannot be sparse ({why}). Take it out of the list.")
+        if why and why != 'not in compute=' and named is not None:
+            raise ValueError(
+                f"compute=: {r['layer']} cannot be sparse ({why}). Take it out of the list.")
         r.update(compute='dense' if why or here else 'csr', note=why or here)
     take = [r for r in rows if r['compute'] == 'csr']
     if not take and not here and compute == 'csr': raise ValueError(
-        "compute='csr': none of the masked layers can be sparse: " + '; '.join(f"{r['layer']} ({r['note']})" for r in rows) + ". Use compute='dense'.")
+        "compute='csr': none of the masked layers can be sparse: "
+        + '; '.join(f"{r['layer']} ({r['note']})" for r in rows) + ". Use compute='dense'.")
     if compute == 'auto' and take: _try(model, take, learn)
     return table
 
@@ -183,7 +210,8 @@ def use_csr(
     opt=None # Optimizer that trains them already
 ): # `state`
     "Put CSR layers in the place of masked ones"
-    state.holder = MaskStore([CSRMasked(e, opt) if e.layer in layers else e for e in state.holder.items])
+    state.holder = MaskStore([CSRMasked(e, opt) if e.layer in layers else e
+        for e in state.holder.items])
     return state
 
 class Compute:
@@ -194,25 +222,31 @@ class Compute:
             f"compute={self.compute!r}: choose one of {', '.join(COMPUTE)}, or give a list of layers.")
         if self.compute == 'dense': return
         for k,ok in dict(granularity='weight', state='zero', explored=False).items():
-            if getattr(self, k) != ok: raise ValueError(f"{k}={getattr(self, k)!r}: compute={self.compute!r} keeps nothing but live weights. Use {k}={ok!r}, or compute='dense'.")
+            if getattr(self, k) != ok:
+                raise ValueError(f"{k}={getattr(self, k)!r}: compute={self.compute!r} keeps nothing "
+                    f"but live weights. Use {k}={ok!r}, or compute='dense'.")
         if self.how is not None and (self.how.dense_state or self.how.writes): raise ValueError(
-            f"method={self.method!r} needs what is dead, and compute={self.compute!r} keeps nothing but live weights. Use another method, or compute='dense'.")
+            f"method={self.method!r} needs what is dead, and compute={self.compute!r} keeps nothing "
+            "but live weights. Use another method, or compute='dense'.")
 
     def in_force(self, model):
         "The plan that was carried out, where sparse layers stand in the place of those that were planned"
         st = effects(model).get(self.name)
         return Table(st.report, note=st.report.note) if st is not None and st.holder.sparse else None
 
-    def with_compute(self, model, table, learn): return table if self.compute == 'dense' else plan_csr(model, table, self.compute, learn)
+    def with_compute(self, model, table, learn):
+        return table if self.compute == 'dense' else plan_csr(model, table, self.compute, learn)
 
     def on_start(self, learn):
         moves = self.how is not None and (self.how.shrinks or not self.how.within(self))
         if moves and self.store.sparse and isinstance(learn.model, nn.parallel.DistributedDataParallel): raise ValueError(
-            f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is fixed. Use across_layers=False, or compute='dense'.")
+            f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is "
+            "fixed. Use across_layers=False, or compute='dense'.")
         super().on_start(learn)
 
     def before_batch(self):
         "Ask for dense gradients where the step to come goes by them"
         if self.how is None or not self.how.by_grads or not self.store.sparse: return
         on = 'auto' in self.__dict__ and not finding_lr(self.learn) and self.due()
-        for e in self.store.sparse: e.module.tapped = None if not on else False if e.module.tapped is None else e.module.tapped
+        for e in self.store.sparse:
+            e.module.tapped = None if not on else False if e.module.tapped is None else e.module.tapped

@@ -18,8 +18,11 @@ from ..core.runs import atomic_path
 
 # %% ../../nbs/sparse/12_container.ipynb #6a911bb1
 DTYPES = {'F64': torch.float64, 'I64': torch.int64, 'C64': torch.complex64, 'F32': torch.float32, 'I32': torch.int32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I16': torch.int16,
-          'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool} # wide ones first: readers want values aligned
-_FORMAT,_HEAD,_NONE = 1,4096,b'0'*16 # version; no header of ours is longer; digits of the checksum before it is known
+          # wide ones first: readers want values aligned
+          'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2, 'I8': torch.int8,
+          'U8': torch.uint8, 'BOOL': torch.bool}
+# version; no header of ours is longer; digits of the checksum before it is known
+_FORMAT,_HEAD,_NONE = 1,4096,b'0'*16
 _MAGIC = re.compile(rb'\{"__metadata__":\{"paramfx_sparse":"(\d{1,6}) ([\w.+-]{1,40}) ([0-9a-f]{16})"')
 
 def _header(regions):
@@ -43,7 +46,9 @@ def write_sealed(
         for name,_,n,pieces in regions:
             start = f.tell()
             for b in pieces(): put(b)
-            if f.tell()-start != n: raise RuntimeError(f"{name}: {f.tell()-start} bytes, {n} were announced. Do not train while the network is being saved.")
+            if f.tell()-start != n:
+                raise RuntimeError(f"{name}: {f.tell()-start} bytes, {n} were announced. Do not train "
+                    "while the network is being saved.")
         f.seek(_MAGIC.match(head, 8).start(3))
         f.write(h.hexdigest().encode())
     return Path(file)
@@ -59,9 +64,12 @@ def refusal(file, what:str, do:str=_AGAIN) -> ValueError:
     return ValueError(f"{file}: {what}. {do}.")
 
 def _foreign(file, head):
-    if head[:4] == b'PK\3\4': return refusal(file, 'a file of torch, not of `save_sparse`', 'Load it with `learn.load`, or `torch.load` and `model.load_state_dict`')
+    if head[:4] == b'PK\3\4':
+        return refusal(file, 'a file of torch, not of `save_sparse`',
+            'Load it with `learn.load`, or `torch.load` and `model.load_state_dict`')
     if len(head) > 60 and head[8:9] == b'{' and b'"paramfx_sparse"' not in head: return refusal(file,
-        'a safetensors file, but not one of `save_sparse`', 'Load it with `learn.load`, or `safetensors.torch.load_file` and `model.load_state_dict`')
+        'a safetensors file, but not one of `save_sparse`', 'Load it with `learn.load`, or '
+        '`safetensors.torch.load_file` and `model.load_state_dict`')
     return refusal(file, 'not a file of `save_sparse`, or damaged at its beginning')
 
 def _checked(f, file):
@@ -73,7 +81,8 @@ def _checked(f, file):
                                            f'Install paramfx {m[2].decode()}, or a later one')
     h = hashlib.blake2b(head[:m.start(3)] + _NONE + head[m.end(3):], digest_size=8)
     while piece := f.read(1 << 18): h.update(piece)
-    if h.hexdigest().encode() != m[3]: raise refusal(file, 'its checksum does not match: it was cut off or altered')
+    if h.hexdigest().encode() != m[3]:
+        raise refusal(file, 'its checksum does not match: it was cut off or altered')
     n = int.from_bytes(head[:8], 'little')
     if n > len(head)-8: raise refusal(file, f'a header of {n} bytes, where none has more than {_HEAD}')
     return head[8:8+n]
@@ -88,7 +97,9 @@ def are_sizes(o) -> bool:
 
 def _entry_ok(name, e, at):
     kind = name.rpartition('.')[2] if name.startswith('values.') else 'U8'
-    if kind not in DTYPES or not isinstance(e, dict) or e.get('dtype') != kind or not are_sizes(e.get('shape')) or not are_sizes(e.get('data_offsets')): return False
+    if (kind not in DTYPES or not isinstance(e, dict) or e.get('dtype') != kind
+        or not are_sizes(e.get('shape')) or not are_sizes(e.get('data_offsets'))):
+        return False
     return len(e['shape']) == 1 and e['data_offsets'] == [at, at+e['shape'][0]*DTYPES[kind].itemsize]
 
 class SealedFile:
@@ -102,10 +113,12 @@ class SealedFile:
         entries,at = _json(file, head),8+len(head)
         for name,e in entries.items():
             if name == '__metadata__': continue
-            if not _entry_ok(name, e, at-8-len(head)): raise refusal(file, f'its header is wrong about {name!r}')
+            if not _entry_ok(name, e, at-8-len(head)):
+                raise refusal(file, f'its header is wrong about {name!r}')
             n = e['data_offsets'][1]-e['data_offsets'][0]
             self.regions[name],at = (at, n),at+n
-        if at != f.seek(0, 2): raise refusal(file, f'its header speaks of {at} bytes, and it has {f.tell()}')
+        if at != f.seek(0, 2):
+            raise refusal(file, f'its header speaks of {at} bytes, and it has {f.tell()}')
 
     def read(self, at:int, n:int) -> bytearray:
         "`n` bytes from `at`"
@@ -120,5 +133,7 @@ class SealedFile:
         z = zlib.decompressobj()
         try: data = z.decompress(self.read(at, min(n, most)), most)
         except zlib.error: raise refusal(self.file, f'its {name} cannot be unpacked') from None
-        if n > most or not z.eof: raise refusal(self.file, f'its {name} has more than {most} bytes, or no end', 'It is of another network, or damaged: build the network of the saved run')
+        if n > most or not z.eof:
+            raise refusal(self.file, f'its {name} has more than {most} bytes, or no end',
+                'It is of another network, or damaged: build the network of the saved run')
         return _json(self.file, data)

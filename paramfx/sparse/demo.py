@@ -60,12 +60,14 @@ def _tied90(new, fit):
 def _filters(new, fit):
     "Half of the filters of each convolution, chosen while training; then cut out"
     learn = fit(new(), cbs=DynamicSparse(.5, granularity='filter', include=CONVS, across_layers=False,
-        period=12, n_realloc=2, threshold=.02, grow_init='random', stop_pct=.6)) # a filter that grows from zero seldom comes alive behind a ReLU, so few move, and early
+        # a filter that grows from zero seldom comes alive behind a ReLU, so few move, and early
+        period=12, n_realloc=2, threshold=.02, grow_init='random', stop_pct=.6))
     return learn.materialize()
 
 def wide_mlp() -> nn.Sequential:
     "A network of matrices that are large enough for sparse products to pay, 1,126,410 parameters"
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
+        nn.Linear(1024, 10))
 
 @demo_row('mlp')
 def _mlp(new, fit): return fit(new(wide_mlp))
@@ -84,10 +86,15 @@ def sparse_pictures(name, learn):
     sp = held.get('dynamic_sparse') or held.get('iterative_prune')
     if not sp or not sp.history: return
     tr,(last,mask) = sp.traces,max(sp.masks.items(), key=lambda o: o[1].numel())
-    if any(max(v)-min(v) > 1e-3 for v in tr['sparsity'].values()): yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')
-    if 'threshold' in tr: yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax, xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log_y=True)
+    if any(max(v)-min(v) > 1e-3 for v in tr['sparsity'].values()):
+        yield 'sparsity', lambda ax: plot_traces(tr['sparsity'], x=tr['step'], ax=ax,
+            xlabel='optimizer step', ylabel='sparsity', title=f'{name}: sparsity per layer')
+    if 'threshold' in tr:
+        yield 'threshold', lambda ax: plot_traces({'threshold': tr['threshold']}, x=tr['step'], ax=ax,
+            xlabel='optimizer step', ylabel='threshold', title=f'{name}: threshold', log_y=True)
     yield 'mask', lambda ax: plot_mask(mask, ax=ax, title=f'{name}: live weights of {last}')
-    yield 'shares', lambda ax: plot_shares(*live_counts(sp), ax=ax, title=f'{name}: share of the live weights per layer')
+    yield 'shares', lambda ax: plot_shares(*live_counts(sp), ax=ax,
+        title=f'{name}: share of the live weights per layer')
     if 'mask_recorder' not in learn.__dict__: return
     for stem,draw in learn.mask_recorder.pictures():
         if stem in _SEEN: yield stem, partial(draw, title=f'{name}: {_SEEN[stem]}')
@@ -102,6 +109,7 @@ def sparse_counts(net, row):
     if 'itop' in words: return {} # its source does not tell which layers are masked
     erk = 'erk' in words
     # RigL's authors mask shortcuts, too, and with ERK the first convolution as well
-    where = dict(include='*' if erk else None) if 'rigl' in words else dict(exclude=PUBLISHED_DENSE.get(words[0]))
+    where = (dict(include='*' if erk else None) if 'rigl' in words
+        else dict(exclude=PUBLISHED_DENSE.get(words[0])))
     plan = plan_masks(net, float(sparsity), distribution='erk' if erk else 'uniform', **where)
     return dict(params=n - sum(r['units']-r['live'] for r in plan if 'live' in r))

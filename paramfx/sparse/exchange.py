@@ -30,7 +30,8 @@ def has_momentum(
 ) -> bool:
     "Will `opt` keep a running mean of gradients?"
     while hasattr(opt, 'opt'): opt = opt.opt # `OptimWrapper`, `Lookahead`
-    if isinstance(opt, torch.optim.Optimizer): return any('betas' in g or g.get('momentum', 0) > 0 for g in opt.param_groups)
+    if isinstance(opt, torch.optim.Optimizer):
+        return any('betas' in g or g.get('momentum', 0) > 0 for g in opt.param_groups)
     return any(getattr(getattr(c, 'func', c), '__name__', '') == 'average_grad' for c in opt.cbs)
 
 def momentum_of(
@@ -39,7 +40,8 @@ def momentum_of(
 ) -> torch.Tensor: # Of the parameter's shape; None before the first step, or without momentum
     "Running mean of the gradient; Adam's is divided by the root of its mean square"
     st = opt_state(opt, p)
-    m,v = (next((st[k] for k in ks if torch.is_tensor(st.get(k))), None) for ks in (('grad_avg','momentum_buffer','exp_avg'), ('sqr_avg','exp_avg_sq')))
+    m,v = (next((st[k] for k in ks if torch.is_tensor(st.get(k))), None)
+        for ks in (('grad_avg','momentum_buffer','exp_avg'), ('sqr_avg','exp_avg_sq')))
     return m if m is None or v is None else m/(v.sqrt()+1e-8)
 
 # %% ../../nbs/sparse/03_exchange.ipynb #358a0ce0
@@ -65,7 +67,9 @@ class LiveList:
     def add_(self, t, noise):
         "Add a number per live weight to `t`, which has the weight's shape, in place"
         if t.is_contiguous(): t.view(-1).index_add_(0, self.idx, noise)
-        else: t.add_(torch.zeros(t.numel(), dtype=t.dtype, device=t.device).index_copy_(0, self.idx, noise).view(t.shape))
+        else:
+            t.add_(torch.zeros(t.numel(), dtype=t.dtype, device=t.device).index_copy_(0, self.idx,
+                noise).view(t.shape))
 
     def changed(self, drop) -> torch.Tensor:
         "Flat positions of the weights that `drop(weights, signs, live)` takes"
@@ -80,7 +84,8 @@ class LiveList:
             self.idx = self.e.mask.flatten().nonzero().flatten()
             return self.note()
         self.sign = self.new_sign
-        if len(grown): self.idx[self.gone],self.sign[self.gone] = grown,self._signs(self._flat()[grown], grown)
+        if len(grown):
+            self.idx[self.gone],self.sign[self.gone] = grown,self._signs(self._flat()[grown], grown)
 
 # %% ../../nbs/sparse/03_exchange.ipynb #787c0d25
 def _every(learn) -> int: return max(1, steps_per_epoch(learn)//5)
@@ -98,21 +103,34 @@ class Exchange(Compute, MaskedEffect):
     def check_settings(self, methods):
         "Raise where a setting, or two of them together, make no sense"
         check_options(self.granularity, self.distribution, self.init_mask)
-        for k,v in (self.sparsity.items() if isinstance(self.sparsity, dict) else [('sparsity', self.sparsity)]): check_sparsity(v, k)
+        for k,v in (self.sparsity.items() if isinstance(self.sparsity, dict)
+            else [('sparsity', self.sparsity)]):
+            check_sparsity(v, k)
         check_sparsity(self.start_sparsity, 'start_sparsity')
-        for k,ok in dict(method=methods, grow_init=('zero','random'), state=('zero','keep'), noise=('grad','weight'), sign=('first_step','random')).items():
-            if getattr(self, k) not in ok: raise ValueError(f"{k}={getattr(self, k)!r}: choose one of {', '.join(ok)}.")
-        check_sched('drop_frac', self.drop_frac, lambda f: 0 <= f < 1 and self.drop_frac != 0, "give a share of the live units in (0, 1), or a schedule of such shares")
-        check_sched('period', self.period, lambda n: n >= 1 and (n == int(n) or callable(self.period)), "give at least 1 optimizer step, as a whole number")
+        for k,ok in dict(method=methods, grow_init=('zero','random'), state=('zero','keep'),
+            noise=('grad','weight'), sign=('first_step','random')).items():
+            if getattr(self, k) not in ok:
+                raise ValueError(f"{k}={getattr(self, k)!r}: choose one of {', '.join(ok)}.")
+        check_sched('drop_frac', self.drop_frac, lambda f: 0 <= f < 1 and self.drop_frac != 0,
+            "give a share of the live units in (0, 1), or a schedule of such shares")
+        check_sched('period', self.period, lambda n: n >= 1 and (n == int(n) or callable(self.period)),
+            "give at least 1 optimizer step, as a whole number")
         check_sched('temperature', self.temperature, lambda t: t >= 0, "give 0 or more")
         if self.two_ended and (self.method != 'set' or self.granularity != 'weight'): raise ValueError(
-            f"two_ended=True looks at the signs of weights: use method='set' and granularity='weight', not {self.method!r} and {self.granularity!r}.")
+            "two_ended=True looks at the signs of weights: use method='set' and granularity='weight', "
+            f"not {self.method!r} and {self.granularity!r}.")
         for k in ('n_realloc', 'threshold', 'tol', 'stop_pct'):
-            if not isinstance(getattr(self, k), Real) or not getattr(self, k) > 0: raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
-        if self.group_lasso and not self.l1: raise ValueError("group_lasso=True needs its weight: give l1=, such as 1e-4.")
+            if not isinstance(getattr(self, k), Real) or not getattr(self, k) > 0:
+                raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
+        if self.group_lasso and not self.l1:
+            raise ValueError("group_lasso=True needs its weight: give l1=, such as 1e-4.")
         if self.n_realloc >= 1 and self.n_realloc != int(self.n_realloc): raise ValueError(
-            f"n_realloc={self.n_realloc!r}: give a share of the live units in (0, 1), or a whole number of units.")
-        if self.stop_epoch is not None and (isinstance(self.stop_epoch, bool) or not self.stop_epoch >= 0): raise ValueError(f"stop_epoch={self.stop_epoch!r}: give the first epoch without a rewire, 0 or more.")
+            f"n_realloc={self.n_realloc!r}: give a share of the live units in (0, 1), or a whole "
+            "number of units.")
+        if (self.stop_epoch is not None
+            and (isinstance(self.stop_epoch, bool) or not self.stop_epoch >= 0)):
+            raise ValueError(f"stop_epoch={self.stop_epoch!r}: give the first epoch without a rewire, "
+                "0 or more.")
         for k in ('l1', 'eta'):
             if not getattr(self, k) >= 0: raise ValueError(f"{k}={getattr(self, k)!r}: give 0 or more.")
         Clock(self.span, self.epochs)
@@ -122,9 +140,12 @@ class Exchange(Compute, MaskedEffect):
     # -- masks
     def first_masks(self) -> dict:
         "Arguments of `plan_masks` for what is masked at first"
-        kw = {k: getattr(self, k) for k in 'sparsity granularity distribution include exclude init_mask seed'.split()}
+        kw = {k: getattr(self, k) for k in 'sparsity granularity distribution include exclude '
+            'init_mask seed'.split()}
         if self.how is None or not self.how.shrinks: return kw
-        start = {k: self.start_sparsity for k in self.sparsity} if isinstance(self.sparsity, dict) else self.start_sparsity # a layer that a dict leaves out stays dense
+        # a layer that a dict leaves out stays dense
+        start = ({k: self.start_sparsity for k in self.sparsity} if isinstance(self.sparsity, dict)
+            else self.start_sparsity)
         return kw | dict(sparsity=start)
 
     def plan(self, model, learn=None):
@@ -133,35 +154,43 @@ class Exchange(Compute, MaskedEffect):
         if (held := self.in_force(model)) is not None: return held
         table = plan_masks(model, **self.first_masks() | dict(sparsity=self.sparsity))
         self._check_signs(model, table)
-        return self.with_compute(model, table if self.how is None else self.how.plan(self, model, table), learn)
+        return self.with_compute(model,
+            table if self.how is None else self.how.plan(self, model, table), learn)
 
     def _check_signs(self, model, table):
         "Raise where a method that goes by signs meets numbers that have none"
-        what = 'two_ended=True' if self.two_ended else f"method={self.method!r}" if self.how is not None and self.how.by_sign else ''
+        what = ('two_ended=True' if self.two_ended else f"method={self.method!r}"
+            if self.how is not None and self.how.by_sign else '')
         params = dict(model.named_parameters(remove_duplicate=False))
         for r in table if what else ():
             if 'live' in r and params[r['layer']].is_complex(): raise ValueError(
-                f"{r['layer']}: {what} goes by the signs of weights, and these are complex. Use method='set', or leave the layer dense (exclude={r['layer'].rpartition('.')[0]!r}).")
+                f"{r['layer']}: {what} goes by the signs of weights, and these are complex. Use "
+                f"method='set', or leave the layer dense (exclude={r['layer'].rpartition('.')[0]!r}).")
 
     def convert(self, model, learn=None):
         "Mask `model`; everything is checked first"
         table = self.plan(model, learn)
-        params = dict(model.named_parameters(remove_duplicate=False)) # a shared tensor under each of its names
+        # a shared tensor under each of its names
+        params = dict(model.named_parameters(remove_duplicate=False))
         frozen = [r['layer'] for r in table if 'live' in r and not params[r['layer']].requires_grad]
         if frozen and self.init_mask == 'random' and any(r.get('sparsity') for r in table): warn(
             f"DynamicSparse: {len(frozen)} frozen parameters ({frozen[0]}, ...) are masked at random, which ruins pretrained weights. "
             "Use init_mask='magnitude', or exclude them.")
         squares = lambda ns: sum(float(params[n].detach().double().square().sum()) for n in ns)
-        names = [r['layer'] for r in table if 'live' in r] if learn is not None and not frozen and has_trained(learn) else []
+        names = ([r['layer'] for r in table if 'live' in r] if learn is not None and not frozen
+            and has_trained(learn) else [])
         before = squares(names)
         st = mask_state(model, self.settings, Clock(self.span, self.epochs), **self.first_masks())
         lost = told_loss(1-squares(names)/before if before else 0., "Masks act at once: " + (
-            "init_mask='magnitude' keeps the largest weights, and " if self.init_mask == 'random' else '') + "`learn.prune` takes weights out step by step.")
+            "init_mask='magnitude' keeps the largest weights, and " if self.init_mask == 'random'
+            else '') + "`learn.prune` takes weights out step by step.")
         if lost: warn(f"DynamicSparse: {lost}")
-        use_csr(st, [r['layer'].rpartition('.')[0] for r in table if r.get('compute') == 'csr'], getattr(learn, 'opt', None))
+        use_csr(st, [r['layer'].rpartition('.')[0] for r in table if r.get('compute') == 'csr'],
+            getattr(learn, 'opt', None))
         st.report,store = table,st.holder
         if self.how is not None and self.how.shrinks:
-            store.allow([range(1, e.units+1) for e in store.items], range(sum(r.get('end', 0) for r in table), store.live+1))
+            store.allow([range(1, e.units+1) for e in store.items],
+                range(sum(r.get('end', 0) for r in table), store.live+1))
         if self.explored:
             for e in store.items: e.follow()
         return st
@@ -176,7 +205,8 @@ class Exchange(Compute, MaskedEffect):
             st.holder.move_(gone, [d[:0] for d in gone])
         return st
 
-    def target(self, live): return max(1, round(self.n_realloc*live)) if self.n_realloc < 1 else int(self.n_realloc)
+    def target(self, live):
+        return max(1, round(self.n_realloc*live)) if self.n_realloc < 1 else int(self.n_realloc)
 
     # -- when
     def on_start(self, learn):
@@ -192,9 +222,12 @@ class Exchange(Compute, MaskedEffect):
     def value(self, sched) -> float:
         "What a schedule says now: a step table by the epoch, whose keys may lie within one, all else by the position"
         pos = self.effect.clock.step_pos
-        return float(sched.at(pos*self._epochs + 1e-9) if isinstance(sched, SchedSteps) else sched(pos)) # 29/100*100 is 28.999...
+        # 29/100*100 is 28.999...
+        return float(sched.at(pos*self._epochs + 1e-9) if isinstance(sched, SchedSteps) else sched(pos))
 
-    def _period(self): return max(1, int(self.value(self.steps))) if self.steps is not None else self.how.period or self.auto
+    def _period(self):
+        return (max(1, int(self.value(self.steps))) if self.steps is not None else self.how.period
+            or self.auto)
 
     @property
     def _epochs(self):
@@ -205,13 +238,15 @@ class Exchange(Compute, MaskedEffect):
     @property
     def stop(self) -> float:
         "Position from which on nothing is rewired"
-        return min(1., self.stop_pct, float('inf') if self.stop_epoch is None else self.stop_epoch/self._epochs)
+        return min(1., self.stop_pct,
+            float('inf') if self.stop_epoch is None else self.stop_epoch/self._epochs)
 
     @property
     def moving(self) -> bool:
         "Are units still being moved?"
         c = self.effect.clock
-        return self.how is not None and c.step_pos < self.stop_pct and (self.stop_epoch is None or c.span_epoch < self.stop_epoch)
+        return (self.how is not None and c.step_pos < self.stop_pct
+            and (self.stop_epoch is None or c.span_epoch < self.stop_epoch))
 
     def due(self):
         "Is a rewire due after the optimizer step that was just made?"
@@ -227,7 +262,9 @@ class Exchange(Compute, MaskedEffect):
     def on_grads(self, learn):
         "On a step of a method that goes by gradients: note them before they are masked; True: no optimizer step"
         swap = self.how is not None and self.how.by_grads and not finding_lr(learn) and self.due()
-        if swap: self.__dict__['dense'] = {e: unit_scores(e.dense_grad(), e.mask.shape) for e in self.store.items if e.trainable}
+        if swap:
+            self.__dict__['dense'] = {e: unit_scores(e.dense_grad(), e.mask.shape)
+                for e in self.store.items if e.trainable}
         loaded = self.effect.dirty # in mid-fit
         super().on_grads(learn)
         if self.how is None or finding_lr(learn): return False
@@ -236,7 +273,8 @@ class Exchange(Compute, MaskedEffect):
         return swap
 
     def on_update(self, learn):
-        if self.how is not None and not finding_lr(learn) and self.moving: self.how.after_step(self, learn)
+        if self.how is not None and not finding_lr(learn) and self.moving:
+            self.how.after_step(self, learn)
         super().on_update(learn)
 
     # -- what
@@ -251,26 +289,33 @@ class Exchange(Compute, MaskedEffect):
             gens = [generator(self.seed, 'rewire', int(v['rewires']), e.name) for e in items]
             grown = how.grow(self, items, dropped, grow, gens)
             if how.comes_back: dropped,grown = map(list, zip(*map(unmoved, dropped, grown)))
-            values = [grow_values(e, g) for e,g in zip(items, gens)] if self.grow_init == 'random' else None
-            part.move_(dropped, grown, values, None if self.state == 'keep' else opt, ('slow_weights',) if how.dense_state else None)
+            values = ([grow_values(e, g) for e,g in zip(items, gens)] if self.grow_init == 'random'
+                else None)
+            part.move_(dropped, grown, values, None if self.state == 'keep' else opt, ('slow_weights',
+                ) if how.dense_state else None)
         else: grown = dropped
         self._record(items, dropped, grown)
         how.done(self, items, grown, n_dropped, live)
         v.update(rewires=v['rewires']+1, rewired=v['rewired']+sum(map(len, grown)))
-        if how.period != 1 or self.effect.clock.steps%self.__dict__.get('auto', 1) == 0: self.store.check_ranks() # talks to all ranks
+        # talks to all ranks
+        if how.period != 1 or self.effect.clock.steps%self.__dict__.get('auto', 1) == 0:
+            self.store.check_ranks()
 
     def _choose(self, items):
         "Units to drop in each layer, how many to grow, and how many were to be dropped"
         chosen = self.how.drop(self, items)
-        dropped = [drop_in_groups(e.weight, e.mask, d, *e.groups) if e.groups else d for e,d in zip(items, chosen)]
+        dropped = [drop_in_groups(e.weight, e.mask, d, *e.groups) if e.groups else d
+            for e,d in zip(items, chosen)]
         grow = self.how.allocate(self, items, dropped)
         return self.how.settle(self, items, dropped, grow),grow,sum(map(len, chosen))
 
     def _record(self, items, dropped, grown):
         c,h,w = self.effect.clock,self.effect.history,self.__dict__.get('auto', 1)
         new = dict(step=c.steps, epoch=c.epoch, **self.how.notes(self), dropped={e.name: len(d) for e,d in zip(items, dropped)},
-            grown={e.name: len(g) for e,g in zip(items, grown)}, sparsity={e.name: 1-e.live/e.units for e in self.store.items})
-        if self.how.period == 1 and h and h[-1]['step']//w == c.steps//w: # a rewire per step: one entry for many
+            grown={e.name: len(g) for e,g in zip(items, grown)},
+            sparsity={e.name: 1-e.live/e.units for e in self.store.items})
+        # a rewire per step: one entry for many
+        if self.how.period == 1 and h and h[-1]['step']//w == c.steps//w:
             for k in ('dropped', 'grown'): new[k] = {n: m+h[-1][k].get(n, 0) for n,m in new[k].items()}
             h.pop()
         h.append(new)
@@ -279,15 +324,19 @@ class Exchange(Compute, MaskedEffect):
         "What would make room for a rewire in a fit as long as this one"
         acc,per = self.learn.__dict__.get('gradient_accumulation'),max(1, (clock.steps-1)//2)
         if 1 < clock.steps and per < self._period(): return f", or set period={per}"
-        n = len(self.learn.dls.train)*(getattr(self.learn.dls.train, 'bs', None) or 1)*self.learn.n_epoch
-        return f", or accumulate less, as with `GradientAccumulation({max(1, n//4)})`" if acc is not None and n//4 < acc.n_acc else ''
+        n = len(self.learn.dls.train)*(getattr(self.learn.dls.train, 'bs', None)
+            or 1)*self.learn.n_epoch
+        return (f", or accumulate less, as with `GradientAccumulation({max(1, n//4)})`"
+            if acc is not None and n//4 < acc.n_acc else '')
 
-    def on_fit_start(self): self.__dict__['at_start'] = self.effect.values['rewires'] if self.moving else None # after the span, all is done
+    def on_fit_start(self): # after the span, all is done
+        self.__dict__['at_start'] = self.effect.values['rewires'] if self.moving else None
     def on_fit_end(self):
         c,idle = self.effect.clock,self.effect.values['rewires'] == self.__dict__.get('at_start')
         if self.how is None: return
         if idle and self.store.live < self.store.units and any(e.trainable for e in self.store.items): warn(
-            f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period {self._period()}). Train longer{self._sooner(c)}.")
+            f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period "
+            f"{self._period()}). Train longer{self._sooner(c)}.")
         self.how.finish(self)
         for k in self._stateattrs: self.__dict__.pop(k, None)
 
@@ -297,7 +346,8 @@ class Exchange(Compute, MaskedEffect):
     def penalty(self): return self.sparse_penalty(self.l1, self.group_lasso)
     def columns(self):
         cols = {'density': self.store.density}
-        if self.how is not None: cols |= {'rewired': int(self.effect.values['rewired']), **self.how.columns(self)}
+        if self.how is not None:
+            cols |= {'rewired': int(self.effect.values['rewired']), **self.how.columns(self)}
         return cols | ({'explored': self.store.explored} if self.explored else {})
 
     @property

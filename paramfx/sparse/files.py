@@ -24,7 +24,8 @@ from ..masks.store import MaskStore, param_name
 from .container import DTYPES, SealedFile, are_sizes, packed, refusal, write_sealed
 from .sparsify import given_mask
 from ..core.state import root_module
-from .tensors import BLOCK, as_ints, as_kernels, effect_states, flat_blocks, stored_masks, stored_tensors
+from .tensors import (BLOCK, as_ints, as_kernels, effect_states, flat_blocks,
+    stored_masks, stored_tensors)
 from ..masks.units import expand_units
 
 # %% ../../nbs/sparse/14_files.ipynb #0a77e06a
@@ -37,7 +38,9 @@ class _Part:
     "A `Stored` on its way into a file, with a function that gives its mask, if it has one"
     def __init__(self, t, given=None, dtype=None, may=False):
         store_attr('t,given')
-        if t.dtype not in _KIND: raise ValueError(f"{t.name}: safetensors has no name for {t.dtype}. Convert it first, or save with `learn.save`.")
+        if t.dtype not in _KIND:
+            raise ValueError(f"{t.name}: safetensors has no name for {t.dtype}. Convert it first, or "
+                "save with `learn.save`.")
         self.kind,self.blocks,self.row = _KIND[t.dtype],[],[t.name, _KIND[t.dtype], list(t.shape)]
         self.nbytes = t.n*t.dtype.itemsize
         if given is not None or may: self._plan(dtype or t.dtype)
@@ -46,55 +49,73 @@ class _Part:
         live = self.live()
         blocks,size = [plan_code(b) for b in flat_blocks(live)],self.t.n//live.numel()
         nbytes = sum(n for n,_,_ in blocks)*size*dtype.itemsize
-        if self.given is None and nbytes+sum(b for *_,b in blocks)+40 >= self.t.n*dtype.itemsize: return # 40: its line in the index
+        # 40: its line in the index
+        if self.given is None and nbytes+sum(b for *_,b in blocks)+40 >= self.t.n*dtype.itemsize: return
         self.kind,self.blocks,self.nbytes = _KIND[dtype],blocks,nbytes
-        self.row = [self.t.name, self.kind, list(self.t.shape), [i for b in blocks for i in b]] + ([] if size == 1 else [list(live.shape)])
+        self.row = ([self.t.name, self.kind, list(self.t.shape), [i for b in blocks for i in b]]
+            + ([] if size == 1 else [list(live.shape)]))
 
-    def live(self): return as_kernels(self.t.nonzero()) if self.given is None else self.given().cpu() # made anew when asked for: it takes a byte per weight
+    def live(self): # made anew when asked for: it takes a byte per weight
+        return as_kernels(self.t.nonzero()) if self.given is None else self.given().cpu()
 
     def values(self):
         "What is kept of it, in pieces"
         live = flat_blocks(expand_units(self.live(), self.t.shape)) if self.blocks else repeat(None)
-        for p,l in zip(self.t.pieces(), live): yield (p if l is None else self._kept(p, l)).view(torch.uint8).numpy()
+        for p,l in zip(self.t.pieces(), live):
+            yield (p if l is None else self._kept(p, l)).view(torch.uint8).numpy()
 
     def _kept(self, part, live):
         old = _typed(as_ints(part)[live], part.dtype)
         if self.given is not None and int(old.count_nonzero()) != int(part.count_nonzero()): raise ValueError(
-            f"{self.t.name}: some of its weights are not 0 where the mask is False, and would be lost. Multiply the weight by its mask first.")
+            f"{self.t.name}: some of its weights are not 0 where the mask is False, and would be lost. "
+            "Multiply the weight by its mask first.")
         new = old.to(DTYPES[self.kind])
         if (new.isinf() & ~old.isinf()).any(): raise ValueError(
-            f"{self.t.name}: a weight of {float(old.abs().max()):g} is too large for {new.dtype}. Use dtype='bfloat16', or None.")
+            f"{self.t.name}: a weight of {float(old.abs().max()):g} is too large for {new.dtype}. Use "
+            "dtype='bfloat16', or None.")
         return new
 
-    def code(self): return [encode_mask(b, k) for b,(_,k,_) in zip(flat_blocks(self.live()), self.blocks)]
+    def code(self):
+        return [encode_mask(b, k) for b,(_,k,_) in zip(flat_blocks(self.live()), self.blocks)]
 
 # %% ../../nbs/sparse/14_files.ipynb #acfff9c0
 def _as_dtype(dtype):
     ok = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-    if dtype is not None and dtype not in ok and dtype not in ok.values(): raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(ok)}, or None to keep it as it is.")
+    if dtype is not None and dtype not in ok and dtype not in ok.values():
+        raise ValueError(
+            f"dtype={dtype!r}: choose one of {', '.join(ok)}, or None to keep it as it is.")
     return ok.get(dtype, dtype)
 
 def _named(model, tensors):
     "Weights by all of their names"
     by = {t.id: t for t in tensors}
-    return {t.name: t for t in tensors} | {n: by[id(p)] for n,p in model.named_parameters(remove_duplicate=False) if not by[id(p)].sparse}
+    return ({t.name: t for t in tensors}
+        | {n: by[id(p)] for n,p in model.named_parameters(remove_duplicate=False)
+        if not by[id(p)].sparse})
 
 def _given(model, tensors, masks):
     "id of a parameter -> function that gives its mask: those in force, or given ones"
-    if masks is None: return {t.id: t.mask for t in tensors if t.sparse} | {i: partial(getattr, e, 'mask') for i,e in stored_masks(model).items()}
+    if masks is None:
+        return ({t.id: t.mask for t in tensors if t.sparse}
+            | {i: partial(getattr, e, 'mask') for i,e in stored_masks(model).items()})
     params,res = _named(model, tensors),{}
     for n,m in masks.items():
-        if n not in params: raise ValueError(f"masks: {n!r} is no parameter of this {type(model).__name__}. Name them as in `model.named_parameters()`.")
+        if n not in params:
+            raise ValueError(f"masks: {n!r} is no parameter of this {type(model).__name__}. Name them "
+                "as in `model.named_parameters()`.")
         w = params[n]
-        if _KIND.get(w.dtype) not in _FLOATS: raise ValueError(f"masks: {n} is of {w.dtype}, which is stored as it is. Leave it out.")
+        if _KIND.get(w.dtype) not in _FLOATS:
+            raise ValueError(f"masks: {n} is of {w.dtype}, which is stored as it is. Leave it out.")
         if not torch.is_tensor(m) or m.dtype != torch.bool or m.ndim != len(w.shape) or any(b == 0 or a%b for a,b in zip(w.shape, m.shape)): raise ValueError(
-            f"masks: {n} needs a bool tensor of shape {w.shape}, or of its units, not {tuple(getattr(m, 'shape', ())) or type(m).__name__}.")
+            f"masks: {n} needs a bool tensor of shape {w.shape}, or of its units, not "
+            f"{tuple(getattr(m, 'shape', ())) or type(m).__name__}.")
         res[w.id] = m.cpu
     return res
 
 def _parts(model, dtype, masks):
     tensors = [*stored_tensors(model).values()]
-    params,given,dtype = {id(p) for p in model.parameters()},_given(model, tensors, masks),_as_dtype(dtype)
+    params,given,dtype = {id(p) for p in model.parameters()},_given(model, tensors,
+        masks),_as_dtype(dtype)
     may = lambda t: t.id in params and len(t.shape) > 1 and t.n > 0 and _KIND.get(t.dtype) in _FLOATS
     return [_Part(t, given.get(t.id), dtype, may(t)) for t in tensors]
 
@@ -104,7 +125,9 @@ def _regions(parts):
     res = [(f'values.{k}', k, sum(p.nbytes for p in own), lambda own=own: (v for p in own for v in p.values()))
            for k in DTYPES if (own := [p for p in parts if p.kind == k])]
     coded = [p for p in parts if p.blocks]
-    if coded: res.append(('gaps', 'U8', sum(b for p in coded for *_,b in p.blocks), lambda: (c for p in coded for c in p.code())))
+    if coded:
+        res.append(('gaps', 'U8', sum(b for p in coded for *_,b in p.blocks), lambda: (c for p in coded
+            for c in p.code())))
     return res + [('index', 'U8', len(index), lambda: [index])]
 
 # %% ../../nbs/sparse/14_files.ipynb #9262201d
@@ -128,28 +151,35 @@ class _Row:
         self.shape,self.units,self.coded = shape,units or shape,bool(code)
         self.blocks,self.n_units = list(zip(code[::3], code[1::3], code[2::3])),prod(self.units)
         if self.coded: self._check_blocks(code)
-        self.count = sum(n for n,_,_ in self.blocks)*(prod(shape)//self.n_units) if self.coded else prod(shape)
+        self.count = (sum(n for n,_,_ in self.blocks)*(prod(shape)//self.n_units) if self.coded
+            else prod(shape))
         self.nbytes,self.n_code = self.count*DTYPES[kind].itemsize,sum(b for *_,b in self.blocks)
 
     def bad(self, what, **kw): return refusal(self.src.file, f'{self.name}: {what}', **kw)
 
     def _check_blocks(self, code):
-        if self.kind not in _FLOATS or len(code) != 3*-(-self.n_units//BLOCK): raise self.bad('its code does not fit its shape')
+        if self.kind not in _FLOATS or len(code) != 3*-(-self.n_units//BLOCK):
+            raise self.bad('its code does not fit its shape')
         for i,(n,k,b) in enumerate(self.blocks):
             size = min(BLOCK, self.n_units-i*BLOCK)
             rare = min(n, size-n)
-            if rare < 0 or k > 16 or b > k*-(-rare//8) + (rare+(size >> k)+7)//8: raise self.bad(f'a mask with {n} of {size} units in {b} bytes, which cannot be')
+            if rare < 0 or k > 16 or b > k*-(-rare//8) + (rare+(size >> k)+7)//8:
+                raise self.bad(f'a mask with {n} of {size} units in {b} bytes, which cannot be')
 
     def masks(self):
         "Flat masks of the units, block by block"
         at = self.code_at
         for i,(n,k,b) in enumerate(self.blocks):
-            try: yield decode_mask(np.frombuffer(self.src.read(at, b), np.uint8), n, k, min(BLOCK, self.n_units-i*BLOCK))
+            try:
+                yield decode_mask(np.frombuffer(self.src.read(at, b), np.uint8), n, k,
+                    min(BLOCK, self.n_units-i*BLOCK))
             except ValueError as e: raise self.bad(str(e).rstrip('.')) from None
             at += b
 
     def mask(self): return torch.from_numpy(np.concatenate([*self.masks()])).view(self.units)
-    def live(self): return self.masks() if self.units == self.shape else flat_blocks(expand_units(self.mask(), self.shape))
+    def live(self):
+        return (self.masks() if self.units == self.shape
+            else flat_blocks(expand_units(self.mask(), self.shape)))
 
     def _values(self, at, n):
         raw = np.frombuffer(self.src.read(at, n*DTYPES[self.kind].itemsize), np.uint8)
@@ -165,23 +195,36 @@ class _Row:
 
 def _row_ok(r):
     "Has a line of the index the form it should have?"
-    ok = isinstance(r, list) and 3 <= len(r) <= 5 and isinstance(r[0], str) and r[1] in [*DTYPES] and all(map(are_sizes, r[2:]))
-    return ok and (len(r) < 5 or len(r[4]) == len(r[2]) and all(0 < u <= a and a%u == 0 for a,u in zip(r[2], r[4])))
+    ok = (isinstance(r, list) and 3 <= len(r) <= 5 and isinstance(r[0], str) and r[1] in [*DTYPES]
+        and all(map(are_sizes, r[2:])))
+    return (ok and (len(r) < 5 or len(r[4]) == len(r[2])
+        and all(0 < u <= a and a%u == 0 for a,u in zip(r[2], r[4]))))
 
 def _names_agree(file, theirs, mine):
     if len(set(theirs)) != len(theirs): raise refusal(file, 'a name stands in its index twice')
-    for what,odd in (('lacks', [n for n in mine if n not in theirs]), ('has', [n for n in theirs if n not in mine])):
-        if odd: raise refusal(file, f"it {what} {', '.join(odd[:3])}{', ...' if odd[3:] else ''}, {'which this model has' if what == 'lacks' else 'and this model does not'}", 'Build the network of the saved run')
+    for what,odd in (('lacks', [n for n in mine if n not in theirs]),
+        ('has', [n for n in theirs if n not in mine])):
+        if odd:
+            raise refusal(file, f"it {what} {', '.join(odd[:3])}{', ...' if odd[3:] else ''}, "
+                f"{'which this model has' if what == 'lacks' else 'and this model does not'}",
+                'Build the network of the saved run')
 
 def _fitted(src, tensors):
     "Lines of the index, each with its tensor; whatever does not agree is refused"
-    rows = src.unpack('index', 1000+sum(100+12*len(n)+44*len(t.shape)+30*(1+t.n//BLOCK) for n,t in tensors.items()))
-    if not isinstance(rows, list) or not all(map(_row_ok, rows)): raise refusal(src.file, 'its index is malformed')
+    rows = src.unpack('index', 1000+sum(100+12*len(n)+44*len(t.shape)+30*(1+t.n//BLOCK)
+        for n,t in tensors.items()))
+    if not isinstance(rows, list) or not all(map(_row_ok, rows)):
+        raise refusal(src.file, 'its index is malformed')
     _names_agree(src.file, [r[0] for r in rows], tensors)
     for n,kind,shape,*_ in rows:
         t = tensors[n]
-        if list(t.shape) != shape: raise refusal(src.file, f'{n} has shape {tuple(shape)} there and {t.shape} in this model', 'Build the network of the saved run')
-        if DTYPES[kind] != t.dtype and not (DTYPES[kind].is_floating_point and t.dtype.is_floating_point): raise refusal(src.file, f'{n} is of {DTYPES[kind]} there and of {t.dtype} in this model', 'Build the network of the saved run')
+        if list(t.shape) != shape:
+            raise refusal(src.file, f'{n} has shape {tuple(shape)} there and {t.shape} in this model',
+                'Build the network of the saved run')
+        if (DTYPES[kind] != t.dtype and not (DTYPES[kind].is_floating_point
+            and t.dtype.is_floating_point)):
+            raise refusal(src.file, f'{n} is of {DTYPES[kind]} there and of {t.dtype} in this model',
+                'Build the network of the saved run')
     return _placed(src, [_Row(src, tensors[r[0]], *r) for r in rows])
 
 def _placed(src, rows):
@@ -191,7 +234,8 @@ def _placed(src, rows):
         key = f'values.{r.kind}'
         r.at,r.code_at = at.get(key, 0),at.get('gaps', 0)
         for k,n in ((key, r.nbytes), ('gaps', r.n_code)): at[k] = at.get(k, 0)+n
-    if any(at[k] != sum(src.regions.get(k, (0, 0))) for k in at if k != 'index'): raise refusal(src.file, 'its index and its header contradict each other')
+    if any(at[k] != sum(src.regions.get(k, (0, 0))) for k in at if k != 'index'):
+        raise refusal(src.file, 'its index and its header contradict each other')
     return rows
 
 # %% ../../nbs/sparse/14_files.ipynb #aa553f69
@@ -200,7 +244,8 @@ def _mask_for(row, e):
     shape = tuple(e.mask.shape)
     if not row.coded: return torch.ones(shape, dtype=torch.bool)
     mask = row.mask()
-    return mask if mask.shape == shape else given_mask(expand_units(mask, row.t.shape), e.weight, shape, row.name)
+    return (mask if mask.shape == shape
+        else given_mask(expand_units(mask, row.t.shape), e.weight, shape, row.name))
 
 def _fits(row, e):
     "Live units of a new mask, as a tensor; shape and pattern are checked here, the budget of all masks together"
@@ -218,7 +263,8 @@ def _check_masks(rows, model):
         if r.t.id in places and r.t.id in items: fits[r.t.id] = _fits(r, items[r.t.id])
         else: deque(r.masks(), 0)
     for _,st in effect_states(model):
-        if fits and isinstance(st.holder, MaskStore): st.holder.check_budget({e.name: fits[id(e.param)] for e in st.holder.items})
+        if fits and isinstance(st.holder, MaskStore):
+            st.holder.check_budget({e.name: fits[id(e.param)] for e in st.holder.items})
     return items,places
 
 def _fill(row, e):
@@ -236,17 +282,20 @@ def load_sparse(
     with open(file, 'rb') as f:
         rows = _fitted(SealedFile(f, file), stored_tensors(root))
         try: masked,places = _check_masks(rows, root)
-        except ValueError as e: raise e if str(e).startswith(str(file)) else ValueError(f'{file}: {e}') from None
+        except ValueError as e:
+            raise e if str(e).startswith(str(file)) else ValueError(f'{file}: {e}') from None
         for r in rows:
             r.t.put(r.pieces(), keep=r.t.id not in places)
             if r.t.id in places and not r.t.sparse: _fill(r, masked[r.t.id])
     for e in masked.values(): e.refresh()
-    for _,st in effect_states(root): st.dirty = True # the optimizer has state where nothing lives any more
+    # the optimizer has state where nothing lives any more
+    for _,st in effect_states(root): st.dirty = True
     return model
 
 # %% ../../nbs/sparse/14_files.ipynb #3e96ad4a
 def _path(learn, file):
-    return learn.path/learn.model_dir/(file if Path(file).suffix == '.safetensors' else f'{file}.safetensors')
+    return learn.path/learn.model_dir/(file if Path(file).suffix == '.safetensors'
+        else f'{file}.safetensors')
 
 @patch
 def save_sparse(self:Learner,

@@ -27,7 +27,9 @@ from ..masks.units import expand_units
 # %% ../../nbs/sparse/07_load_masks.ipynb #51833f29
 def _read(file):
     "What a file holds, if that is plain data"
-    if file.is_dir(): raise IsADirectoryError(f"{file}: a folder. Name one of its files: {', '.join(sorted(p.name for p in file.iterdir())[:8]) or 'it has none'}.")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: a folder. Name one of its files: "
+            f"{', '.join(sorted(p.name for p in file.iterdir())[:8]) or 'it has none'}.")
     if not file.is_file(): raise FileNotFoundError(f"{file}: there is no such file.")
     try:
         if file.suffix == '.safetensors':
@@ -36,27 +38,39 @@ def _read(file):
         return read_torch(file)
     except MemoryError: raise
     except Exception as e: # torch raises many kinds
-        if isinstance(e, OSError) and e.errno != errno.EINVAL: raise # a file that ends early is an invalid argument to torch
-        raise ValueError(f"{file}: damaged, or not plain data, such as an exported Learner. Save with `learn.save`, or give the state dict of what you have loaded yourself.") from e
+        # a file that ends early is an invalid argument to torch
+        if isinstance(e, OSError) and e.errno != errno.EINVAL: raise
+        raise ValueError(f"{file}: damaged, or not plain data, such as an exported Learner. Save with "
+            "`learn.save`, or give the state dict of what you have loaded yourself.") from e
 
 def _state(source, model=None):
     "The state dict in a file, however wrapped, of a model, or as it is; with CSR layers as masked ones of their shapes in `model`"
-    res = root_module(source).state_dict() if isinstance(source, nn.Module) else source if isinstance(source, dict) else _read(Path(source))
+    res = (root_module(source).state_dict() if isinstance(source, nn.Module) else source
+        if isinstance(source, dict) else _read(Path(source)))
     for k in ('model', 'state', 'state_dict'):
         if isinstance(res, dict) and isinstance(res.get(k), dict): res = res[k]
-    res = {k.removeprefix('_orig_mod.'): v for k,v in res.items() if torch.is_tensor(v)} if isinstance(res, dict) else {}
-    if not res: raise ValueError(f"{_called(source)}: no weights in it. Give a file of `learn.save`, or a state dict.")
-    return _unpacked(res, {n: s for m in (model, source) if isinstance(m, nn.Module) for n,s in _shapes(root_module(m)).items()})
+    res = ({k.removeprefix('_orig_mod.'): v for k,v in res.items() if torch.is_tensor(v)}
+        if isinstance(res, dict) else {})
+    if not res:
+        raise ValueError(f"{_called(source)}: no weights in it. Give a file of `learn.save`, or a "
+            "state dict.")
+    return _unpacked(res, {n: s for m in (model, source) if isinstance(m, nn.Module)
+        for n,s in _shapes(root_module(m)).items()})
 
 def _shapes(model):
     "Name -> shape of all parameters; a CSR layer has its dense weight"
-    csr = {param_name(n, 'values'): (param_name(n, 'weight'), m.shape) for n,m in model.named_modules(remove_duplicate=False) if isinstance(m, CSR)}
-    return dict(csr.get(n, (n, tuple(p.shape))) for n,p in model.named_parameters(remove_duplicate=False))
+    csr = {param_name(n, 'values'): (param_name(n, 'weight'), m.shape)
+        for n,m in model.named_modules(remove_duplicate=False) if isinstance(m, CSR)}
+    return dict(csr.get(n, (n, tuple(p.shape)))
+        for n,p in model.named_parameters(remove_duplicate=False))
 
 def _fits(crow, col, values, shape):
     "Are these the parts of a sparse matrix of that shape?"
-    if {crow.ndim, col.ndim, values.ndim} != {1} or len(crow) != shape[0]+1 or not len(col) == len(values) == crow[-1] or crow[0] != 0: return False
-    return bool((crow.diff() >= 0).all()) and (not len(col) or 0 <= int(col.min()) <= int(col.max()) < shape[1])
+    if ({crow.ndim, col.ndim, values.ndim} != {1} or len(crow) != shape[0]+1
+        or not len(col) == len(values) == crow[-1] or crow[0] != 0):
+        return False
+    return (bool((crow.diff() >= 0).all())
+        and (not len(col) or 0 <= int(col.min()) <= int(col.max()) < shape[1]))
 
 def _unpacked(state, shapes):
     "A state dict with the weights and masks of CSR layers; they tell all but how many columns they have"
@@ -65,32 +79,43 @@ def _unpacked(state, shapes):
         parts = [state.get(pre+k) for k in ('crow', 'col', 'values')]
         if any(t is None for t in parts): continue
         name,(crow,col,values) = pre+'weight',parts
-        if name not in shapes: raise ValueError(f"{name}: this layer is sparse in the file, which does not tell how many columns it has. Give the network of the saved run, as in `load_masks(file, model)`.")
-        if not _fits(*parts, shapes[name]): raise ValueError(f"{name}: the sparse layer of the file is none of shape {shapes[name]}. The file is damaged, or of another network: build the one of the saved run.")
+        if name not in shapes:
+            raise ValueError(f"{name}: this layer is sparse in the file, which does not tell how many "
+                "columns it has. Give the network of the saved run, as in `load_masks(file, model)`.")
+        if not _fits(*parts, shapes[name]):
+            raise ValueError(f"{name}: the sparse layer of the file is none of shape {shapes[name]}. "
+                "The file is damaged, or of another network: build the one of the saved run.")
         flat,n = csr_flat(crow, col, shapes[name][1]),torch.Size(shapes[name]).numel()
-        for k,v in dict(weight=values.new_zeros(n).index_copy_(0, flat, values), weight_mask=torch.zeros(n, dtype=torch.bool, device=flat.device).index_fill_(0, flat, True)).items(): res[pre+k] = v.view(shapes[name])
+        for k,v in dict(weight=values.new_zeros(n).index_copy_(0, flat, values),
+            weight_mask=torch.zeros(n, dtype=torch.bool, device=flat.device).index_fill_(0, flat,
+            True)).items():
+            res[pre+k] = v.view(shapes[name])
         for k in ('crow', 'col', 'values'): del res[pre+k]
     return res
 
-def _called(source): return f'this {type(source).__name__}' if isinstance(source, (dict, nn.Module)) else source
+def _called(source):
+    return f'this {type(source).__name__}' if isinstance(source, (dict, nn.Module)) else source
 
 def _whole(mask, w, name):
     "A mask of units, or of numbers, as a bool tensor of the weight's shape"
     soft = mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all()
     if soft: raise ValueError(f"{name}: its mask holds numbers other than 0 and 1. Round it first.")
     if mask.ndim != w.ndim or any(a == 0 or b%a for a,b in zip(mask.shape, w.shape)): raise ValueError(
-        f"{name}: a mask of shape {tuple(mask.shape)} for a weight of {tuple(w.shape)}. The file is damaged, or `{name}_mask` is something else: leave it out.")
+        f"{name}: a mask of shape {tuple(mask.shape)} for a weight of {tuple(w.shape)}. The file is "
+        f"damaged, or `{name}_mask` is something else: leave it out.")
     return expand_units(mask.bool(), w.shape).clone()
 
 def _recorded(state):
     "The masks that stand in a state dict; without its parameter a `*_mask` is something else"
     of = lambda n: state.get(n, state.get(f'{n}_orig'))
-    return {n: _whole(m, of(n), n) for n,m in ((k[:-5], m) for k,m in state.items() if k.endswith('_mask')) if of(n) is not None}
+    return {n: _whole(m, of(n), n)
+        for n,m in ((k[:-5], m) for k,m in state.items() if k.endswith('_mask')) if of(n) is not None}
 
 def _from_zeros(state, model):
     "Masks of the weights with exact zeros; without a model every matrix called weight is one"
     names = [param_name(n, p) for n,_,p in candidates(model, '*')[0]] + [n for n in _shapes(model) if n not in dict(model.named_parameters(remove_duplicate=False))] if model is not None else [
-        k for k,v in state.items() if v.ndim > 1 and 'weight' in k.rpartition('.')[2] and not k.endswith('_mask')]
+        k for k,v in state.items() if v.ndim > 1 and 'weight' in k.rpartition('.')[2]
+        and not k.endswith('_mask')]
     return {n: state[n] != 0 for n in names if n in state and not state[n].all()}
 
 # %% ../../nbs/sparse/07_load_masks.ipynb #60f1ff22
@@ -102,48 +127,68 @@ def load_masks(
     "The masks that a sparse run has left in a file"
     state,model = _state(file, model),None if model is None else root_module(model)
     masks = (_from_zeros(state, model) if zeros else {}) | _recorded(state)
-    if not masks: raise ValueError(f"{_called(file)}: no masks among its {len(state)} tensors ({', '.join(list(state)[:3])}, ...). " + _why_none(state, zeros))
+    if not masks:
+        raise ValueError(f"{_called(file)}: no masks among its {len(state)} tensors "
+            f"({', '.join(list(state)[:3])}, ...). " + _why_none(state, zeros))
     return masks if model is None else _fitting(masks, model)
 
 def _why_none(state, zeros):
     n = len(_from_zeros(state, None))
-    if zeros or not n: return "It is of a dense network: give a file that was saved while masks were in force."
+    if zeros or not n:
+        return "It is of a dense network: give a file that was saved while masks were in force."
     return f"Exact zeros stand in {n} of its weights: zeros=True takes those for masks."
 
 def _fitting(masks, model):
     "The masks in the order of `model`; refuse what it has no place for"
     shapes = _shapes(model)
     for n,m in masks.items():
-        if n not in shapes: raise ValueError(f"{n}: the file has a mask for it, and this {type(model).__name__} has no such parameter. Build the network of the saved run.")
-        if m.shape != shapes[n]: raise ValueError(f"{n}: the file's mask has shape {tuple(m.shape)}, this parameter {shapes[n]}. Build the network of the saved run.")
+        if n not in shapes:
+            raise ValueError(f"{n}: the file has a mask for it, and this {type(model).__name__} has no "
+                "such parameter. Build the network of the saved run.")
+        if m.shape != shapes[n]:
+            raise ValueError(f"{n}: the file's mask has shape {tuple(m.shape)}, this parameter "
+                f"{shapes[n]}. Build the network of the saved run.")
     return {n: masks[n] for n in shapes if n in masks}
 
 # %% ../../nbs/sparse/07_load_masks.ipynb #31b91a57
 def _path(learn, file):
     "A file of this Learner, by the name it was saved under, or any path"
     if isinstance(file, (dict, nn.Module)): return file
-    places = [Path(f'{p}{ext}') for p in (learn.path/learn.model_dir/file, file) for ext in ('', '.pth')]
+    places = [Path(f'{p}{ext}') for p in (learn.path/learn.model_dir/file, file)
+        for ext in ('', '.pth')]
     return next((p for p in places if p.is_file()), places[1] if not Path(file).is_dir() else file)
 
 def _dense(source, model):
     "The dense weights of a file, as a state dict for `model`; refuse others"
     state,mine,name = _state(source, model),model.state_dict(),_called(source)
     for n,m in (held := _recorded(state)).items():
-        if not m.all(): raise ValueError(f"initial={name}: {n} is masked there ({int(m.sum())} of {m.numel()} weights live). Give a file that was saved before anything was dropped.")
-    extra = {f'{n}_{k}' for n in held for k in ('mask', 'ever')} | {*missing_effects(model, state)} | (ours := effect_keys(model))
+        if not m.all():
+            raise ValueError(f"initial={name}: {n} is masked there ({int(m.sum())} of {m.numel()} "
+                "weights live). Give a file that was saved before anything was dropped.")
+    extra = ({f'{n}_{k}' for n in held for k in ('mask', 'ever')} | {*missing_effects(model, state)}
+        | (ours := effect_keys(model)))
     state = {k: v for k,v in state.items() if k not in extra}
     odd = [k for k in state.keys() ^ (mine.keys()-ours)]
-    if odd: raise ValueError(f"initial={name}: {min(odd)} is {'not in this model' if min(odd) in state else 'missing there'}. Give the file of a network like this one.")
+    if odd:
+        raise ValueError(f"initial={name}: {min(odd)} is "
+            f"{'not in this model' if min(odd) in state else 'missing there'}. Give the file of a "
+            "network like this one.")
     for k,v in state.items():
-        if v.shape != mine[k].shape: raise ValueError(f"initial={name}: {k} has shape {tuple(v.shape)} there and {tuple(mine[k].shape)} here. Give the file of a network like this one.")
+        if v.shape != mine[k].shape:
+            raise ValueError(f"initial={name}: {k} has shape {tuple(v.shape)} there and "
+                f"{tuple(mine[k].shape)} here. Give the file of a network like this one.")
     return state
 
 def _selected(model, masks, include, exclude):
     "Those masks that `include` and `exclude` leave; a mask of anything but a weight is refused"
     known = {param_name(n, p) for n,_,p in candidates(model, '*')[0]}
     odd = next((n for n in masks if n not in known), None)
-    if odd: raise ValueError(f"{odd}: the file has a mask for it, and no such parameter can be masked: only weights of layers are, a shared one once. Take it out of `load_masks(file)`, and give the rest as init_mask=.")
-    names = {param_name(n, p) for n,_,p in candidates(model, '*' if include is None else include, exclude)[0]}
+    if odd:
+        raise ValueError(f"{odd}: the file has a mask for it, and no such parameter can be masked: "
+            "only weights of layers are, a shared one once. Take it out of `load_masks(file)`, and "
+            "give the rest as init_mask=.")
+    names = {param_name(n, p) for n,_,p in candidates(model, '*' if include is None else include,
+        exclude)[0]}
     return {n: m for n,m in masks.items() if n in names}
 
 def _check_free(model, masks):
@@ -151,7 +196,8 @@ def _check_free(model, masks):
     for n in masks:
         layer,_,p = n.rpartition('.')
         if 'dynamic_sparse' in effects(model) or hasattr(model.get_submodule(layer), f'{p}_mask'): raise ValueError(
-            f"{n}: this model is masked already. Call {'`learn.release()`' if effects(model) else way_out()} first, or build a new one.")
+            f"{n}: this model is masked already. Call "
+            f"{'`learn.release()`' if effects(model) else way_out()} first, or build a new one.")
 
 @patch
 def load_masks(self:Learner,
@@ -166,9 +212,12 @@ def load_masks(self:Learner,
     "Mask the model with the masks of another run, on its own weights or on those of `initial`"
     model = root_module(self.model)
     masks = _selected(model, load_masks(_path(self, file), model, zeros), include, exclude)
-    if not masks: raise ValueError(f"include={include!r}, exclude={exclude!r} leave none of the file's masks. Choose other layers.")
+    if not masks:
+        raise ValueError(f"include={include!r}, exclude={exclude!r} leave none of the file's masks. "
+            "Choose other layers.")
     share = 1-sum(int(m.sum()) for m in masks.values())/sum(m.numel() for m in masks.values())
-    cb = DynamicSparse(min(share, 1-1e-9), method=method, init_mask=masks, include=list(dict.fromkeys(n.rpartition('.')[0] for n in masks)), **kwargs)
+    cb = DynamicSparse(min(share, 1-1e-9), method=method, init_mask=masks,
+        include=list(dict.fromkeys(n.rpartition('.')[0] for n in masks)), **kwargs)
     _check_free(model, masks)
     cb.plan(model, self)
     if initial is not None:

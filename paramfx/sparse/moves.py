@@ -34,7 +34,9 @@ def drop_fraction(
     fraction:float # Share of the live units to drop, in [0, 1)
 ) -> torch.Tensor: # Flat indices, the smallest score first
     "The `int(fraction*n)` live units with the smallest scores"
-    if not 0 <= fraction < 1: raise ValueError(f'fraction={fraction!r}: give the share of live units to drop as a number in [0, 1)')
+    if not 0 <= fraction < 1:
+        raise ValueError(f'fraction={fraction!r}: give the share of live units to drop as a number in '
+            '[0, 1)')
     idx = mask.flatten().nonzero().flatten()
     order = score.detach().flatten()[idx].sort(stable=True).indices
     return idx[order[:int(fraction*len(idx))]]
@@ -65,7 +67,8 @@ def allocate_growth(
 ) -> list: # Units to grow in each layer; their sum is that of `pruned`, or of `free` if that is less
     "Share the dropped units out among the layers by what each has left, exactly and within capacity"
     if not len(pruned) == len(remaining) == len(free): raise ValueError(
-        f"pruned, remaining and free have {len(pruned)}, {len(remaining)} and {len(free)} entries: give one per layer.")
+        f"pruned, remaining and free have {len(pruned)}, {len(remaining)} and {len(free)} entries: "
+        "give one per layer.")
     grow,left = [0]*len(free),min(sum(pruned), sum(free))
     while left:
         room = [f-g for f,g in zip(free, grow)]
@@ -90,7 +93,8 @@ def adapt_threshold(
 def _taken(mask, exclude):
     "Flat copy of the mask in which excluded positions are taken, too"
     taken = mask.detach().flatten().clone()
-    if exclude is not None: taken[exclude.flatten()] = True # a bool tensor of the mask's shape, or flat indices
+    # a bool tensor of the mask's shape, or flat indices
+    if exclude is not None: taken[exclude.flatten()] = True
     return taken
 
 def grow_random(
@@ -111,20 +115,24 @@ def grow_top(
 ) -> torch.Tensor: # `n` flat indices, the largest score first
     "Free positions with the largest scores"
     free = (~_taken(mask, exclude)).nonzero().flatten()
-    if n > len(free): raise ValueError(f'Cannot place {n} units: {len(free)} of {mask.numel()} positions are free.')
+    if n > len(free):
+        raise ValueError(f'Cannot place {n} units: {len(free)} of {mask.numel()} positions are free.')
     return free[score.detach().flatten()[free].sort(descending=True, stable=True).indices[:n]]
 
 # %% ../../nbs/sparse/02_moves.ipynb #3ee35f3f
 def _flags(idx, like):
     "Bool tensor like `like`, True at the flat indices"
-    return torch.zeros(like.numel(), dtype=torch.bool, device=like.device).index_fill_(0, idx, True).view(like.shape)
+    return torch.zeros(like.numel(), dtype=torch.bool, device=like.device).index_fill_(0, idx,
+        True).view(like.shape)
 
 def _best_in_rows(score, where, n):
     "Bool: in row i the `n[i]` largest of those `where`; of equal scores, the first"
     order = score.masked_fill(~where, -float('inf')).sort(dim=1, descending=True, stable=True).indices
-    return torch.zeros_like(where).scatter_(1, order, torch.arange(score.shape[1], device=score.device) < n[:,None])
+    return torch.zeros_like(where).scatter_(1, order,
+        torch.arange(score.shape[1], device=score.device) < n[:,None])
 
-def _shuffled(rows, m, generator, device): return torch.rand(rows, m, generator=generator, dtype=torch.float64).argsort(1).float().to(device) # drawn on the CPU
+def _shuffled(rows, m, generator, device): # drawn on the CPU
+    return torch.rand(rows, m, generator=generator, dtype=torch.float64).argsort(1).float().to(device)
 
 def drop_in_groups(
     score:torch.Tensor, # Score of each weight; its magnitude counts
@@ -136,7 +144,8 @@ def drop_in_groups(
     "As many of `idx` as have a free position in their group, the smallest first"
     chosen,room = nm_groups(_flags(idx, mask), m, transposed),nm_groups(~mask, m, transposed).sum(1)
     if (chosen.sum(1) <= room).all(): return idx
-    go = _best_in_rows(-nm_groups(score.detach().abs(), m, transposed), chosen, torch.minimum(room, chosen.sum(1)))
+    go = _best_in_rows(-nm_groups(score.detach().abs(), m, transposed), chosen,
+        torch.minimum(room, chosen.sum(1)))
     return idx[from_groups(go, mask.shape, transposed).flatten()[idx]]
 
 # %% ../../nbs/sparse/02_moves.ipynb #d8ddaabe
@@ -150,9 +159,12 @@ def grow_in_groups(
 ) -> torch.Tensor: # Flat indices, ascending
     "Free positions, in each group as many as are dropped there: those with the largest scores, or random ones"
     n,free = nm_groups(_flags(dropped, mask), m, transposed).sum(1),nm_groups(~mask, m, transposed)
-    if (n > free.sum(1)).any(): raise ValueError(f'Cannot place {int(n.max())} units in a group of {m}: too few of its positions are free.')
+    if (n > free.sum(1)).any():
+        raise ValueError(f'Cannot place {int(n.max())} units in a group of {m}: too few of its '
+            'positions are free.')
     rows = n.nonzero().flatten()
-    s = _shuffled(len(rows), m, generator, mask.device) if score is None else nm_groups(score.detach(), m, transposed)[rows]
+    s = (_shuffled(len(rows), m, generator, mask.device) if score is None
+        else nm_groups(score.detach(), m, transposed)[rows])
     grown = torch.zeros_like(free)
     grown[rows] = _best_in_rows(s, free[rows], n[rows])
     return from_groups(grown, mask.shape, transposed).flatten().nonzero().flatten()
@@ -193,7 +205,8 @@ def readmit(
     "Where every layer is full the largest of the dropped units stay, so that the budget holds"
     over = sum(map(len, dropped))-sum(grow)
     if not over: return dropped
-    back = [len(d)-g for d,g in zip(dropped, grow)] if within else allocate_growth([over]+[0]*(len(dropped)-1), *[[len(d) for d in dropped]]*2)
+    back = ([len(d)-g for d,g in zip(dropped, grow)] if within
+        else allocate_growth([over]+[0]*(len(dropped)-1), *[[len(d) for d in dropped]]*2))
     order = lambda e,d: d[e.scores().flatten()[d].sort(stable=True).indices]
     return [order(e, d)[:len(d)-b] if b else d for e,d,b in zip(items, dropped, back)]
 

@@ -16,7 +16,8 @@ from ..report.plots import plot_shares, plot_survival, plot_traces
 from ..core.state import effects, root_module
 
 # %% ../../nbs/sparse/10_plots.ipynb #0195a3fb
-_TRACES = dict(threshold='threshold', fraction='share to drop', moved='units moved', pruned='units dropped')
+_TRACES = dict(threshold='threshold', fraction='share to drop', moved='units moved',
+    pruned='units dropped')
 
 def plot_rewiring(
     traces, # `DynamicSparse`, `IterativePrune`, or the `traces` of one
@@ -26,11 +27,16 @@ def plot_rewiring(
 ): # The axes
     "What rewiring or pruning did over time: threshold or share, units moved, sparsity per layer"
     tr = traces if isinstance(traces, dict) else traces.traces
-    if not tr['step']: raise ValueError('plot_rewiring: this run has not changed its masks yet. Train it first, with a method that does.')
+    if not tr['step']:
+        raise ValueError('plot_rewiring: this run has not changed its masks yet. Train it first, with '
+            'a method that does.')
     names = [k for k in _TRACES if k in tr]
     axs = _panels(len(names)+1) if axs is None else list(np.ravel(axs))
-    for k,ax in zip(names, axs): plot_traces({k: tr[k]}, x=tr['step'], ax=ax, ylabel=_TRACES[k], log_y=k == 'threshold' and min(tr[k]) > 0)
-    plot_traces(tr['sparsity'], x=tr['step'], ax=axs[len(names)], xlabel='optimizer step', ylabel='sparsity')
+    for k,ax in zip(names, axs):
+        plot_traces({k: tr[k]}, x=tr['step'], ax=ax, ylabel=_TRACES[k],
+            log_y=k == 'threshold' and min(tr[k]) > 0)
+    plot_traces(tr['sparsity'], x=tr['step'], ax=axs[len(names)], xlabel='optimizer step',
+        ylabel='sparsity')
     if title: axs[0].set_title(title, fontsize='medium')
     return axs
 
@@ -44,7 +50,8 @@ def live_counts(
 ) -> tuple: # Two dicts, parameter name -> live weights
     "Live weights of each parameter, as planned and now"
     first = {r['layer']: r.get('now', r['live']) for r in cb.effect.report if 'live' in r}
-    return {e.name: first[e.name]*e.size for e in cb.store.items},{e.name: e.live*e.size for e in cb.store.items}
+    return {e.name: first[e.name]*e.size for e in cb.store.items},{e.name: e.live*e.size
+        for e in cb.store.items}
 
 # %% ../../nbs/sparse/10_plots.ipynb #cf877411
 class MaskRecorder(LeanCallback):
@@ -54,14 +61,19 @@ class MaskRecorder(LeanCallback):
         every:int=1, # Rewires or prunes between two snapshots
         limit:int=200 # Snapshots at most; then every second one goes, and `every` doubles
     ):
-        if every < 1 or limit < 4: raise ValueError(f"every={every}, limit={limit}: give every= at least 1, and limit= at least 4.")
+        if every < 1 or limit < 4:
+            raise ValueError(f"every={every}, limit={limit}: give every= at least 1, and limit= at "
+                "least 4.")
         store_attr()
         self.snaps,self.units,self.gap = [],{},every
 
     def _held(self):
         "Effect that holds masks; None once they were released"
-        st = next((s for s in effects(root_module(self.learn.model)).values() if isinstance(s.holder, MaskStore)), None)
-        if st is None and not self.snaps: raise ValueError("MaskRecorder: this model has no masks. Add DynamicSparse or IterativePrune as well, or leave it out.")
+        st = next((s for s in effects(root_module(self.learn.model)).values()
+            if isinstance(s.holder, MaskStore)), None)
+        if st is None and not self.snaps:
+            raise ValueError("MaskRecorder: this model has no masks. Add DynamicSparse or "
+                "IterativePrune as well, or leave it out.")
         return st
 
     def before_train(self): self._look(first=True)
@@ -73,26 +85,34 @@ class MaskRecorder(LeanCallback):
     def _look(self, first=False, last=False):
         if finding_lr(self.learn) or (st := self._held()) is None: return
         n = int(st.values.get('rewires', st.values.get('prunes', 0)))
-        if self.snaps and self.snaps[-1]['rewire'] > n: self.snaps = [s for s in self.snaps if s['rewire'] <= n] # a file was loaded: the rest has not happened
-        if first and self.snaps and self.snaps[-1]['rewire'] == n and self._differ(st): self.snaps = [] # masked anew: another run
+        # a file was loaded: the rest has not happened
+        if self.snaps and self.snaps[-1]['rewire'] > n:
+            self.snaps = [s for s in self.snaps if s['rewire'] <= n]
+        # masked anew: another run
+        if first and self.snaps and self.snaps[-1]['rewire'] == n and self._differ(st): self.snaps = []
         if self.snaps and (n == self.snaps[-1]['rewire'] or not (last or n%self.gap == 0)): return
         self._record(st, n)
 
-    def _differ(self, st): return any(not np.array_equal(np.packbits(e.mask.cpu().numpy()), self.snaps[-1]['bits'].get(e.name)) for e in st.holder.items)
+    def _differ(self, st):
+        return any(not np.array_equal(np.packbits(e.mask.cpu().numpy()),
+            self.snaps[-1]['bits'].get(e.name)) for e in st.holder.items)
 
     def _record(self, st, n):
         units = {e.name: (e.units, e.size) for e in st.holder.items}
         if units != self.units: self.units,self.snaps = units,[] # the model was masked anew
-        self.snaps.append(dict(rewire=n, step=st.clock.steps, bits={e.name: np.packbits(e.mask.cpu().numpy()) for e in st.holder.items}))
+        self.snaps.append(dict(rewire=n, step=st.clock.steps,
+            bits={e.name: np.packbits(e.mask.cpu().numpy()) for e in st.holder.items}))
         while len(self.snaps) > self.limit:
             self.gap *= 2
-            self.snaps = [s for s in self.snaps[:-1] if s['rewire']%self.gap == 0 or s is self.snaps[0]] + self.snaps[-1:]
+            self.snaps = ([s for s in self.snaps[:-1] if s['rewire']%self.gap == 0
+                or s is self.snaps[0]] + self.snaps[-1:])
 
     def masks(self,
         i:int=-1 # Which snapshot
     ) -> dict: # Parameter name -> flat bool array, a unit each
         "The masks of one snapshot"
-        return {n: np.unpackbits(b, count=self.units[n][0]).astype(bool) for n,b in self.snaps[i]['bits'].items()}
+        return {n: np.unpackbits(b, count=self.units[n][0]).astype(bool)
+            for n,b in self.snaps[i]['bits'].items()}
 
     @property
     def steps(self) -> list:
@@ -101,7 +121,8 @@ class MaskRecorder(LeanCallback):
 
     def shares(self) -> dict: # Parameter name -> its share at each snapshot
         "Part of the live weights that each parameter has, over time"
-        live = [{n: int(m.sum())*self.units[n][1] for n,m in self.masks(i).items()} for i in range(len(self.snaps))]
+        live = [{n: int(m.sum())*self.units[n][1] for n,m in self.masks(i).items()}
+            for i in range(len(self.snaps))]
         return {n: [o[n]/sum(o.values()) for o in live] for n in self.units}
 
     def _flat(self, i): return np.concatenate([*self.masks(i).values()])
@@ -112,15 +133,18 @@ class MaskRecorder(LeanCallback):
         res,alive,old = [],[],self._flat(0)
         for i in range(1, len(self.snaps)):
             new = self._flat(i)
-            alive = [a[new[a]] for a in alive] + [np.flatnonzero(new & ~old)] # once dropped is dead, though it may grow again
+            # once dropped is dead, though it may grow again
+            alive = [a[new[a]] for a in alive] + [np.flatnonzero(new & ~old)]
             for counts,a in zip(res+[[]], alive): counts.append(len(a))
             if len(res) < len(alive): res.append([len(alive[-1])])
             old = new
         return res
 
-    def explored(self) -> list: # A share per snapshot; the last one is the `R_s` of In-Time Over-Parameterization
+    # A share per snapshot; the last one is the `R_s` of In-Time Over-Parameterization
+    def explored(self) -> list:
         "Share of the weights that were live in this or an earlier snapshot"
-        size,ever,res = np.concatenate([np.full(u, s) for u,s in self.units.values()]) if self.units else 0,False,[]
+        size,ever,res = (np.concatenate([np.full(u, s) for u,s in self.units.values()]) if self.units
+            else 0,False,[])
         for i in range(len(self.snaps)):
             ever = ever | self._flat(i)
             res.append(float(size[ever].sum()/size.sum()))
@@ -130,11 +154,14 @@ class MaskRecorder(LeanCallback):
         "Pictures of what was recorded: shares, survival of what grew, and what was ever explored"
         sh = self.shares()
         if len(self.snaps) < 2: return
-        yield 'shares', lambda ax, title=None: plot_shares({n: s[0] for n,s in sh.items()}, {n: s[-1] for n,s in sh.items()}, ax=ax, title=title)
+        yield 'shares', lambda ax, title=None: plot_shares({n: s[0] for n,s in sh.items()},
+            {n: s[-1] for n,s in sh.items()}, ax=ax, title=title)
         counts = self.survival()
         if any(len(c) > 1 and c[0] for c in counts): yield 'survival', lambda ax, title=None: plot_survival(counts, ax=ax, title=title,
             xlabel='further rewires' if self.gap == 1 else f'further {self.gap} rewires')
         yield 'explored', lambda ax, title=None: plot_traces({'ever live': self.explored(), 'live now': self._density()}, x=self.steps, ax=ax,
             xlabel='optimizer step', ylabel='share of the weights', title=title).set_ylim(bottom=0)
 
-    def _density(self): return [sum(m.sum()*self.units[n][1] for n,m in self.masks(i).items())/sum(u*s for u,s in self.units.values()) for i in range(len(self.snaps))]
+    def _density(self):
+        return [sum(m.sum()*self.units[n][1] for n,m in self.masks(i).items())/sum(u*s
+            for u,s in self.units.values()) for i in range(len(self.snaps))]

@@ -24,10 +24,12 @@ from ..core.state import effects
 from ..masks.units import check_granularity, check_sparsity, live_units, unit_scores
 
 # %% ../../nbs/sparse/06_prune.ipynb #27e68f5f
-SCHEDULES = {'exponential': lambda s, k, n: (1-s)**(k/n), 'cubic': lambda s, k, n: 1-s+s*(1-k/n)**3} # density after k of n prunes
+# density after k of n prunes
+SCHEDULES = {'exponential': lambda s, k, n: (1-s)**(k/n), 'cubic': lambda s, k, n: 1-s+s*(1-k/n)**3}
 
 def _check_whole(name, v, least):
-    if isinstance(v, bool) or not isinstance(v, Integral) or v < least: raise ValueError(f"{name}={v!r}: give a whole number, at least {least}.")
+    if isinstance(v, bool) or not isinstance(v, Integral) or v < least:
+        raise ValueError(f"{name}={v!r}: give a whole number, at least {least}.")
 
 def prune_fractions(
     sparsity:float, # Share of zeros after the last prune, in [0, 1)
@@ -37,7 +39,8 @@ def prune_fractions(
     "The fraction of what is left that each prune drops"
     check_sparsity(sparsity)
     _check_whole('n_prunes', n_prunes, 1)
-    if schedule not in SCHEDULES: raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}.")
     if schedule == 'exponential': return [1-(1-sparsity)**(1/n_prunes)]*n_prunes
     d = [SCHEDULES[schedule](sparsity, k, n_prunes) for k in range(n_prunes+1)]
     return [1-b/a for a,b in zip(d, d[1:])]
@@ -52,10 +55,13 @@ def prune_counts(
 ) -> list: # Live units after 0, 1, ..., `n_prunes` prunes; never growing, never none
     "Exact number of units a layer keeps after each prune"
     end,start = max(1, live_units(units, sparsity)),units if start is None else start
-    if end > start: raise ValueError(f"sparsity={sparsity:g} is below the current {1-start/units:.4g} ({start} of {units} units live): give a higher one.")
+    if end > start:
+        raise ValueError(f"sparsity={sparsity:g} is below the current {1-start/units:.4g} ({start} of "
+            f"{units} units live): give a higher one.")
     prune_fractions(sparsity, n_prunes, schedule)
     way = sparsity if start == units else 1-(1-sparsity)*units/start
-    res = [start] + [int(SCHEDULES[schedule](max(way, 0.), k, n_prunes)*start + .1) for k in range(1, n_prunes)]
+    res = ([start] + [int(SCHEDULES[schedule](max(way, 0.), k, n_prunes)*start + .1)
+        for k in range(1, n_prunes)])
     for i in range(1, n_prunes): res[i] = min(res[i-1], max(end, res[i]))
     return res+[end]
 
@@ -87,18 +93,27 @@ class IterativePrune(MaskedEffect, EffectCallback):
 
     def _check(self):
         prune_fractions(0., self.n_prunes, self.schedule)
-        for k,v in (self.target.items() if isinstance(self.target, dict) else [('target', self.target)]): check_sparsity(v, k)
-        for k,least in (('start', 0), ('every', 1), ('post', 0)): _check_whole(k, getattr(self, k), least)
-        for k,ok in (('criterion', CRITERIA), ('init_mask', ('full','current')), ('state', ('zero','keep'))):
+        for k,v in (self.target.items() if isinstance(self.target, dict)
+            else [('target', self.target)]):
+            check_sparsity(v, k)
+        for k,least in (('start', 0), ('every', 1), ('post', 0)):
+            _check_whole(k, getattr(self, k), least)
+        for k,ok in (('criterion', CRITERIA), ('init_mask', ('full','current')),
+            ('state', ('zero','keep'))):
             v = getattr(self, k)
-            if not (k == 'init_mask' and isinstance(v, dict)) and v not in ok: raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
+            if not (k == 'init_mask' and isinstance(v, dict)) and v not in ok:
+                raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
         check_granularity(self.granularity)
-        if ':' in self.granularity: raise ValueError(f"granularity={self.granularity!r} leaves no steps in between. Choose weight, row, kernel, filter or a block such as '4x4'.")
-        if not isinstance(self.l1, Real) or not self.l1 >= 0: raise ValueError(f"l1={self.l1!r}: give 0 or more.")
+        if ':' in self.granularity:
+            raise ValueError(f"granularity={self.granularity!r} leaves no steps in between. Choose "
+                "weight, row, kernel, filter or a block such as '4x4'.")
+        if not isinstance(self.l1, Real) or not self.l1 >= 0:
+            raise ValueError(f"l1={self.l1!r}: give 0 or more.")
         Clock(self.span, self.epochs)
 
     # -- masks, see `MaskedEffect`
-    def _where(self): return dict(granularity=self.granularity, include=self.include, exclude=self.exclude)
+    def _where(self):
+        return dict(granularity=self.granularity, include=self.include, exclude=self.exclude)
     def _begin_masks(self, model, rows):
         "Masks to begin with: parameter name -> bool tensor of the mask's shape"
         res,given = {},dict(self.init_mask) if isinstance(self.init_mask, dict) else {}
@@ -107,8 +122,12 @@ class IterativePrune(MaskedEffect, EffectCallback):
             m = model.get_submodule(n)
             w,shape = m._parameters[p],layer_units(name, m, self.granularity)
             if name in given: res[name] = given_mask(given.pop(name), w, shape, name)
-            else: res[name] = unit_scores(w, shape) > 0 if self.init_mask == 'current' else torch.ones(shape, dtype=torch.bool)
-        if given: raise ValueError(f"init_mask: no pruned parameter is called {', '.join(map(repr, given))}. There are: {', '.join(res)}.")
+            else:
+                res[name] = (unit_scores(w, shape) > 0 if self.init_mask == 'current'
+                    else torch.ones(shape, dtype=torch.bool))
+        if given:
+            raise ValueError(f"init_mask: no pruned parameter is called {', '.join(map(repr, given))}. "
+                f"There are: {', '.join(res)}.")
         return res
 
     def plan(self, model, learn=None):
@@ -118,22 +137,33 @@ class IterativePrune(MaskedEffect, EffectCallback):
         for r in rows:
             r['now'] = int(masks[r['layer']].sum())
             try: prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
-            except ValueError as e: raise ValueError(f"{r['layer']}: target {e} Or leave it out (exclude={r['layer'].rpartition('.')[0]!r}).") from None
+            except ValueError as e:
+                raise ValueError(f"{r['layer']}: target {e} Or leave it out "
+                    f"(exclude={r['layer'].rpartition('.')[0]!r}).") from None
         now,end,units = (sum(r[k] for r in rows) for k in ('now','live','units'))
-        table.note = f"{now:,} -> {end:,} of {units:,} units live in {self.n_prunes} prune{'s' if self.n_prunes > 1 else ''}"
+        table.note = (f"{now:,} -> {end:,} of {units:,} units live in {self.n_prunes} "
+            f"prune{'s' if self.n_prunes > 1 else ''}")
         return table
 
     def convert(self, model, learn=None):
         "Put masks into `model`, full or as `init_mask` says; everything is checked first"
         table = self.plan(model)
         rows = [r for r in table if 'live' in r]
-        values = {'prunes': 0., 'pruned': 0.} | {k: v for i,r in enumerate(rows) for k,v in ((f'start_{i}', float(r['now'])), (f'done_{i}', 0.))}
-        st = mask_state(model, self.settings, Clock(self.span, self.epochs), self.name, values=values, init_mask=self._begin_masks(model, table), **self._where())
+        values = ({'prunes': 0., 'pruned': 0.}
+            | {k: v for i,r in enumerate(rows)
+            for k,v in ((f'start_{i}', float(r['now'])), (f'done_{i}', 0.))})
+        st = mask_state(model, self.settings, Clock(self.span, self.epochs), self.name, values=values,
+            init_mask=self._begin_masks(model, table), **self._where())
         st.report = table
-        ways = [prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now']) for r in rows]
-        lows,highs = [1 if self.criterion == 'global' else w[-1] for w in ways],[r['units'] for r in rows]
-        exact = self.criterion == 'local' and self.init_mask != 'current' # else a file tells where it began
-        st.holder.allow([set(w) for w in ways] if exact else [range(a, b+1) for a,b in zip(lows, highs)], range(sum(w[-1] for w in ways), sum(highs)+1))
+        ways = [prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
+            for r in rows]
+        lows,highs = [1 if self.criterion == 'global' else w[-1] for w in ways],[r['units']
+            for r in rows]
+        # else a file tells where it began
+        exact = self.criterion == 'local' and self.init_mask != 'current'
+        st.holder.allow([set(w) for w in ways] if exact
+            else [range(a, b+1) for a,b in zip(lows, highs)],
+            range(sum(w[-1] for w in ways), sum(highs)+1))
         return st
 
     def final(self, model, learn=None):
@@ -160,7 +190,9 @@ class IterativePrune(MaskedEffect, EffectCallback):
     @classmethod
     def without(cls, model):
         st = effects(model).get('iterative_prune')
-        if st is None or not any(e.trainable and st.values[f'done_{i}'] < st.settings['n_prunes'] for i,e in enumerate(st.holder.items)): return None
+        if (st is None or not any(e.trainable and st.values[f'done_{i}'] < st.settings['n_prunes']
+            for i,e in enumerate(st.holder.items))):
+            return None
         if cls.unfinished(model) is None: return None
         return (f"this fit is without it, so it makes none of the prunes to come ({int(st.values['prunes'])} of {st.settings['n_prunes']} "
                 "were made). Fit with cbs=learn.iterative_prune.")
@@ -176,12 +208,14 @@ class IterativePrune(MaskedEffect, EffectCallback):
     def _way(self, i):
         "Live units that parameter `i` is to have after each prune"
         row = [r for r in self.effect.report if 'live' in r][i]
-        return prune_counts(row['units'], row['sparsity'], self.n_prunes, self.schedule, int(self.effect.values[f'start_{i}']))
+        return prune_counts(row['units'], row['sparsity'], self.n_prunes, self.schedule,
+            int(self.effect.values[f'start_{i}']))
 
     def _left(self):
         "Prunes to come: of all trainable parameters, the most"
         v = self.effect.values
-        return max((self.n_prunes-int(v[f'done_{i}']) for i,e in enumerate(self.store.items) if e.trainable), default=0)
+        return max((self.n_prunes-int(v[f'done_{i}']) for i,e in enumerate(self.store.items)
+            if e.trainable), default=0)
 
     def on_fit_start(self):
         c,left = self.effect.clock,self._left()
@@ -202,9 +236,11 @@ class IterativePrune(MaskedEffect, EffectCallback):
     def prune(self, opt=None):
         "Prune once, now; `opt` loses its state at the units that go"
         v = self.effect.values
-        todo = [i for i,e in enumerate(self.store.items) if e.trainable and v[f'done_{i}'] < self.n_prunes]
+        todo = [i for i,e in enumerate(self.store.items) if e.trainable
+            and v[f'done_{i}'] < self.n_prunes]
         for i in todo: v[f'done_{i}'] += 1
-        items,goals = [self.store.items[i] for i in todo],[self._way(i)[int(v[f'done_{i}'])] for i in todo]
+        items,goals = [self.store.items[i] for i in todo],[self._way(i)[int(v[f'done_{i}'])]
+            for i in todo]
         if not items: return
         dropped = self._drop(items, goals, None if self.state == 'keep' else opt)
         self._record(dropped)
@@ -219,7 +255,8 @@ class IterativePrune(MaskedEffect, EffectCallback):
     # -- what is seen
     penalizes = property(lambda self: bool(self.l1)) # else no loss is touched
     def penalty(self): return self.sparse_penalty(self.l1, False)
-    def columns(self): return {'density': self.store.density, 'pruned': int(self.effect.values['pruned'])}
+    def columns(self):
+        return {'density': self.store.density, 'pruned': int(self.effect.values['pruned'])}
 
     @property
     def traces(self) -> dict:
@@ -239,10 +276,12 @@ Learner.prune.effect = IterativePrune # what `learn.plan` looks at
 
 def _again_args(st):
     "Plain arguments that mask the same parameters; which weights live comes with the weights"
-    return {k:v for k,v in st.settings.items() if k not in ('include', 'exclude')} | dict(include=[e.layer for e in st.holder.items])
+    return ({k:v for k,v in st.settings.items() if k not in ('include', 'exclude')}
+        | dict(include=[e.layer for e in st.holder.items]))
 
 @recipe_verb('iterative_prune', _again_args)
 def _prune_again(model, **kw):
     st = IterativePrune(**kw).convert(model).attach(model)
-    st.settings.pop('include'); st.settings.pop('exclude') # those of the recipe are not what the user gave
+    # those of the recipe are not what the user gave
+    st.settings.pop('include'); st.settings.pop('exclude')
     return model

@@ -26,7 +26,8 @@ from .rewire import DynamicSparse
 from ..masks.units import check_sparsity, live_units
 
 # %% ../../nbs/sparse/09_published.ipynb #1ee3660e
-PUBLISHED_DENSE = {'wrn_28_2': ('*.shortcut','fc'), 'resnet50': '*.downsample.0'} # network -> layers left dense
+# network -> layers left dense
+PUBLISHED_DENSE = {'wrn_28_2': ('*.shortcut','fc'), 'resnet50': '*.downsample.0'}
 
 def _steps(keys, *values): return dict(zip(keys, values))
 
@@ -38,33 +39,48 @@ def _mlp_targets(s):
     live = round(left*fc1/(fc1+fc2))
     return dict(fc1=1-live/fc1, fc2=1-(left-live)/fc2, fc3=.9)
 
-_quarters,_wrn,_wrn_moves,_resnet,_pruning = (0,25,50,75),(0,60,120,160),(0,25,80,140),(0,30,60,90),(0,1,15,25,35)
+_quarters,_wrn,_wrn_moves,_resnet,_pruning = (0,25,50,75),(0,60,120,160),(0,25,80,140),(0,30,60,90),(0,
+    1,15,25,35)
 _cold = 1e-5,1e-8,1e-12,1e-15
 
 PUBLISHED_RECIPES = {
     'mnist/lenet_300_100': dict(weights=266_200, loader=dict(bs=100),
         train=dict(epochs=100, wd=1e-4, lr=_steps(_quarters, .1, .02, .004, .0008)), long={}, thin={},
-        stop_epoch=90, period=_steps(_quarters, 100, 200, 400, 800), n_realloc=dict(weight=600), drop_frac={}, dsr=dict(wd=0., l1=1e-4),
+        stop_epoch=90, period=_steps(_quarters, 100, 200, 400,
+            800), n_realloc=dict(weight=600), drop_frac={}, dsr=dict(wd=0., l1=1e-4),
         deepr=dict(wd=0., l1=1e-4, eta=1e-3), # not printed for MNIST: the code's own eta, DSR's penalty, and the last layer as when pruning
         temperature=_steps(_quarters, 1e-3, 1e-4, 1e-5, 1e-6), targets=_mlp_targets,
-        set_targets=lambda s: _mlp_targets(s) if s > .98 else s, # uniform, ten weights would be left for ten classes, and SET moves none into their layer
-        prune=dict(n_prunes=10, schedule='exponential', start=1, every=2, post=20), prune_lr=_steps(_pruning, 0., .02, .02, .004, .0008)),
+        # uniform, ten weights would be left for ten classes, and SET moves none into their layer
+        set_targets=lambda s: _mlp_targets(s) if s > .98 else s,
+        prune=dict(n_prunes=10, schedule='exponential', start=1, every=2, post=20),
+        prune_lr=_steps(_pruning, 0., .02, .02, .004, .0008)),
     'cifar10/wrn_28_2': dict(weights=1_451_520, loader=dict(bs=100, augment=True, pad_mode='reflect'),
-        train=dict(epochs=200, wd=5e-4, lr=_steps(_wrn, .1, .02, .004, .0008)), long=dict(epochs=400, lr=_steps((0,120,220,350), .1, .02, .004, .0008)),
-        thin={s: dict(name=f'cifar10/wrn_28_{k}') for s,k in ((.9,.75), (.8,.98), (.7,1.15), (.6,1.33), (.5,1.47))},
-        stop_epoch=190, period=_steps(_wrn_moves, 100, 200, 400, 800), n_realloc=dict(weight=20_000, kernel=2000),
-        drop_frac={.9: .138, .8: .07, .7: .046, .6: .034, .5: .028}, dsr={}, deepr=dict(wd=0., l1=1e-5, eta=.01), temperature=_steps(_wrn_moves, *_cold),
-        prune=dict(n_prunes=20, schedule='cubic', start=0, every=2, post=10), prune_lr=_steps(_pruning, 0., .02, .02, .004, .0008)),
+        train=dict(epochs=200, wd=5e-4, lr=_steps(_wrn, .1, .02, .004, .0008)), long=dict(epochs=400,
+            lr=_steps((0,120,220,350), .1, .02, .004, .0008)),
+        thin={s: dict(name=f'cifar10/wrn_28_{k}')
+            for s,k in ((.9,.75), (.8,.98), (.7,1.15), (.6,1.33), (.5,1.47))},
+        stop_epoch=190, period=_steps(_wrn_moves, 100, 200, 400, 800), n_realloc=dict(weight=20_000,
+            kernel=2000),
+        drop_frac={.9: .138, .8: .07, .7: .046, .6: .034, .5: .028}, dsr={}, deepr=dict(wd=0., l1=1e-5,
+            eta=.01), temperature=_steps(_wrn_moves, *_cold),
+        prune=dict(n_prunes=20, schedule='cubic', start=0, every=2, post=10),
+        prune_lr=_steps(_pruning, 0., .02, .02, .004, .0008)),
     'imagenet/resnet50': dict(weights=22_724_608, loader=dict(bs=256),
-        train=dict(epochs=100, wd=1e-4, lr=_steps(_resnet, .1, .01, .001, .0001)), long=dict(epochs=200, lr=_steps((0,60,120,180), .1, .01, .001, .0001)),
+        train=dict(epochs=100, wd=1e-4, lr=_steps(_resnet, .1, .01, .001, .0001)), long=dict(epochs=200,
+            lr=_steps((0,60,120,180), .1, .01, .001, .0001)),
         thin={s: dict(name='imagenet/resnet50', width=k) for s,k in ((.8,.54), (.9,.46))},
-        stop_epoch=95, period=_steps(_quarters, 1000, 2000, 4000, 8000), n_realloc=dict(weight=400_000, kernel=40_000),
-        drop_frac={.8: .089, .9: .14}, dsr={}, deepr=dict(wd=0., l1=1e-5, eta=.01), temperature=_steps(_quarters, *_cold),
-        prune=dict(n_prunes=20, schedule='exponential', start=0, every=2, post=10), prune_lr=_steps(_pruning, 0., .01, .01, .001, .0001)),
+        stop_epoch=95, period=_steps(_quarters, 1000, 2000, 4000, 8000), n_realloc=dict(weight=400_000,
+            kernel=40_000),
+        drop_frac={.8: .089, .9: .14}, dsr={}, deepr=dict(wd=0., l1=1e-5,
+            eta=.01), temperature=_steps(_quarters, *_cold),
+        prune=dict(n_prunes=20, schedule='exponential', start=0, every=2, post=10),
+        prune_lr=_steps(_pruning, 0., .01, .01, .001, .0001)),
 }
 
 # %% ../../nbs/sparse/09_published.ipynb #93525c4f
-def _moves(net, s, method, **kw): return dict(net['train'], sparsity=s, method=method, stop_epoch=net['stop_epoch'], stop_pct=1., **kw)
+def _moves(net, s, method, **kw):
+    return dict(net['train'], sparsity=s, method=method, stop_epoch=net['stop_epoch'], stop_pct=1.,
+        **kw)
 
 def _set_frac(net, s):
     "Share that SET drops: as printed, else as many weights as DSR moves"
@@ -74,10 +90,14 @@ RECIPE_METHODS = { # name -> f(numbers of the network, sparsity, granularity)
     'dense': lambda net,s,g: dict(net['train']),
     'thin': lambda net,s,g: net['train'] | net['long'],
     'static': lambda net,s,g: net['train'] | net['long'] | dict(sparsity=s, method='static'),
-    'set': lambda net,s,g: _moves(net, net.get('set_targets', float)(s), 'set', period=net['period'], drop_frac=_set_frac(net, s)),
-    'deepr': lambda net,s,g: _moves(net, net.get('targets', float)(s), 'deepr', temperature=net['temperature'], noise='grad', sign='first_step') | net['deepr'],
-    'dsr': lambda net,s,g: _moves(net, s, 'dsr', period=net['period'], n_realloc=net['n_realloc'].get(g, net['n_realloc']['weight'])) | net['dsr'],
-    'prune': lambda net,s,g: net['train'] | net['prune'] | dict(lr=net['prune_lr'], target=net.get('targets', float)(s)),
+    'set': lambda net,s,g: _moves(net, net.get('set_targets', float)(s), 'set', period=net['period'],
+        drop_frac=_set_frac(net, s)),
+    'deepr': lambda net,s,g: _moves(net, net.get('targets', float)(s), 'deepr',
+        temperature=net['temperature'], noise='grad', sign='first_step') | net['deepr'],
+    'dsr': lambda net,s,g: _moves(net, s, 'dsr', period=net['period'],
+        n_realloc=net['n_realloc'].get(g, net['n_realloc']['weight'])) | net['dsr'],
+    'prune': lambda net,s,g: net['train'] | net['prune'] | dict(lr=net['prune_lr'],
+        target=net.get('targets', float)(s)),
 }
 _TRAIN = ('epochs', 'wd', 'lr') # the rest are settings of a callback
 _CALLBACKS = dict(dense=None, thin=None, prune=IterativePrune)
@@ -119,7 +139,9 @@ class SparseRecipe:
         **kwargs # For the `Learner`
     ) -> Learner:
         "A Learner with the published network, masks and optimizer"
-        if model is None and self.method == 'prune': raise ValueError("method='prune' begins with a trained network. Give it as model=, trained by the recipe of 'dense'.")
+        if model is None and self.method == 'prune':
+            raise ValueError("method='prune' begins with a trained network. Give it as model=, trained "
+                "by the recipe of 'dense'.")
         if model is None: model = zoo.build(n_out=dls.c, **self.build)
         kw = dict(opt_func=self.opt_func, metrics=accuracy, wd=self.wd, wd_bn_bias=True)
         return Learner(dls, model, cbs=self.cbs()[:-1], **(kw | kwargs))
@@ -136,33 +158,42 @@ class SparseRecipe:
     def published(self) -> dict:
         "What was printed for it, a row of `zoo.published`; empty if nothing was"
         dataset,net = self.network.split('/')
-        name = f"{net} {dict(prune='pruned').get(self.method, self.method)}" + ('' if self.method == 'dense' else f' {self.sparsity:g}')
+        name = (f"{net} {dict(prune='pruned').get(self.method, self.method)}"
+            + ('' if self.method == 'dense' else f' {self.sparsity:g}'))
         rows = zoo.published('dynamic_sparse', dataset, count=False).to_dict('records')
         return next((r for r in rows if r['row'] == name), {})
 
     def table(self) -> Table:
         "What it says"
         rows = dict(epochs=self.epochs, lr=self.lr, wd=self.wd) | self.loader | self.settings
-        return Table([dict(what=k, value=str(v)) for k,v in rows.items()], title=f"**{self.network}, {self.method}{f' {self.sparsity:g}' if self.sparsity else ''}**")
+        return Table([dict(what=k, value=str(v)) for k,v in rows.items()],
+            title=f"**{self.network}, {self.method}{f' {self.sparsity:g}' if self.sparsity else ''}**")
     def _repr_markdown_(self): return self.table()._repr_markdown_()
-    def __repr__(self): return f'SparseRecipe({self.network!r}, {self.method!r}, {self.sparsity:g}: {self.epochs} epochs, wd {self.wd:g})'
+    def __repr__(self):
+        return (f'SparseRecipe({self.network!r}, {self.method!r}, {self.sparsity:g}: {self.epochs} '
+            f'epochs, wd {self.wd:g})')
 
 # %% ../../nbs/sparse/09_published.ipynb #cff47449
 def _one_of(name, value, known):
-    if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, known)) or 'none, as none is published'}.")
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: choose one of "
+            f"{', '.join(map(str, known)) or 'none, as none is published'}.")
     return known[value]
 
 def _stretch(values, epochs):
     "The tables over another number of epochs"
-    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1: raise ValueError(f"epochs={epochs!r}: give a whole number, at least 1.")
+    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
+        raise ValueError(f"epochs={epochs!r}: give a whole number, at least 1.")
     k = epochs/values['epochs']
-    res = {n: {round(e*k, 9): v for e,v in t.items()} if n in ('lr', 'period', 'temperature') else t for n,t in values.items()}
+    res = {n: {round(e*k, 9): v for e,v in t.items()} if n in ('lr', 'period', 'temperature') else t
+        for n,t in values.items()}
     if 'stop_epoch' in res: res['stop_epoch'] = max(1, int(res['stop_epoch']*k + 1e-9))
     return res | dict(epochs=epochs)
 
 def _changed(method, values, steps, changes):
     "`values` with all changes; a name that the method does not know is refused"
-    if steps is not None: changes = {n: dict(zip(t.keys, t.values)) for n,t in read_steps(steps).items()} | changes
+    if steps is not None:
+        changes = {n: dict(zip(t.keys, t.values)) for n,t in read_steps(steps).items()} | changes
     settings = () if _callback(method) is None else inspect.signature(_callback(method)).parameters
     known = dict.fromkeys([*_TRAIN, *values, *settings])
     if method == 'prune': known.pop('epochs') # follows from n_prunes, start, every and post
@@ -186,5 +217,8 @@ def sparse_recipe(
     values = _changed(method, values, steps, changes)
     train,settings = {k: values[k] for k in _TRAIN},{k: v for k,v in values.items() if k not in _TRAIN}
     if method == 'prune': train['epochs'] = IterativePrune(**settings).run_length
-    build = _one_of('sparsity of a thin network', sparsity, net['thin']) if method == 'thin' else dict(name=network)
-    return SparseRecipe(network, method, 0. if method == 'dense' else sparsity, loader=net['loader'] | ({} if bs is None else dict(bs=bs)), settings=settings, build=build, **train)
+    build = (_one_of('sparsity of a thin network', sparsity, net['thin']) if method == 'thin'
+        else dict(name=network))
+    return SparseRecipe(network, method, 0. if method == 'dense' else sparsity,
+        loader=net['loader'] | ({} if bs is None else dict(bs=bs)), settings=settings, build=build,
+        **train)

@@ -34,7 +34,9 @@ class DSR(Rewirer):
     "Threshold drop, growth shared out over all layers (Mostafa and Wang 2019)"
     def plan(self, cb, model, table):
         live = sum(r['live'] for r in table if 'live' in r)
-        if cb.target(live) > live: raise ValueError(f"n_realloc={cb.n_realloc}: only {live} units are live. Give a share below 1, or a smaller number.")
+        if cb.target(live) > live:
+            raise ValueError(f"n_realloc={cb.n_realloc}: only {live} units are live. Give a share "
+                "below 1, or a smaller number.")
         return table
 
     def start(self, cb, items, live):
@@ -44,7 +46,9 @@ class DSR(Rewirer):
         if v['layers'] not in (0, which): v['threshold'] = threshold_for(items, cb.target(live))
         v['layers'] = which
 
-    def drop(self, cb, items): return [drop_threshold(unit_values(e), e.mask, cb.effect.values['threshold'], e.live) for e in items]
+    def drop(self, cb, items):
+        return [drop_threshold(unit_values(e), e.mask, cb.effect.values['threshold'], e.live)
+            for e in items]
     def allocate(self, cb, items, dropped):
         if self.within(cb): return super().allocate(cb, items, dropped)
         k,free = [len(d) for d in dropped],[e.units-e.live for e in items]
@@ -59,10 +63,13 @@ class DSR(Rewirer):
 @rewirer('set')
 class SET(Rewirer):
     "The smallest share of each layer, regrown in it at random (Mocanu and others 2018)"
-    def drop(self, cb, items): return [self._ends(e, self.fraction(cb)) if cb.two_ended else drop_fraction(unit_values(e).abs(), e.mask, self.fraction(cb)) for e in items]
+    def drop(self, cb, items):
+        return [self._ends(e, self.fraction(cb)) if cb.two_ended
+            else drop_fraction(unit_values(e).abs(), e.mask, self.fraction(cb)) for e in items]
     def _ends(self, e, fraction):
         "The same share of the positive and of the negative weights, those closest to zero"
-        return torch.cat([drop_fraction(e.weight.abs(), e.mask & side, fraction) for side in (e.weight > 0, e.weight < 0)])
+        return torch.cat([drop_fraction(e.weight.abs(), e.mask & side, fraction)
+            for side in (e.weight > 0, e.weight < 0)])
     def notes(self, cb): return dict(fraction=self.fraction(cb))
 
 @rewirer('rigl')
@@ -72,12 +79,17 @@ class RigL(SET):
     def fraction(self, cb):
         "A number falls to 0 along half a cosine, until rewiring stops"
         f = self.drop_frac if cb.drop_frac is None else cb.drop_frac
-        return f/2*(1+cos(pi*min(1., cb.effect.clock.step_pos/max(cb.stop, 1e-9)))) if isinstance(f, Real) else super().fraction(cb)
+        return (f/2*(1+cos(pi*min(1., cb.effect.clock.step_pos/max(cb.stop, 1e-9))))
+            if isinstance(f, Real) else super().fraction(cb))
     def idle(self, cb): return cb.store.live == cb.store.units
-    def allocate(self, cb, items, dropped): return [len(d) for d in dropped] # where one was dropped is free again
+    def allocate(self, cb, items, dropped): # where one was dropped is free again
+        return [len(d) for d in dropped]
     def grow(self, cb, items, dropped, counts, gens):
-        if 'dense' not in cb.__dict__: raise ValueError(f"method={cb.method!r} needs gradients, so it rewires in training only: call fit")
-        return [cb.place(e, e.mask & ~e.picked(d), d, n, cb.dense[e]) for e,d,n in zip(items, dropped, counts)]
+        if 'dense' not in cb.__dict__:
+            raise ValueError(f"method={cb.method!r} needs gradients, so it rewires in training only: "
+                "call fit")
+        return [cb.place(e, e.mask & ~e.picked(d), d, n, cb.dense[e])
+            for e,d,n in zip(items, dropped, counts)]
 
 # %% ../../nbs/sparse/05_rewire.ipynb #1146fd75
 @rewirer('granet')
@@ -85,21 +97,30 @@ class GraNet(RigL):
     "RigL, while the smallest units of all layers are pruned along a cubic (Liu and others 2021)"
     shrinks = True
     def check(self, cb):
-        if ':' in cb.granularity: raise ValueError(f"granularity={cb.granularity!r} fixes the number of live weights, which method='granet' lowers. Use method='rigl', or other units.")
-        if isinstance(cb.init_mask, dict): raise ValueError("method='granet' makes its own first masks: give start_sparsity=, and init_mask='random' or 'magnitude'.")
+        if ':' in cb.granularity:
+            raise ValueError(f"granularity={cb.granularity!r} fixes the number of live weights, which "
+                "method='granet' lowers. Use method='rigl', or other units.")
+        if isinstance(cb.init_mask, dict):
+            raise ValueError("method='granet' makes its own first masks: give start_sparsity=, and "
+                "init_mask='random' or 'magnitude'.")
 
     def plan(self, cb, model, table):
         "Masks at the start; in `end` the live units when it is over"
-        res,end = plan_masks(model, **cb.first_masks()),{r['layer']: r['live'] for r in table if 'live' in r}
+        res,end = plan_masks(model, **cb.first_masks()),{r['layer']: r['live'] for r in table
+            if 'live' in r}
         for r in (r for r in res if 'live' in r):
             r['end'] = end.get(r['layer'], r['live'])
-            if r['live'] < r['end']: raise ValueError(f"{r['layer']}: start_sparsity={cb.start_sparsity:g} leaves {r['live']} units live, the target {r['end']}. Give a lower start_sparsity, or a higher sparsity.")
+            if r['live'] < r['end']:
+                raise ValueError(f"{r['layer']}: start_sparsity={cb.start_sparsity:g} leaves "
+                    f"{r['live']} units live, the target {r['end']}. Give a lower start_sparsity, or a "
+                    "higher sparsity.")
         res.note += f", {sum(r['end'] for r in res if 'live' in r):,} at the end"
         return res
 
     def ready(self, cb, learn):
         if any('end' not in r for r in cb.effect.report if 'live' in r): raise ValueError(
-            "method='granet' comes down from masks of its own, and these were made otherwise. Call `learn.release()`, then add the callback again.")
+            "method='granet' comes down from masks of its own, and these were made otherwise. Call "
+            "`learn.release()`, then add the callback again.")
 
     def goal(self, cb, items) -> int:
         "Live units that these parameters should have by now"
@@ -113,12 +134,16 @@ class GraNet(RigL):
         part = self.fraction(cb) if cb.moving else 0. # at the end it only prunes
         weak = [drop_fraction(unit_values(e).abs(), k, part) for e,k in zip(items, keep)]
         cb.__dict__['exchanged'] = list(map(len, weak))
-        return [torch.cat([(e.mask & ~k).flatten().nonzero().flatten(), w]) for e,k,w in zip(items, keep, weak)]
+        return [torch.cat([(e.mask & ~k).flatten().nonzero().flatten(), w])
+            for e,k,w in zip(items, keep, weak)]
 
     def allocate(self, cb, items, dropped): return cb.exchanged
     def settle(self, cb, items, dropped, counts): return dropped # more go than come
-    def grow(self, cb, items, dropped, counts, gens): return super().grow(cb, items, dropped, counts, gens) if any(counts) else [d[:0] for d in dropped]
-    def idle(self, cb): return super().idle(cb) and all(r['end'] == r['units'] for r in cb.effect.report if 'live' in r)
+    def grow(self, cb, items, dropped, counts, gens):
+        return (super().grow(cb, items, dropped, counts, gens) if any(counts)
+            else [d[:0] for d in dropped])
+    def idle(self, cb):
+        return super().idle(cb) and all(r['end'] == r['units'] for r in cb.effect.report if 'live' in r)
     def late(self, cb):
         items = [e for e in cb.store.items if e.trainable]
         return cb.effect.clock.step_pos >= cb.stop and self.goal(cb, items) < sum(e.live for e in items)
@@ -128,7 +153,8 @@ class GraNet(RigL):
             cb.rewire(cb.learn.opt)
             cb.history[-1]['step'] -= 1 # that of the last one that was made
         items = [e for e in cb.store.items if e.trainable]
-        live,end = sum(e.live for e in items),sum(r['end'] for r in cb.effect.report if r['layer'] in {e.name for e in items})
+        live,end = sum(e.live for e in items),sum(r['end'] for r in cb.effect.report
+            if r['layer'] in {e.name for e in items})
         if live > end and cb.span == 'fit': warn(
             f"DynamicSparse: this fit was stopped before method='granet' was through: {live:,} units are live, and {end:,} the target. "
             "Fit to the end, or let stop_epoch= come before it can be stopped.")
@@ -138,17 +164,21 @@ class GraNet(RigL):
 class SNFS(RigL):
     "The smallest share of each layer, regrown where momentum is largest (Dettmers and Zettlemoyer 2019)"
     drop_frac,by_grads,dense_state = .5,False,True
-    def suits(self, cb, learn): self._needs_momentum(learn.opt or learn.opt_func([[torch.nn.Parameter(torch.zeros(1))]], lr=.1))
+    def suits(self, cb, learn):
+        self._needs_momentum(learn.opt or learn.opt_func([[torch.nn.Parameter(torch.zeros(1))]], lr=.1))
     def ready(self, cb, learn): self._needs_momentum(learn.opt)
     def _needs_momentum(self, opt):
         if not has_momentum(opt): raise ValueError(
-            "method='snfs' goes by momentum, and this optimizer keeps none. Take one that does, such as opt_func=partial(SGD, mom=.9), or method='rigl'.")
+            "method='snfs' goes by momentum, and this optimizer keeps none. Take one that does, such "
+            "as opt_func=partial(SGD, mom=.9), or method='rigl'.")
 
     def start(self, cb, items, live):
         found = {e: momentum_of(cb.learn.opt, e.weight) if cb.learn else None for e in items}
         if all(m is None for m in found.values()): raise ValueError(
-            f"{items[0].name}: there is no momentum of it yet, so method='snfs' rewires in training only: call fit")
-        cb.__dict__['momentum'] = {e: unit_scores(torch.zeros_like(e.weight) if m is None else m, e.mask.shape) for e,m in found.items()}
+            f"{items[0].name}: there is no momentum of it yet, so method='snfs' rewires in training "
+            "only: call fit")
+        cb.__dict__['momentum'] = {e: unit_scores(torch.zeros_like(e.weight) if m is None else m,
+            e.mask.shape) for e,m in found.items()}
 
     def drop(self, cb, items):
         "Of a layer that has had no gradient yet, nothing: there is no telling what it is worth"
@@ -161,10 +191,12 @@ class SNFS(RigL):
 
     def allocate(self, cb, items, dropped):
         if self.within(cb): return Rewirer.allocate(self, cb, items, dropped)
-        return allocate_growth([len(d) for d in dropped], list(map(Fraction, self.shares(cb, items))), [e.units-e.live for e in items])
+        return allocate_growth([len(d) for d in dropped], list(map(Fraction, self.shares(cb, items))),
+            [e.units-e.live for e in items])
 
     def within(self, cb): return cb.stays_within
-    def grow(self, cb, items, dropped, counts, gens): return [cb.place(e, e.mask, d, n, cb.momentum[e]) for e,d,n in zip(items, dropped, counts)]
+    def grow(self, cb, items, dropped, counts, gens):
+        return [cb.place(e, e.mask, d, n, cb.momentum[e]) for e,d,n in zip(items, dropped, counts)]
 
 # %% ../../nbs/sparse/05_rewire.ipynb #33170a88
 @rewirer('deepr')
@@ -172,23 +204,32 @@ class DeepR(Rewirer):
     "Noise, and a live weight whose sign changes gives way to a random one (Bellec and others 2018)"
     period,comes_back,writes,by_sign = 1,False,True,True
     def check(self, cb):
-        if cb.granularity != 'weight': raise ValueError(f"method='deepr' goes by the signs of weights: use granularity='weight', not {cb.granularity!r}.")
+        if cb.granularity != 'weight':
+            raise ValueError("method='deepr' goes by the signs of weights: use granularity='weight', "
+                f"not {cb.granularity!r}.")
 
-    def ready(self, cb, learn): cb.__dict__['lists'] = {e: LiveList(e, self._asleep(cb, e) if cb.sign == 'random' else None) for e in cb.store.items}
+    def ready(self, cb, learn):
+        cb.__dict__['lists'] = {e: LiveList(e, self._asleep(cb, e) if cb.sign == 'random' else None)
+            for e in cb.store.items}
     def _asleep(self, cb, e):
         "Signs of the connections whose weight is 0, from the seed alone"
-        return torch.randint(0, 2, (e.units,), generator=generator(cb.seed, 'sign', e.name), dtype=torch.int8).mul_(2).sub_(1).to(e.weight.device)
+        return torch.randint(0, 2, (e.units,), generator=generator(cb.seed, 'sign', e.name),
+            dtype=torch.int8).mul_(2).sub_(1).to(e.weight.device)
 
     def std(self, cb) -> float:
         "Standard deviation of the noise, sqrt(2*eta*T)"
         return (2*cb.eta*max(0., cb.value(cb.temps)))**.5
 
     def _noise(self, cb, where):
-        std,lists = self.std(cb),[l for e,l in cb.lists.items() if e.trainable and e.weight.grad is not None] # frozen: fastai keeps gradients, and steps by them
+        # frozen: fastai keeps gradients, and steps by them
+        std,lists = self.std(cb),[l for e,l in cb.lists.items() if e.trainable
+            and e.weight.grad is not None]
         if not std or not lists: return
         sizes = [len(l.idx) for l in lists]
-        draw = torch.randn(sum(sizes), generator=generator(cb.seed, 'noise', cb.effect.clock.steps)).mul_(std)
-        for l,n in zip(lists, draw.split(sizes)): l.add_(where(l.e), n.to(l.e.weight.device, l.e.weight.dtype))
+        draw = torch.randn(sum(sizes),
+            generator=generator(cb.seed, 'noise', cb.effect.clock.steps)).mul_(std)
+        for l,n in zip(lists, draw.split(sizes)):
+            l.add_(where(l.e), n.to(l.e.weight.device, l.e.weight.dtype))
 
     def before_step(self, cb, learn):
         if cb.noise == 'grad': self._noise(cb, lambda e: e.weight.grad)
@@ -199,7 +240,9 @@ class DeepR(Rewirer):
         if 'lists' not in cb.__dict__: self.ready(cb, None)
         return [cb.lists[e].changed(drop_sign_change) for e in items]
 
-    def grow(self, cb, items, dropped, counts, gens): return [grow_random(e.mask, n, g) if n else d[:0] for e,d,n,g in zip(items, dropped, counts, gens)]
+    def grow(self, cb, items, dropped, counts, gens):
+        return [grow_random(e.mask, n, g) if n else d[:0]
+            for e,d,n,g in zip(items, dropped, counts, gens)]
     def done(self, cb, items, grown, n_dropped, live):
         for e,g in zip(items, grown): cb.lists[e].moved(g)
     def notes(self, cb): return dict(temperature=cb.value(cb.temps))
@@ -241,21 +284,25 @@ class DynamicSparse(Exchange, EffectCallback):
     ):
         store_attr()
         self.check_settings(REWIRERS)
-        self.__dict__.update(steps=None if period is None else as_sched(period), temps=SchedExp(1e-3, 1e-6) if temperature is None else as_sched(temperature))
+        self.__dict__.update(steps=None if period is None else as_sched(period),
+            temps=SchedExp(1e-3, 1e-6) if temperature is None else as_sched(temperature))
 
     @classmethod
     def unfinished(cls, model):
         st = effects(model).get('dynamic_sparse')
         end = sum(r['end'] for r in st.report if 'end' in r)
         if not end or st.holder.live <= end: return None
-        return f"{st.holder.live:,} units are live, and {end:,} the target of method={st.settings['method']!r}, which comes down to it within a fit: fit first."
+        return (f"{st.holder.live:,} units are live, and {end:,} the target of "
+            f"method={st.settings['method']!r}, which comes down to it within a fit: fit first.")
 
     @classmethod
     def without(cls, model):
         late = cls.unfinished(model) if 'dynamic_sparse' in effects(model) else None
-        return None if late is None else f"this fit is without it, and removes nothing more: {late.removesuffix(': fit first.')}. Fit with cbs=learn.dynamic_sparse."
+        return (None if late is None else "this fit is without it, and removes nothing more: "
+            f"{late.removesuffix(': fit first.')}. Fit with cbs=learn.dynamic_sparse.")
 
-    how = property(lambda self: REWIRERS[self.method], doc="The `Rewirer` of the method; None for 'static'")
+    how = property(lambda self: REWIRERS[self.method], doc="The `Rewirer` of the method; None for "
+        "'static'")
     stays_within = property(lambda self: not self.across_layers or ':' in self.granularity)
     def place(self, e, mask, dropped, n, score=None, generator=None) -> torch.Tensor: # Flat indices
         "Where `n` units of a `Masked` parameter grow, at random or by score; with a pattern n:m in the groups that lose some"

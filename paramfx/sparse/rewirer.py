@@ -15,8 +15,10 @@ from .moves import readmit
 class Rewirer:
     "A method of rewiring: a subclass says what to drop, and may say more"
     drop_frac = .1 # unless the callback says another
-    period = None # optimizer steps between rewires, unless the callback says another; None: a fifth of an epoch
-    by_grads = False # Does it ask for the dense gradients, which then take the place of the optimizer's step?
+    # optimizer steps between rewires, unless the callback says another; None: a fifth of an epoch
+    period = None
+    # Does it ask for the dense gradients, which then take the place of the optimizer's step?
+    by_grads = False
     comes_back = True # May a unit that is dropped be grown at once? It then stays as it is
     dense_state = False # Does it need the momentum of dead weights, so that gradients are not masked?
     writes = False # Does it write into the weights or the gradients of a parameter itself?
@@ -24,12 +26,14 @@ class Rewirer:
     shrinks = False # Does the number of live units fall, from `start_sparsity` to `sparsity`?
     def check(self, cb): "Raise where the settings of the callback do not go with the method"
     def suits(self, cb, learn): "Raise where this Learner does not go with the method; nothing is masked then"
-    def plan(self, cb, model, table): return table # of what is masked at first; raise where that could not work
+    def plan(self, cb, model, table): # of what is masked at first; raise where that could not work
+        return table
     def ready(self, cb, learn): "Called before an epoch, and where weights were loaded; raise where it could not work"
     def before_step(self, cb, learn): "Called with the masked gradients, as long as units move"
     def after_step(self, cb, learn): "Called after the optimizer's step, as long as units move"
     def start(self, cb, items, live): "Called before a rewire of these `Masked` parameters"
-    def fraction(self, cb) -> float: return cb.value(as_sched(self.drop_frac if cb.drop_frac is None else cb.drop_frac))
+    def fraction(self, cb) -> float:
+        return cb.value(as_sched(self.drop_frac if cb.drop_frac is None else cb.drop_frac))
     def drop(self, cb, items) -> list: # Flat indices per parameter
         "Units to drop"
         raise NotImplementedError(f'{type(self).__name__} defines no `drop`')
@@ -44,7 +48,8 @@ class Rewirer:
         return [cb.place(e, e.mask, d, n, generator=g) for e,d,n,g in zip(items, dropped, counts, gens)]
     def done(self, cb, items, grown, n_dropped, live): "Called after it; `n_dropped` counts what `drop` chose"
     def within(self, cb) -> bool: return True # must each parameter keep its number of units?
-    def idle(self, cb) -> bool: return False # Is there nothing to exchange, so that no step should be given away?
+    def idle(self, cb) -> bool: # Is there nothing to exchange, so that no step should be given away?
+        return False
     def late(self, cb) -> bool: return False # Is there a rewire to make now, whatever the period says?
     def finish(self, cb): "Called at the end of a fit"
     def notes(self, cb) -> dict: return {} # what the history remembers besides

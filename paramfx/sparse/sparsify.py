@@ -13,14 +13,16 @@ from math import prod
 
 import torch
 from torch import nn
-from ..core.layers import CONVS, WEIGHTED, all_matrices, left_out, match_layers, tell_reasons, tell_unknown, weight_names, weighted_layers
+from ..core.layers import (CONVS, WEIGHTED, all_matrices, left_out, match_layers, tell_reasons,
+    tell_unknown, weight_names, weighted_layers)
 from ..core.tables import Table
 from ..core.optimizers import check_values, spare_roots, way_out, zero_is_fixed
 from .compute import use_csr
 from ..core.state import EffectState, effects, root_module
 from ..masks.store import Masked, MaskStore, param_name, density_erk, density_uniform, make_mask
 from ..core.registry import recipe_verb
-from ..masks.units import check_granularity, check_sparsity, expand_units, live_units, nm_groups, nm_pattern, unit_scores, unit_shape
+from ..masks.units import (check_granularity, check_sparsity, expand_units, live_units, nm_groups,
+    nm_pattern, unit_scores, unit_shape)
 from ..core.samples import generator
 
 # %% ../../nbs/sparse/01_sparsify.ipynb #a6091b26
@@ -31,7 +33,8 @@ def _skips(model, include, exclude):
     layers = weighted_layers(model)
     chosen = set(layers) if include is None else match_layers(model, include)
     out = match_layers(model, exclude) if exclude is not None else set()
-    first = next((n for n,m in layers.items() if isinstance(m, CONVS)), None) if include is None else None
+    first = (next((n for n,m in layers.items() if isinstance(m, CONVS)), None) if include is None
+        else None)
     why = {n: 'not in include' if n not in chosen else 'excluded' if n in out else None for n in layers}
     if first and why[first] is None: why[first] = 'first convolution (name it in include= to mask it)'
     for n,m in layers.items():
@@ -40,7 +43,8 @@ def _skips(model, include, exclude):
 
 def _no_weight(m):
     "Why a layer has no weight that could be masked"
-    if callable(getattr(m, 'plain', None)): return f'a {type(m).__name__} makes its weight of something smaller: call {way_out()} first'
+    if callable(getattr(m, 'plain', None)):
+        return f'a {type(m).__name__} makes its weight of something smaller: call {way_out()} first'
     return 'no weight of its own (parametrized, or weight_norm: remove it first)'
 
 def candidates(
@@ -64,7 +68,8 @@ def candidates(
 # %% ../../nbs/sparse/01_sparsify.ipynb #af649172
 def _by_layer(model, take, sparsity):
     "Sparsity of each parameter in `take`; None where a dict says nothing"
-    if not isinstance(sparsity, dict): return [1-d for d in density_uniform([m._parameters[p].shape for _,m,p in take], sparsity)]
+    if not isinstance(sparsity, dict):
+        return [1-d for d in density_uniform([m._parameters[p].shape for _,m,p in take], sparsity)]
     named = {k: match_layers(model, k) for k in sparsity if k not in ('conv', 'fc')}
     def find(n, m):
         exact = [k for k,v in named.items() if n in v]
@@ -72,14 +77,18 @@ def _by_layer(model, take, sparsity):
     return [find(n, m) for n,m,_ in take]
 
 def _erk(take, rates):
-    if len(set(rates)) > 1: raise ValueError("distribution='erk' shares out one sparsity; give a single number, or distribution='uniform' for a dict.")
+    if len(set(rates)) > 1:
+        raise ValueError("distribution='erk' shares out one sparsity; give a single number, or "
+            "distribution='uniform' for a dict.")
     return [1-d for d in density_erk([tuple(m._parameters[p].shape) for _,m,p in take], rates[0])]
 
 def check_options(granularity, distribution, init_mask):
     "Raise where one of the options is unknown"
     check_granularity(granularity)
-    for k,v,ok in (('distribution', distribution, ('uniform','erk')), ('init_mask', init_mask, ('random','magnitude'))):
-        if not isinstance(v, dict) and v not in ok: raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
+    for k,v,ok in (('distribution', distribution, ('uniform','erk')),
+        ('init_mask', init_mask, ('random','magnitude'))):
+        if not isinstance(v, dict) and v not in ok:
+            raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
 
 def layer_units(
     name:str, # Name of the parameter in the network, such as '3.weight'
@@ -88,8 +97,12 @@ def layer_units(
 ) -> tuple: # Mask shape
     "`unit_shape` of a layer's parameter; an error names the layer"
     layer,_,p = name.rpartition('.')
-    try: return unit_shape(tuple(module._parameters[p].shape), granularity, isinstance(module, TRANSPOSED))
-    except ValueError as e: raise ValueError(f"{name}: {e} Choose another granularity, or leave the layer dense (exclude={layer!r}).") from None
+    try:
+        return unit_shape(tuple(module._parameters[p].shape), granularity,
+            isinstance(module, TRANSPOSED))
+    except ValueError as e:
+        raise ValueError(f"{name}: {e} Choose another granularity, or leave the layer dense "
+            f"(exclude={layer!r}).") from None
 
 # %% ../../nbs/sparse/01_sparsify.ipynb #806e83e2
 def nothing_to(
@@ -116,12 +129,15 @@ def plan_masks(
 ) -> Table: # A row per parameter, those left out last, with the reason
     "What would be masked, to the unit; raises where it could not be done"
     check_options(granularity, distribution, init_mask)
-    for k,v in (sparsity.items() if isinstance(sparsity, dict) else [('sparsity', sparsity)]): check_sparsity(v, k)
+    for k,v in (sparsity.items() if isinstance(sparsity, dict) else [('sparsity', sparsity)]):
+        check_sparsity(v, k)
     take,skip = candidates(model, include, exclude)
     given = isinstance(init_mask, dict)
-    rows = _given_rows(take, skip, init_mask, granularity) if given else _rows(model, take, skip, sparsity, granularity, distribution)
+    rows = (_given_rows(take, skip, init_mask, granularity) if given
+        else _rows(model, take, skip, sparsity, granularity, distribution))
     if not rows: raise ValueError(nothing_to('mask', model, skip))
-    return Table(rows+skip, note=f"{sum(r['live'] for r in rows):,} of {sum(r['units'] for r in rows):,} units live")
+    return Table(rows+skip, note=f"{sum(r['live'] for r in rows):,} of "
+        f"{sum(r['units'] for r in rows):,} units live")
 
 def _rows(model, take, skip, sparsity, granularity, distribution):
     rates,rows = _by_layer(model, take, sparsity),[]
@@ -131,7 +147,8 @@ def _rows(model, take, skip, sparsity, granularity, distribution):
         if s is None: skip.append(_without(name, shape, 'sparsity')); continue
         units = prod(layer_units(name, m, granularity))
         live = _live(n, p, units, s, granularity)
-        rows.append(dict(layer=name, shape='x'.join(map(str, shape)), units=units, live=live, sparsity=1-live/units if ':' in granularity else s))
+        rows.append(dict(layer=name, shape='x'.join(map(str, shape)), units=units, live=live,
+            sparsity=1-live/units if ':' in granularity else s))
     return rows
 
 def _without(name, shape, what):
@@ -142,7 +159,8 @@ def _live(n, p, units, s, granularity):
     if nm: return units//nm[1]*nm[0]
     live = live_units(units, s)
     if live < 1: raise ValueError(
-        f"{param_name(n, p)}: sparsity {s:g} leaves {(1-s)*units:.2g} of its {units} units, less than one. Lower the sparsity or leave it dense (exclude={n!r}).")
+        f"{param_name(n, p)}: sparsity {s:g} leaves {(1-s)*units:.2g} of its {units} units, less than "
+        f"one. Lower the sparsity or leave it dense (exclude={n!r}).")
     return live
 
 def _given_rows(take, skip, masks, granularity):
@@ -153,27 +171,40 @@ def _given_rows(take, skip, masks, granularity):
         mask = given_mask(left.pop(name), w, layer_units(name, m, granularity), name)
         _check_pattern(mask, m, name, granularity)
         units,live = mask.numel(),int(mask.sum())
-        if not live: raise ValueError(f"init_mask: {name} keeps none of its {units} units. Keep one at least, or leave the layer dense (exclude={n!r}).")
-        rows.append(dict(layer=name, shape='x'.join(map(str, w.shape)), units=units, live=live, sparsity=1-live/units))
-    if left: raise ValueError(f"init_mask: no masked parameter is called {', '.join(map(repr, left))}. There are: {', '.join(r['layer'] for r in rows)}.")
+        if not live:
+            raise ValueError(f"init_mask: {name} keeps none of its {units} units. Keep one at least, "
+                f"or leave the layer dense (exclude={n!r}).")
+        rows.append(dict(layer=name, shape='x'.join(map(str, w.shape)), units=units, live=live,
+            sparsity=1-live/units))
+    if left:
+        raise ValueError(f"init_mask: no masked parameter is called {', '.join(map(repr, left))}. "
+            f"There are: {', '.join(r['layer'] for r in rows)}.")
     return rows
 
 def _check_pattern(mask, module, name, granularity):
     nm = nm_pattern(granularity)
     if nm and (nm_groups(mask, nm[1], isinstance(module, TRANSPOSED)).sum(1) != nm[0]).any(): raise ValueError(
-        f"init_mask: {name} does not keep {nm[0]} of each {nm[1]} weights. Use granularity='weight', or a mask of that pattern.")
+        f"init_mask: {name} does not keep {nm[0]} of each {nm[1]} weights. Use granularity='weight', "
+        "or a mask of that pattern.")
 
 def given_mask(mask, w, shape, name):
     "A mask of the weight's shape or of the mask's shape, as one of the mask's shape"
-    if not torch.is_tensor(mask) or mask.dtype != torch.bool: raise ValueError(f"{name}: a mask is a bool tensor (True = kept), not {getattr(mask, 'dtype', type(mask).__name__)}.")
+    if not torch.is_tensor(mask) or mask.dtype != torch.bool:
+        raise ValueError(f"{name}: a mask is a bool tensor (True = kept), not "
+            f"{getattr(mask, 'dtype', type(mask).__name__)}.")
     if tuple(mask.shape) == shape: return mask
-    if tuple(mask.shape) != tuple(w.shape): raise ValueError(f"{name}: mask of shape {tuple(mask.shape)} for a weight of {tuple(w.shape)}. Give the weight's shape.")
+    if tuple(mask.shape) != tuple(w.shape):
+        raise ValueError(f"{name}: mask of shape {tuple(mask.shape)} for a weight of {tuple(w.shape)}. "
+            "Give the weight's shape.")
     small = unit_scores(mask.float(), shape) > 0
-    if not torch.equal(expand_units(small, mask.shape), mask): raise ValueError(f"{name}: the mask cuts through units of this granularity. Use granularity='weight'.")
+    if not torch.equal(expand_units(small, mask.shape), mask):
+        raise ValueError(f"{name}: the mask cuts through units of this granularity. Use "
+            "granularity='weight'.")
     return small
 
 # %% ../../nbs/sparse/01_sparsify.ipynb #14034778
-VALUES = dict(rewires=0., rewired=0., threshold=0., layers=0.) # numbers that a checkpoint of a sparse run holds
+# numbers that a checkpoint of a sparse run holds
+VALUES = dict(rewires=0., rewired=0., threshold=0., layers=0.)
 
 def mask_state(
     model:nn.Module, # Network, masked in place
@@ -190,7 +221,8 @@ def mask_state(
     plan = [r for r in report if 'live' in r]
     unknown = tell_unknown(model, [r['layer'] for r in plan])
     if unknown: warnings.warn(f'{unknown} They stay dense.')
-    granularity,how,seed = (kwargs.get(k, d) for k,d in (('granularity','weight'), ('init_mask','random'), ('seed',0)))
+    granularity,how,seed = (kwargs.get(k, d)
+        for k,d in (('granularity','weight'), ('init_mask','random'), ('seed',0)))
     items = []
     for r in plan:
         n,_,p = r['layer'].rpartition('.')
@@ -200,7 +232,8 @@ def mask_state(
     for i,r in enumerate(plan):
         n,_,p = r['layer'].rpartition('.')
         m = model.get_submodule(n)
-        w,shape,nm,tr = m._parameters[p],layer_units(r['layer'], m, granularity),nm_pattern(granularity),isinstance(m, TRANSPOSED)
+        w,shape,nm,tr = m._parameters[p],layer_units(r['layer'], m,
+            granularity),nm_pattern(granularity),isinstance(m, TRANSPOSED)
         mask = given_mask(how[r['layer']], w, shape, r['layer']).clone() if isinstance(how, dict) else make_mask(
             w, r['live'], shape, generator(seed, 'init', i), how, nm, tr)
         items.append((n, m, p, mask, (nm[1], tr) if nm else None))
@@ -221,14 +254,16 @@ def sparsify(
     kw = dict(sparsity=sparsity, granularity=granularity, distribution=distribution, include=include, exclude=exclude,
               init_mask=init_mask, seed=seed)
     if 'dynamic_sparse' in effects(model): raise ValueError(
-        f"This model is masked already. Call {way_out()} first, which keeps its zeros, or `learn.release()` where a Learner holds it.")
+        f"This model is masked already. Call {way_out()} first, which keeps its zeros, or "
+        "`learn.release()` where a Learner holds it.")
     return mask_state(model, kw, **kw).attach(model).report
 
 sparsify.plan = plan_masks
 
 def _again_args(st):
     "Plain arguments that mask the same parameters; which weights live comes with the weights"
-    kw = {k: st.settings[k] for k in ('sparsity', 'granularity', 'distribution', 'seed') if k in st.settings}
+    kw = {k: st.settings[k] for k in ('sparsity', 'granularity', 'distribution', 'seed')
+        if k in st.settings}
     how = st.settings.get('init_mask', 'random')
     given = isinstance(how, dict) or st.settings.get('given', False)
     kw |= dict(include=[e.layer for e in st.holder.items], init_mask=st.holder.masks if given else how)
@@ -237,10 +272,12 @@ def _again_args(st):
 
 @recipe_verb('dynamic_sparse', _again_args)
 def _sparsify_again(model, any_budget=False, csr=(), **kw):
-    known = {k:v for k,v in kw.items() if k not in ('include', 'init_mask')} # those of the recipe are not what the user gave
+    # those of the recipe are not what the user gave
+    known = {k:v for k,v in kw.items() if k not in ('include', 'init_mask')}
     st = mask_state(model, known | dict(given=isinstance(kw.get('init_mask'), dict)), **kw)
     use_csr(st, csr).attach(model)
-    if any_budget: st.holder.allow([range(1, e.units+1) for e in st.holder.items], range(1, st.holder.units+1))
+    if any_budget:
+        st.holder.allow([range(1, e.units+1) for e in st.holder.items], range(1, st.holder.units+1))
     return model
 
 # %% ../../nbs/sparse/01_sparsify.ipynb #229c298d
@@ -251,12 +288,14 @@ def l1_penalty(weights:list) -> torch.Tensor:
 def group_lasso(weights:list) -> torch.Tensor:
     "Sum over kernels of their Euclidean norms; |w| for weights without kernels"
     weights = [w.abs() if w.is_complex() else w for w in weights]
-    return sum((w.pow(2).flatten(2).sum(2)+1e-12).sqrt().sum() if w.ndim > 2 else w.abs().sum() for w in weights)
+    return sum((w.pow(2).flatten(2).sum(2)+1e-12).sqrt().sum() if w.ndim > 2 else w.abs().sum()
+        for w in weights)
 
 # %% ../../nbs/sparse/01_sparsify.ipynb #f55a4039
 class MaskedEffect:
     "Mixin of sparse callbacks: keeps weights, gradients and optimizer state masked"
-    dense_state = False # Does the method need gradients and state of dead weights? Then weights are masked after each step
+    # Does the method need gradients and state of dead weights? Then weights are masked after each step
+    dense_state = False
     @property
     def store(self) -> MaskStore: return self.effect.holder
     @property
@@ -274,13 +313,16 @@ class MaskedEffect:
         for e in self.store.items:
             try: now = root_module(learn.model).get_submodule(e.layer)
             except AttributeError: now = None
-            if now is not e.module: raise ValueError(f"{e.layer}: the layer was replaced after it was masked. Call `learn.release()`, then mask the model anew.")
+            if now is not e.module:
+                raise ValueError(f"{e.layer}: the layer was replaced after it was masked. Call "
+                    "`learn.release()`, then mask the model anew.")
 
     def _clean(self, opt):
         spare_roots(opt)
         kept = self.state == 'keep' or self.dense_state
         if not kept: self.store.state_(opt)
-        self.__dict__.update(pass_weights=kept or not zero_is_fixed(opt), fades=self.state == 'keep' and not self.dense_state)
+        self.__dict__.update(pass_weights=kept or not zero_is_fixed(opt),
+            fades=self.state == 'keep' and not self.dense_state)
         self.effect.dirty = False
 
     def on_grads(self, learn):
@@ -305,4 +347,5 @@ class MaskedEffect:
     def sparse_penalty(self, l1, lasso):
         "The penalty on live weights, None where there is none"
         if not l1: return None
-        return l1*(group_lasso if lasso else l1_penalty)([e.param for e in self.store.items if e.trainable])
+        return l1*(group_lasso if lasso
+            else l1_penalty)([e.param for e in self.store.items if e.trainable])

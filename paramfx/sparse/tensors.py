@@ -74,7 +74,8 @@ class Stored:
     ):
         "Take other elements"
         t = self.param.detach()
-        flat = t.view(-1) if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format).view(-1)
+        flat = (t.view(-1) if t.is_contiguous()
+            else torch.empty_like(t, memory_format=torch.contiguous_format).view(-1))
         for i,p in enumerate(pieces): flat[i*BLOCK:(i+1)*BLOCK].copy_(_spread(*p))
         if not t.is_contiguous(): t.copy_(flat.view(t.shape))
 
@@ -86,9 +87,11 @@ class StoredCSR(Stored):
         module:CSR # The layer
     ):
         store_attr()
-        self.param,self.shape,self.dtype,self.n = module.values,module.shape,module.values.dtype,prod(module.shape)
+        self.param,self.shape,self.dtype,self.n = module.values,module.shape,module.values.dtype,prod(
+            module.shape)
 
-    def _mask(self, flat): return torch.zeros(self.n, dtype=torch.bool).index_fill_(0, flat, True).view(self.shape)
+    def _mask(self, flat):
+        return torch.zeros(self.n, dtype=torch.bool).index_fill_(0, flat, True).view(self.shape)
     def mask(self):
         "Bool: the places that it has, zeros among them"
         return self._mask(self.module.flat.cpu())
@@ -102,28 +105,35 @@ class StoredCSR(Stored):
 
     def pieces(self):
         v = self.param.detach().cpu()
-        for i,(at,own) in enumerate(self._places()): yield v.new_zeros(min(BLOCK, self.n-i*BLOCK)).index_copy_(0, at, v[own])
+        for i,(at,own) in enumerate(self._places()):
+            yield v.new_zeros(min(BLOCK, self.n-i*BLOCK)).index_copy_(0, at, v[own])
 
     def put(self, pieces, keep=False):
-        if keep: return self.param.data.copy_(torch.cat([_spread(*p)[at] for p,(at,_) in zip(pieces, self._places())]))
+        if keep:
+            return self.param.data.copy_(torch.cat([_spread(*p)[at]
+                for p,(at,_) in zip(pieces, self._places())]))
         flat,values = [torch.empty(0, dtype=torch.int64)],[self.param.detach()[:0].cpu()]
         for i,(v,live) in enumerate(pieces):
-            flat.append(i*BLOCK + (torch.arange(len(v)) if live is None else torch.from_numpy(np.flatnonzero(live))))
+            flat.append(i*BLOCK + (torch.arange(len(v)) if live is None
+                else torch.from_numpy(np.flatnonzero(live))))
             values.append(v.to(self.dtype))
-        self.module.place_(torch.cat(flat).to(self.param.device), torch.cat(values).to(self.param.device))
+        self.module.place_(torch.cat(flat).to(self.param.device),
+            torch.cat(values).to(self.param.device))
 
 # %% ../../nbs/sparse/13_tensors.ipynb #3e4820e7
 def effect_states(
     model:nn.Module # Network
 ) -> list: # (prefix, `EffectState`)
     "Everything in force on the network or on a part of it"
-    return [(f'{n}.' if n else '', st) for n,m in model.named_modules() for st in m.__dict__.get('_effects', {}).values()]
+    return [(f'{n}.' if n else '', st) for n,m in model.named_modules()
+        for st in m.__dict__.get('_effects', {}).values()]
 
 def stored_masks(
     model:nn.Module # Network
 ) -> dict: # id of a parameter -> its `Masked`
     "The masks in force"
-    return {id(e.param): e for _,st in effect_states(model) if isinstance(st.holder, MaskStore) for e in st.holder.items}
+    return {id(e.param): e for _,st in effect_states(model) if isinstance(st.holder, MaskStore)
+        for e in st.holder.items}
 
 def _own(m):
     "What a module itself brings, by its plain name"
@@ -137,8 +147,12 @@ def stored_tensors(
     "All that a file has to hold"
     ours,res = {pre+k for pre,st in effect_states(model) for k in st.keys()},{}
     for n,m in model.named_modules():
-        if type(m).get_extra_state is not nn.Module.get_extra_state: raise ValueError(f"{n}: a {type(m).__name__} keeps more than tensors in its state. Save with `learn.save`.")
+        if type(m).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{n}: a {type(m).__name__} keeps more than tensors in its state. Save "
+                "with `learn.save`.")
         for k,t in _own(m).items():
             name = param_name(n, k)
-            if t is not None and name not in ours: res.setdefault(id(t), StoredCSR(name, m) if isinstance(m, CSR) and k == 'weight' else Stored(name, t))
+            if t is not None and name not in ours:
+                res.setdefault(id(t), StoredCSR(name, m) if isinstance(m, CSR)
+                    and k == 'weight' else Stored(name, t))
     return {s.name: s for s in res.values()}

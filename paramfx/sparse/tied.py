@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from ..core.optimizers import ComputedWeight, for_caller, swap_module, swap_params, tell_export, way_out
+from paramfx.core.optimizers import (ComputedWeight, for_caller, swap_module, swap_params, tell_export,
+    way_out)
 from ..core.tables import Table
 from ..core.layers import tell_unknown
 from ..core.registry import recipe_verb
@@ -99,16 +100,21 @@ class Tied(ComputedWeight):
         w = layer.weight.detach()
         unit = w.view(units, *w.shape[2:]) if units < w.numel() else w.flatten()
         new = _remade(layer, cls, bank=nn.Parameter(unit[:bank].clone(), layer.weight.requires_grad))
-        vars(new).update(key=key, seed=seed, shape=tuple(w.shape), sign_hash=sign_hash, scale=bank/units if rescale_grad else 1., n_places=units)
+        vars(new).update(key=key, seed=seed, shape=tuple(w.shape), sign_hash=sign_hash,
+            scale=bank/units if rescale_grad else 1., n_places=units)
         new._index()
         new.register_buffer('code', _checksum(new.idx))
         own = new.idx % bank
-        first = torch.full_like(own[:bank], units).scatter_reduce_(0, own, torch.arange(units, device=own.device), 'amin')
-        with torch.no_grad(): new.bank.copy_(torch.where((new.idx[first] < bank).view(-1, *[1]*(unit.ndim-1)), unit[first], -unit[first]))
+        first = torch.full_like(own[:bank], units).scatter_reduce_(0, own,
+            torch.arange(units, device=own.device), 'amin')
+        with torch.no_grad():
+            new.bank.copy_(torch.where((new.idx[first] < bank).view(-1, *[1]*(unit.ndim-1)),
+                unit[first], -unit[first]))
         return new._as_published()
 
     def _index(self):
-        idx = tied_index(self.n_places, len(self.bank), generator(self.seed, 'tied', self.key), self.sign_hash)
+        idx = tied_index(self.n_places, len(self.bank), generator(self.seed, 'tied', self.key),
+            self.sign_hash)
         self.register_buffer('idx', idx.to(self.bank.device), persistent=False)
 
     def _as_published(self):
@@ -130,7 +136,8 @@ class Tied(ComputedWeight):
 
     def plain(self) -> nn.Module:
         "The ordinary layer with the same weights"
-        new = _remade(self, _dense(self), weight=nn.Parameter(self.weight.detach().clone(), self.bank.requires_grad))
+        new = _remade(self, _dense(self),
+            weight=nn.Parameter(self.weight.detach().clone(), self.bank.requires_grad))
         for k in ('idx', 'code'): new._buffers.pop(k); new._non_persistent_buffers_set.discard(k)
         for k in self.tied: vars(new).pop(k)
         return new
@@ -150,15 +157,20 @@ class Tied(ComputedWeight):
         super().__setstate__(state)
         self._index()
         if not self.code.is_meta and _checksum(self.idx).item() != self.code.item(): raise ValueError(
-            f"{self.key}: this version of torch draws another table from seed {self.seed}. Load with the version that wrote it, and `materialize`.")
+            f"{self.key}: this version of torch draws another table from seed {self.seed}. Load with "
+            "the version that wrote it, and `materialize`.")
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         code = state_dict.get(f'{prefix}code')
         if code is not None and not (code.is_meta or self.code.is_meta) and code.item() != self.code.item(): errors.append(
-            f"{prefix[:-1]}: the file was tied in another way (seed, sparsity, granularity, signs or name of the layer). Tie with its settings.")
+            f"{prefix[:-1]}: the file was tied in another way (seed, sparsity, granularity, signs or "
+            "name of the layer). Tie with its settings.")
         elif strict and f'{prefix}weight' in state_dict and f'{prefix}bank' not in state_dict: errors.append(
-            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one is tied. Load it before {for_caller('learn.tie()', 'tie_weights(model)')}, or call {way_out()} first.")
-        else: super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one is tied. Load it "
+            f"before {for_caller('learn.tie()', 'tie_weights(model)')}, or call {way_out()} first.")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
+                unexpected, errors)
 
 class TiedLinear(Tied, nn.Linear): "`nn.Linear` that reads its weight from a bank"
 class TiedConv1d(Tied, nn.Conv1d): "`nn.Conv1d` that reads its weight from a bank"
@@ -177,17 +189,20 @@ def _choose(model, include, exclude):
         for k,p in m._parameters.items(): owners.setdefault(id(p), []).append(f'{n}.{k}')
     def why(n, m, p):
         others = [o for o in owners[id(m._parameters[p])] if o != f'{n}.{p}']
-        if type(m) not in TIED: return f'only Linear and Conv1d to Conv3d are tied, not {type(m).__name__}'
+        if type(m) not in TIED:
+            return f'only Linear and Conv1d to Conv3d are tied, not {type(m).__name__}'
         if others: return f'shared with {others[0]}'
         if hasattr(m, 'weight_mask'): return f'masked: call {way_out()} first'
     reasons = [(n, 'x'.join(map(str, m._parameters[p].shape)), why(n, m, p)) for n,m,p in take]
     def note(r):
         m = mods.get(r['layer'])
         if isinstance(m, Tied): return 'tied already'
-        if m is not None and any(map(is_lazy, m._parameters.values())): return 'lazy: run one batch through the model first'
+        if m is not None and any(map(is_lazy, m._parameters.values())):
+            return 'lazy: run one batch through the model first'
         return r['note'].replace('mask it', 'tie it')
     rows = [r | dict(note=note(r)) for r in skip]
-    return [n for n,_,r in reasons if r is None],rows+[dict(layer=n, shape=s, note=r) for n,s,r in reasons if r]
+    return ([n for n,_,r in reasons if r is None],
+        rows+[dict(layer=n, shape=s, note=r) for n,s,r in reasons if r])
 
 def plan_tied(
     model:nn.Module, # Network; it is not changed
@@ -201,18 +216,23 @@ def plan_tied(
 ) -> Table: # A row per layer, those left alone last, with the reason
     "What would be tied, to the entry; raises where it could not be done"
     model = root_module(model)
-    if granularity not in ('weight', 'kernel'): raise ValueError(f"granularity={granularity!r}: choose one of weight, kernel.")
+    if granularity not in ('weight', 'kernel'):
+        raise ValueError(f"granularity={granularity!r}: choose one of weight, kernel.")
     for k,v in dict(sign_hash=sign_hash, rescale_grad=rescale_grad).items():
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: give True or False.")
     if not isinstance(seed, Integral): raise ValueError(f"seed={seed!r}: give a whole number.")
     names,skip = _choose(model, include, exclude)
     if not names: raise ValueError(nothing_to('tie', model, skip))
-    if '' in names: raise ValueError(f"The model is a single {type(model).__name__}, which cannot be replaced in place. Wrap it: nn.Sequential(layer).")
+    if '' in names:
+        raise ValueError(f"The model is a single {type(model).__name__}, which cannot be replaced in "
+            "place. Wrap it: nn.Sequential(layer).")
     chosen = plan_masks(model, sparsity, granularity, include=lambda n,m: n in names)
-    rows = [dict(layer=r['layer'].rpartition('.')[0], shape=r['shape'], units=r['units'], bank=round((1-r['sparsity'])*r['units'])) for r in chosen if 'live' in r]
+    rows = [dict(layer=r['layer'].rpartition('.')[0], shape=r['shape'], units=r['units'],
+        bank=round((1-r['sparsity'])*r['units'])) for r in chosen if 'live' in r]
     skip += [r for r in chosen if r.get('note', '').startswith('no sparsity')]
     return Table([r | dict(places=r['units']/r['bank']) for r in rows]+skip,
-                 note=f"{sum(r['bank'] for r in rows):,} entries for {sum(r['units'] for r in rows):,} places")
+                 note=f"{sum(r['bank'] for r in rows):,} entries for {sum(r['units'] for r in rows):,} "
+                 "places")
 
 # %% ../../nbs/sparse/08_tied.ipynb #479a6a39
 def tie_weights(
@@ -227,17 +247,23 @@ def tie_weights(
 ) -> Table: # The plan that was carried out
     "Replace layers of `model` by tied ones, whose weights are read from banks of (1-sparsity) of their size"
     model = root_module(model)
-    kw = dict(sparsity=sparsity, granularity=granularity, sign_hash=sign_hash, rescale_grad=rescale_grad, seed=seed, include=include, exclude=exclude)
+    kw = dict(sparsity=sparsity, granularity=granularity, sign_hash=sign_hash,
+        rescale_grad=rescale_grad, seed=seed, include=include, exclude=exclude)
     table = plan_tied(model, **kw)
-    kw.update(seed=int(seed), sparsity={k:float(v) for k,v in sparsity.items()} if isinstance(sparsity, dict) else float(sparsity)) # plain data, for a recipe
+    # plain data, for a recipe
+    kw.update(seed=int(seed), sparsity={k:float(v) for k,v in sparsity.items()}
+        if isinstance(sparsity, dict) else float(sparsity))
     rows = [r for r in table if 'bank' in r]
     unknown = tell_unknown(model, [f"{r['layer']}.weight" for r in rows])
     if unknown: warnings.warn(f'{unknown} They stay as they are.')
     for r in rows:
         n,old = r['layer'],model.get_submodule(r['layer'])
-        swap_module(model, n, TIED[type(old)].of(old, r['bank'], r['units'], n, *[kw[k] for k in ('seed', 'sign_hash', 'rescale_grad')]))
+        swap_module(model, n, TIED[type(old)].of(old, r['bank'], r['units'], n,
+            *[kw[k] for k in ('seed', 'sign_hash', 'rescale_grad')]))
     names = [r['layer'] for r in rows]
-    model._ddp_params_and_buffers_to_ignore = [*getattr(model, '_ddp_params_and_buffers_to_ignore', []), *[f'{n}.idx' for n in names]] # DDP would send them at each forward
+    # DDP would send them at each forward
+    model._ddp_params_and_buffers_to_ignore = [*getattr(model, '_ddp_params_and_buffers_to_ignore', []),
+        *[f'{n}.idx' for n in names]]
     add_step(model, 'tie', kw | dict(include=names, exclude=None), f'{len(names)} layers')
     return table
 
@@ -259,12 +285,15 @@ def tie(self:Learner,
     model = root_module(self.model)
     old,trained = {n: m._parameters.get('weight') for n,m in model.named_modules()},has_trained(self)
     rows = tie_weights(model, sparsity, **kwargs)
-    tied = {r['layer']: (old[r['layer']], model.get_submodule(r['layer']).weight) for r in rows if 'bank' in r}
-    lost = told_loss(lost_share(tied.values()), "Weights are dealt out to the entries at random: tie before training, or train on.") if trained else None
+    tied = {r['layer']: (old[r['layer']], model.get_submodule(r['layer']).weight) for r in rows
+        if 'bank' in r}
+    lost = (told_loss(lost_share(tied.values()), "Weights are dealt out to the entries at random: tie "
+        "before training, or train on.") if trained else None)
     if lost: warnings.warn(f"tie: {lost}")
     for r in rows if trained else ():
         if r['layer'] in tied: r['lost'] = lost_share([tied[r['layer']]])
-    swap_params(self.opt, {old[r['layer']]: model.get_submodule(r['layer']).bank for r in rows if 'bank' in r})
+    swap_params(self.opt, {old[r['layer']]: model.get_submodule(r['layer']).bank for r in rows
+        if 'bank' in r})
     return add_report(self, 'tie', rows)
 
 Learner.tie.effect = tie_weights # what `learn.plan` looks at

@@ -13,7 +13,8 @@ from torch import nn
 from ..core.optimizers import for_caller, swap_module
 from ..channels.cuts import Cut
 from ..channels.ids import Flow, get_ids, squash, varying
-from ..core.forward import asleep, awake, check_same, copy_model, only_tensor, still, unpack_sample
+from paramfx.core.forward import (asleep, awake, check_same, copy_model, only_tensor, still,
+    unpack_sample)
 from ..channels.spaces import Units, pinned_modules, short_list
 from .groups import check_groups
 from .split import SplitBlock, Splitting, split_layer, sub_layer
@@ -33,7 +34,8 @@ def _empty(m):
     like = m.blocks[0] if isinstance(m, SplitBlock) else m
     blocks = _blocks(m)
     out,ins = sum(len(w) for w,_ in blocks),sum(w.shape[1] for w,_ in blocks)
-    return sub_layer(like, like.weight.new_zeros(out, ins, *like.weight.shape[2:]), None if like.bias is None else like.bias.new_zeros(out), ins, out)
+    return sub_layer(like, like.weight.new_zeros(out, ins, *like.weight.shape[2:]),
+        None if like.bias is None else like.bias.new_zeros(out), ins, out)
 
 @torch.no_grad()
 def _fill(m, blocks, p, q):
@@ -52,7 +54,8 @@ def _dense(model):
     groups = check_groups(plan, {s: torch.tensor(g) for s,g in info['groups'].items()})
     groups = {s: g.sort()[0] if s != 'input' and plan.cmap[s].cuttable else g for s,g in groups.items()}
     s = Splitting(plan, groups)
-    for l in plan.layers: _fill(new.get_submodule(l.name), _blocks(model.get_submodule(l.name)), *s.sides(l))
+    for l in plan.layers:
+        _fill(new.get_submodule(l.name), _blocks(model.get_submodule(l.name)), *s.sides(l))
     return new,s
 
 # %% ../../nbs/splitnet/05_branches.ipynb #b2900d43
@@ -118,7 +121,8 @@ class Branch(nn.Module):
     def select(self, feats):
         "The channels of the trunk's features that this branch reads"
         picks = [getattr(self, f'take{i}') for i in range(len(feats))]
-        return tuple(f if t is None else f.index_select(1 if f.ndim > 2 else -1, t.to(f.device)) for f,t in zip(feats, picks))
+        return tuple(f if t is None else f.index_select(1 if f.ndim > 2 else -1, t.to(f.device))
+            for f,t in zip(feats, picks))
 
     def forward(self, *feats):
         have = dict(zip(self.names, feats))
@@ -134,19 +138,23 @@ class Branch(nn.Module):
 def _inner(model, xs, plan):
     "Modules that hold split channels: bound to them, and run no sooner than the first split layer"
     order,made = {},{p.space for l in plan.layers for p in l.outputs}
-    hooks = [m.register_forward_pre_hook(lambda m, args, n=n: None if order.setdefault(n, len(order)) else None) for n,m in model.named_modules()]
+    hooks = [m.register_forward_pre_hook(lambda m, args, n=n: None if order.setdefault(n, len(order))
+        else None) for n,m in model.named_modules()]
     with still(model): model(*xs)
     for h in hooks: h.remove()
     first,cmap = min(order[n] for n in plan.names),plan.cmap
-    bound = {m for (m,_,_),(_,lab) in cmap.bindings.items() for i in set(cmap.space_of[lab].tolist()) if i >= 0 and cmap.spaces[i].name in made}
+    bound = {m for (m,_,_),(_,lab) in cmap.bindings.items() for i in set(cmap.space_of[lab].tolist())
+        if i >= 0 and cmap.spaces[i].name in made}
     return {m for m in bound if order.get(m, -1) >= first}
 
 def _channels(model, xs, tops, pin):
     "Shapes of what the modules of the trunk put out, and the units in it, as the trace numbers them"
     outs = {}
-    hooks = [model.get_submodule(n).register_forward_hook(lambda m, args, out, n=n: outs.setdefault(n, []).append(out)) for n in tops]
+    hooks = [model.get_submodule(n).register_forward_hook(lambda m, args, out, n=n: outs.setdefault(n,
+        []).append(out)) for n in tops]
     try:
-        with still(model), (flow := Flow(model, pinned_modules(model, pin))): flow.output(model(*flow.inputs(xs)))
+        with still(model), (flow := Flow(model, pinned_modules(model, pin))):
+            flow.output(model(*flow.inputs(xs)))
     finally:
         for h in hooks: h.remove()
     units = Units(flow.rec)
@@ -156,13 +164,16 @@ def _channels(model, xs, tops, pin):
         ids = squash(ids).flatten().numpy()
         return np.where(ids > 0, units.label[ids], -1)
     odd = [n for n,o in outs.items() if len(o) > 1 or not isinstance(o[0], torch.Tensor)]
-    if odd: raise ValueError(f'{short_list(odd)}: this part of the trunk runs several times or returns several tensors, so it cannot be handed to the branches. Take the network apart by hand.')
+    if odd:
+        raise ValueError(f'{short_list(odd)}: this part of the trunk runs several times or returns '
+            'several tensors, so it cannot be handed to the branches. Take the network apart by hand.')
     return {n: o[0].shape for n,o in outs.items()},{n: labels(o[0]) for n,o in outs.items()}
 
 def _needed(model, xs, shapes):
     "The modules of the trunk whose numbers reach the split part: without them the output is lost"
     res,feats = [],{'': xs[0]}
-    hooks = [model.get_submodule(n).register_forward_hook(lambda m, args, out, n=n: feats.update({n: out})) for n in shapes if n]
+    hooks = [model.get_submodule(n).register_forward_hook(lambda m, args, out, n=n: feats.update(
+        {n: out})) for n in shapes if n]
     with still(model): model(*xs)
     for h in hooks: h.remove()
     for n in shapes:
@@ -177,7 +188,8 @@ def _narrow(dense, s, b, low):
     "The dense network without the units of other branches, as split inside as it was; the cut; and the classes that are left"
     plan = s.plan
     mine = {n: plan.coarse(g, plan.free[n][1], low) == b for n,g in s.groups.items()}
-    cut = Cut(plan.cmap, {n: m.nonzero().flatten() for n,m in mine.items() if n != 'input' and plan.cmap[n].cuttable})
+    cut = Cut(plan.cmap, {n: m.nonzero().flatten() for n,m in mine.items() if n != 'input'
+        and plan.cmap[n].cuttable})
     net = cut.apply(dense, check=False)
     for l in plan.layers:
         m,side = net.get_submodule(l.name),[]
@@ -189,7 +201,9 @@ def _narrow(dense, s, b, low):
         (cols,p),(rows,q) = side
         w,bias = m.weight.detach()[rows][:,cols],None if m.bias is None else m.bias.detach()[rows]
         new = split_layer(sub_layer(m, w, bias, len(cols), len(rows)), p-q.min(), q-q.min())
-        if len(cols) < m.weight.shape[1]: new = SplitBlock([new], [len(cols)], -1 if isinstance(m, nn.Linear) else 1-w.ndim, cols) # what it reads cannot be cut
+        # what it reads cannot be cut
+        if len(cols) < m.weight.shape[1]:
+            new = SplitBlock([new], [len(cols)], -1 if isinstance(m, nn.Linear) else 1-w.ndim, cols)
         swap_module(net, l.name, new)
     return net,cut,mine[plan.classes].nonzero().flatten()
 
@@ -208,7 +222,9 @@ class Branches(nn.Module):
         devices:list # One for each branch
     ) -> 'Branches': # Itself
         "Put each branch on a device of its own; the trunk stays where it is"
-        if len(devices) != len(self.branches): raise ValueError(f'devices: {len(devices)} for {len(self.branches)} branches. Name one for each.')
+        if len(devices) != len(self.branches):
+            raise ValueError(
+                f'devices: {len(devices)} for {len(self.branches)} branches. Name one for each.')
         for b,d in zip(self.branches, devices): b.to(d)
         return self
 
@@ -227,7 +243,8 @@ def branches(
     "Trunk and branches of a split network as modules of their own"
     model = root_module(model)
     if '_split' not in model.__dict__: raise ValueError(f'{type(model).__name__}: it is not split. Call '
-        + for_caller("learn.split(splits=[2], classes='cluster')", "model = split_model(model, x, splits=[2], classes='cluster')") + ' first.')
+        + for_caller("learn.split(splits=[2], classes='cluster')", "model = split_model(model, x, "
+        "splits=[2], classes='cluster')") + ' first.')
     res = _branches(model)
     zero = asleep(model)
     if zero: _branches(awake(model, zero)) # what they hide is compared as well
@@ -237,7 +254,8 @@ def _branches(model):
     dense,s = _dense(model)
     xs,low = s.plan.cmap.sample,min(s.plan.levels)
     g = torch.Generator().manual_seed(0)
-    xs = tuple(torch.randn(x.shape, generator=g).to(next(model.parameters())) if x.is_floating_point() else x.to(next(model.parameters()).device) for x in xs)
+    xs = tuple(torch.randn(x.shape, generator=g).to(next(model.parameters())) if x.is_floating_point()
+        else x.to(next(model.parameters()).device) for x in xs)
     inner = _inner(dense, xs, s.plan)
     shapes,labels = _channels(dense, xs, _tops(dense, inner), s.plan.cmap.pin)
     shapes = {'': [x.shape for x in xs]}|shapes
@@ -245,13 +263,19 @@ def _branches(model):
     parts = []
     for b in range(low):
         net,cut,classes = _narrow(dense, s, b, low)
-        takes = [None if not n or (i := cut.index(labels[n])) is None else torch.from_numpy(i) for n in names]
-        parts.append(Branch(net, {k: v if k == '' else tuple(v) for k,v in shapes.items()}, names, takes, classes).train(model.training))
+        takes = [None if not n or (i := cut.index(labels[n])) is None else torch.from_numpy(i)
+            for n in names]
+        parts.append(Branch(net, {k: v if k == '' else tuple(v) for k,v in shapes.items()}, names,
+            takes, classes).train(model.training))
     trunk = copy_model(model)
     for n in sorted(inner): trunk.set_submodule(n, Feature())
     for k in ('_split', '_recipe'): trunk.__dict__.pop(k, None)
     with still(model): shape = only_tensor(model(*xs)).shape
-    res = Branches(Trunk(trunk, names).train(model.training), parts, 1 if shape[1] == len(s.groups[s.plan.classes]) else -1).to(xs[0].device)
+    res = Branches(Trunk(trunk, names).train(model.training), parts,
+        1 if shape[1] == len(s.groups[s.plan.classes]) else -1).to(xs[0].device)
     try: check_same(res, model, xs)
-    except ValueError as e: raise ValueError(f'{type(model).__name__}: its branches, run alone, do not give what the network does; its code holds a number of channels, or runs parts of the trunk after split layers. {e}') from e
+    except ValueError as e:
+        raise ValueError(f'{type(model).__name__}: its branches, run alone, do not give what the '
+            'network does; its code holds a number of channels, or runs parts of the trunk after '
+            f'split layers. {e}') from e
     return res

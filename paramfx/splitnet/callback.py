@@ -71,7 +71,8 @@ class SplitHolder:
     ):
         store_attr('model,layers,free,classes,norms,equal')
         p = next(model.parameters())
-        flat = torch.cat([logits[s].flatten() for s in free]).to(p.device, p.dtype if p.dtype.itemsize > 3 else torch.float32)
+        flat = torch.cat([logits[s].flatten() for s in free]).to(p.device,
+            p.dtype if p.dtype.itemsize > 3 else torch.float32)
         model.register_buffer(self.logits_key, flat)
         model.register_buffer(self.moments_key, torch.zeros(2, len(flat)).to(flat))
 
@@ -81,14 +82,17 @@ class SplitHolder:
     @property
     def mark(self) -> float:
         "A number that other assignments would hardly have"
-        return float(zlib.crc32(repr(([(l.name, l.groups) for l in self.layers], list(self.free.items()))).encode()))
+        return float(zlib.crc32(repr(([(l.name, l.groups) for l in self.layers],
+            list(self.free.items()))).encode()))
 
     def check(self, state_dict, prefix=''):
         "Raise where a file holds other assignments; one without any keeps these"
         num = state_dict.get(f'{prefix}split_net_effect')
         mine = {k: self.model._buffers[k] for k in self.keys()}
         if any(prefix+k in state_dict and state_dict[prefix+k].shape != t.shape for k,t in mine.items()) or num is not None and float(num.detach().cpu().view(torch.float64)[-1]) != self.mark: raise ValueError(
-            f"{type(self.model).__name__}: the file's units are assigned to other groups than {', '.join(f'{g} of {s}' for s,(_,g) in self.free.items())}. Give `SplitNet` the splits it was saved with.")
+            f"{type(self.model).__name__}: the file's units are assigned to other groups than "
+            f"{', '.join(f'{g} of {s}' for s,(_,g) in self.free.items())}. Give `SplitNet` the splits "
+            "it was saved with.")
         for k,t in mine.items(): state_dict.setdefault(prefix+k, t.clone())
 
     def refresh(self):
@@ -100,19 +104,23 @@ class SplitHolder:
     def soft(self, flat=None) -> dict:
         "Space -> soft assignment [groups, units]"
         flat = self.flat if flat is None else flat
-        return {s: t.view(g, u).softmax(0) for t,(s,(u,g)) in zip(flat.split([u*g for u,g in self.free.values()]), self.free.items())}
+        return {s: t.view(g, u).softmax(0)
+            for t,(s,(u,g)) in zip(flat.split([u*g for u,g in self.free.values()]), self.free.items())}
 
     @property
-    def plan(self): return SimpleNamespace(splits={l.name: l.groups for l in self.layers}, free=self.free) # with `groups`, what `learn.split` asks for
+    def plan(self): # with `groups`, what `learn.split` asks for
+        return SimpleNamespace(splits={l.name: l.groups for l in self.layers}, free=self.free)
     @torch.no_grad()
     def groups(self, equal=None) -> dict:
         "Space -> group of each unit"
-        return {s: hard_groups(p, self.equal if equal is None else equal) for s,p in self.soft().items()}
+        return {s: hard_groups(p, self.equal if equal is None else equal)
+            for s,p in self.soft().items()}
 
     def weights(self, soft) -> list:
         "`SplitWeight`s of the layers"
         done = {}
-        return [(self.model.get_submodule(l.name)._parameters['weight'], _columns(soft, l.inputs, done), _columns(soft, l.outputs, done)) for l in self.layers]
+        return [(self.model.get_submodule(l.name)._parameters['weight'], _columns(soft, l.inputs, done),
+            _columns(soft, l.outputs, done)) for l in self.layers]
 
     @torch.no_grad()
     def step(self, grad, lr, n):
@@ -129,14 +137,17 @@ class SplitHolder:
 
 # %% ../../nbs/splitnet/07_callback.ipynb #badceb02
 def _check_number(name, v, low, strict, what):
-    if isinstance(v, bool) or not isinstance(v, Real) or not isfinite(v) or not (v > low if strict else v >= low): raise ValueError(f"{name}={v!r}: {what}.")
+    if (isinstance(v, bool) or not isinstance(v, Real) or not isfinite(v)
+        or not (v > low if strict else v >= low)):
+        raise ValueError(f"{name}={v!r}: {what}.")
 
 def _norms(model, plan):
     "Batch norms of what split layers put out"
     made = {p.space for l in plan.layers for p in l.outputs}
     mine = [i for i,s in enumerate(plan.cmap.spaces) if s.name in made]
     of = lambda m: isinstance(model.get_submodule(m), nn.modules.batchnorm._NormBase)
-    return [m for (m,t,_),(_,lab) in plan.cmap.bindings.items() if t == 'weight' and of(m) and set(plan.cmap.space_of[lab]) <= set(mine)]
+    return [m for (m,t,_),(_,lab) in plan.cmap.bindings.items() if t == 'weight' and of(m)
+        and set(plan.cmap.space_of[lab]) <= set(mine)]
 
 class SplitNet(EffectCallback):
     "Learn groups of features and classes while a network trains, and thin out the weights between them"
@@ -156,20 +167,28 @@ class SplitNet(EffectCallback):
         pin=None # Modules that the trace shall not enter, left whole
     ):
         store_attr()
-        for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance'): _check_number(k, getattr(self, k), 0, False, 'the factor of a penalty is 0 or more')
-        for k in ('assign_lr', 'init_std'): _check_number(k, getattr(self, k), 0, True, 'give a number above 0')
-        if isinstance(every, bool) or not isinstance(every, Integral) or every < 1: raise ValueError(f"every={every!r}: give a whole number from 1 on.")
+        for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance'):
+            _check_number(k, getattr(self, k), 0, False, 'the factor of a penalty is 0 or more')
+        for k in ('assign_lr', 'init_std'):
+            _check_number(k, getattr(self, k), 0, True, 'give a number above 0')
+        if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
+            raise ValueError(f"every={every!r}: give a whole number from 1 on.")
         w = disjoint_warmup
         if w is not None and not (isinstance(w, (tuple, list)) and len(w) == 2 and all(isinstance(v, Real) for v in w) and 0 <= w[0] <= w[1] <= 1): raise ValueError(
-            f"disjoint_warmup={w!r}: give two positions in [0, 1], from where and until when it grows, or None.")
+            f"disjoint_warmup={w!r}: give two positions in [0, 1], from where and until when it grows, "
+            "or None.")
         check_weighting(layer_weighting)
 
     # -- the effect
     def _plan(self, model, learn):
-        if learn is None: raise ValueError("SplitNet: without a Learner there is no sample to find the channels with. Add it to a Learner, or call `split_plan(model, x, splits)` yourself.")
+        if learn is None:
+            raise ValueError("SplitNet: without a Learner there is no sample to find the channels "
+                "with. Add it to a Learner, or call `split_plan(model, x, splits)` yourself.")
         plan = split_plan(model, sample_batch(learn.dls), self.splits, self.pin)
         for l in plan.layers:
-            if model.get_submodule(l.name)._parameters.get('weight') is None: raise ValueError(f"{l.name}: its weight is computed or packed, so the penalty has nothing to act on. Make it an ordinary layer first, or leave it out.")
+            if model.get_submodule(l.name)._parameters.get('weight') is None:
+                raise ValueError(f"{l.name}: its weight is computed or packed, so the penalty has "
+                    "nothing to act on. Make it an ordinary layer first, or leave it out.")
         return plan
 
     def plan(self, model, learn=None):
@@ -182,18 +201,23 @@ class SplitNet(EffectCallback):
         return self._begin(model, plan.layers, plan.free, plan.classes, _norms(model, plan), plan.table)
 
     def _begin(self, model, layers, free, classes, norms, report=None):
-        logits = {s: torch.randn(g, u, generator=generator(self.seed, 'split', i))*self.init_std for i,(s,(u,g)) in enumerate(free.items())}
+        logits = {s: torch.randn(g, u, generator=generator(self.seed, 'split', i))*self.init_std
+            for i,(s,(u,g)) in enumerate(free.items())}
         holder = SplitHolder(model, layers, free, classes, norms, logits, self.equal_groups)
         return EffectState(self.name, self.settings, None, holder, report, updates=0., mark=holder.mark)
 
     @classmethod
-    def unfinished(cls, model): return "the groups that were learned end here, and the network stays whole. Call `learn.split()` in its place, which cuts along them."
+    def unfinished(cls, model):
+        return ("the groups that were learned end here, and the network stays whole. Call "
+            "`learn.split()` in its place, which cuts along them.")
 
     @classmethod
     def without(cls, model):
         "Groups at which nothing pulls any more"
         st = effects(model).get('split_net')
-        if st is None or not any(st.settings[k] for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance')): return None
+        if (st is None or not any(st.settings[k]
+            for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance'))):
+            return None
         return ("this fit is without its penalty, so weights grow again between the groups, where `learn.split()` cuts. "
                 "Fit with cbs=learn.split_net, or split first.")
 
@@ -203,7 +227,8 @@ class SplitNet(EffectCallback):
         h.refresh()
         d.update(_looked=0, _grad=None)
         for l in h.layers: self._check_layer(l)
-        for n in h.norms if self.freeze_bn_scale and self.learn is not None else (): h.model.get_submodule(n).weight.data.fill_(1)
+        for n in h.norms if self.freeze_bn_scale and self.learn is not None else ():
+            h.model.get_submodule(n).weight.data.fill_(1)
 
     def _check_layer(self, l):
         h = self.effect.holder
@@ -211,7 +236,8 @@ class SplitNet(EffectCallback):
         except AttributeError: w = None
         want = tuple(sum(len(p.index) for p in side) for side in (l.outputs, l.inputs))
         if w is None or tuple(w.shape[:2]) != want: raise ValueError(
-            f"{l.name}: the layer was replaced after its units were assigned{'' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'}. Call `learn.release()`, then add the callback anew.")
+            f"{l.name}: the layer was replaced after its units were "
+            f"assigned{'' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'}. Call `learn.release()`, then add the callback anew.")
 
     @property
     def gammas(self) -> Penalties:
@@ -224,13 +250,15 @@ class SplitNet(EffectCallback):
     def on_grads(self, learn):
         d,h = self.__dict__,self.effect.holder
         d['_grad'] = None
-        if self.learn is None: return # it ended with its fit: the groups stay, and nothing pulls at them
+        # it ended with its fit: the groups stay, and nothing pulls at them
+        if self.learn is None: return
         if self.freeze_bn_scale:
             for n in h.norms: h.model.get_submodule(n).weight.grad = None
         if (self.effect.clock.steps+d['_looked'])%self.every or not any(self.gammas): return
         leaf = h.flat.detach().requires_grad_()
         soft = h.soft(leaf)
-        d['_grad'] = add_split_grads(h.weights(soft), soft, [leaf], self.gammas, self.layer_weighting, self.every)[1][0]
+        d['_grad'] = add_split_grads(h.weights(soft), soft, [leaf], self.gammas, self.layer_weighting,
+            self.every)[1][0]
 
     def on_update(self, learn):
         if finding_lr(learn): self.__dict__['_looked'] += 1
@@ -243,18 +271,22 @@ class SplitNet(EffectCallback):
 
     def on_epoch_end(self):
         t = {k: float(v) for k,v in self.terms._asdict().items()}
-        sizes = {s: n.bincount(minlength=self.effect.holder.free[s][1]).tolist() for s,n in self.groups().items()}
-        self.history.append(dict(step=self.effect.clock.steps-1, epoch=self.effect.clock.epoch, **t, sizes=sizes))
+        sizes = {s: n.bincount(minlength=self.effect.holder.free[s][1]).tolist()
+            for s,n in self.groups().items()}
+        self.history.append(dict(step=self.effect.clock.steps-1, epoch=self.effect.clock.epoch, **t,
+            sizes=sizes))
 
     def on_leave(self):
         for k in ('_grad', '_looked'): self.__dict__.pop(k, None)
 
     def columns(self):
         h,last = self.effect.holder,self.history[-1] if self.history else None
-        keys = [f'split_{k}' for k in Penalties._fields]+['split_smallest']+[f'classes_{i+1}' for i in range(h.free[h.classes][1])]
+        keys = ([f'split_{k}' for k in Penalties._fields]+['split_smallest']+[f'classes_{i+1}'
+            for i in range(h.free[h.classes][1])])
         if last is None: return dict.fromkeys(keys, float('nan'))
         small = min(min(n)*len(n)/sum(n) for n in last['sizes'].values())
-        return dict(zip(keys, [*(last[k] for k in Penalties._fields), small, *map(float, last['sizes'][h.classes])]))
+        return dict(zip(keys, [*(last[k] for k in Penalties._fields), small,
+            *map(float, last['sizes'][h.classes])]))
 
     # -- what has been learned
     @property
@@ -290,6 +322,9 @@ def _split_again(model, settings, layers, free, classes, norms):
     for n,i,o,_ in layers:
         shape = tuple(model.get_submodule(n).weight.shape[:2])
         want = tuple(sum(len(p[1]) for p in s) for s in (o, i))
-        if shape != want: raise ValueError(f'{n}: a weight of {shape} where the recorded one had {want[0]} outputs and {want[1]} inputs. Build it as it was.')
-    cb._begin(model, [SplitLayer(n, side(i), side(o), g) for n,i,o,g in layers], {s: tuple(v) for s,v in free.items()}, classes, norms).attach(model)
+        if shape != want:
+            raise ValueError(f'{n}: a weight of {shape} where the recorded one had {want[0]} outputs '
+                f'and {want[1]} inputs. Build it as it was.')
+    cb._begin(model, [SplitLayer(n, side(i), side(o), g) for n,i,o,g in layers],
+        {s: tuple(v) for s,v in free.items()}, classes, norms).attach(model)
     return model

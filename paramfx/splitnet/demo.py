@@ -24,7 +24,8 @@ def _split2(new, fit):
     before = {n: learn.model.get_submodule(n).weight.detach().clone() for n in DEMO_SPLITS}
     cb = SplitNet(DEMO_SPLITS, gamma_weight=3., assign_lr=5e-2, equal_groups=True)
     fit(learn, cbs=cb)
-    learn.split_seen = SimpleNamespace(before=before, layers=split_layers(learn), history=[*cb.effect.history])
+    learn.split_seen = SimpleNamespace(before=before, layers=split_layers(learn),
+        history=[*cb.effect.history])
     return fit(learn.split(), counted=False)
 
 # %% ../../nbs/splitnet/10_demo.ipynb #bd828ccb
@@ -50,5 +51,7 @@ def split_pictures(name, learn):
     seen = learn.__dict__.get('split_seen')
     if seen is None: return
     yield 'blocks', lambda ax: plot_demo_blocks(seen, [*seen.layers][0], ax)
-    yield 'penalties', lambda ax: plot_penalties(seen.history, ax, title='Digits: what SplitNet pulls at')
-    yield 'tree', lambda ax: plot_split_tree(split_widths(learn), class_names(learn), ax=ax, title='Digits in two branches')
+    yield 'penalties', lambda ax: plot_penalties(seen.history, ax,
+        title='Digits: what SplitNet pulls at')
+    yield 'tree', lambda ax: plot_split_tree(split_widths(learn), class_names(learn), ax=ax,
+        title='Digits in two branches')

@@ -22,7 +22,8 @@ def mean_squares(
     "Mean square of each kernel"
     w = w.detach()
     if w.dtype.itemsize < 4: w = w.float()
-    if w.device.type != 'cpu' or not w.is_contiguous() or w[0,0].numel() == 1: return w.square().flatten(2).mean(2) if w.ndim > 2 else w.square()
+    if w.device.type != 'cpu' or not w.is_contiguous() or w[0,0].numel() == 1:
+        return w.square().flatten(2).mean(2) if w.ndim > 2 else w.square()
     flat = w.view(-1, w[0,0].numel())
     n,out = flat.shape[1],w.new_empty(len(flat))
     mean,buf = w.new_full((n,), 1/n),w.new_empty(min(_ROWS, len(flat)), n)
@@ -56,12 +57,14 @@ class LayerTerm:
         r,c = self.q.square()@self.sq,self.p.square()@self.sq.T
         self.roots = root0(r),root0(c)
         self.x,self.y = _half_over_root(r, 1-self.p, self.row),_half_over_root(c, 1-self.q, self.col)
-        self.value = self.row*(self.roots[0]*(1-self.p)).sum() + self.col*(self.roots[1]*(1-self.q)).sum()
+        self.value = (self.row*(self.roots[0]*(1-self.p)).sum()
+            + self.col*(self.roots[1]*(1-self.q)).sum())
 
     @torch.no_grad()
     def assignment_grads(self) -> tuple:
         "Derivatives by p and by q"
-        return 2*self.p*(self.y@self.sq) - self.row*self.roots[0],2*self.q*(self.x@self.sq.T) - self.col*self.roots[1]
+        return 2*self.p*(self.y@self.sq) - self.row*self.roots[0],2*self.q*(
+            self.x@self.sq.T) - self.col*self.roots[1]
 
     @torch.no_grad()
     def add_grad(self, factor) -> None:
@@ -81,8 +84,11 @@ def split_values(
     layer_weighting:str='weighted' # As in `split_totals`
 ) -> Penalties: # Without gradients
     "What `split_totals` says, in passing"
-    values,free = torch.stack([LayerTerm(SplitWeight(*l)).value for l in layers]),list(free.values() if isinstance(free, dict) else free)
-    with torch.no_grad(): return Penalties((layer_shares(values, layer_weighting)*values).sum(), *(sum(map(f, free))/len(free) for f in (disjoint_term, balance_term)))
+    values,free = torch.stack([LayerTerm(SplitWeight(*l)).value for l in layers]),list(free.values()
+        if isinstance(free, dict) else free)
+    with torch.no_grad():
+        return Penalties((layer_shares(values, layer_weighting)*values).sum(),
+            *(sum(map(f, free))/len(free) for f in (disjoint_term, balance_term)))
 
 def _factors(gammas):
     gammas = Penalties(*gammas)
@@ -115,5 +121,9 @@ def add_split_grads(
             if leaves: _collect(grads, (t.layer.p, t.layer.q), t.assignment_grads(), share)
     soft = [sum(map(f, free))/len(free) for f in (disjoint_term, balance_term)]
     _collect(grads, soft, [torch.ones_like(s)*g for s,g in zip(soft, gammas[1:])], scale)
-    back = [None]*len(leaves) if not leaves or not grads else torch.autograd.grad([t for t,_ in grads.values()], leaves, [g for _,g in grads.values()], allow_unused=True)
-    return Penalties((shares*values).sum(), *(s.detach() for s in soft)),[torch.zeros_like(l) if g is None else g for l,g in zip(leaves, back)]
+    back = ([None]*len(leaves) if not leaves
+        or not grads else torch.autograd.grad([t for t,_ in grads.values()], leaves,
+        [g for _,g in grads.values()], allow_unused=True))
+    return Penalties((shares*values).sum(),
+        *(s.detach() for s in soft)),[torch.zeros_like(l) if g is None else g
+        for l,g in zip(leaves, back)]

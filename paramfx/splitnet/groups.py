@@ -24,19 +24,27 @@ def _weight2(model, name):
 def _clusters(model, plan, n, seed):
     "Spectral clusters of the classifier's rows: classes that read the same features alike"
     from sklearn.cluster import SpectralClustering
-    rows = [model.get_submodule(l.name).weight.detach().double().cpu().flatten(1) for l in plan.layers if any(p.space == plan.classes for p in l.outputs)]
+    rows = [model.get_submodule(l.name).weight.detach().double().cpu().flatten(1) for l in plan.layers
+        if any(p.space == plan.classes for p in l.outputs)]
     w = torch.cat([r for r in rows if len(r) == len(rows[0])], 1)
     w = nn.functional.normalize(w-w.mean(0)) # what all classes have in common changes no probability
-    return torch.as_tensor(SpectralClustering(n, affinity='precomputed', random_state=seed).fit_predict(torch.exp(2*w@w.t()).numpy())).long()
+    return torch.as_tensor(SpectralClustering(n, affinity='precomputed',
+        random_state=seed).fit_predict(torch.exp(2*w@w.t()).numpy())).long()
 
 def _named_classes(given, units, n):
     "Groups of classes from {class: group}"
     bad = [c for c in given if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < units]
     if bad: raise ValueError(f'classes: {bad[0]!r} is no class. They are numbered from 0 to {units-1}.')
     lost = [c for c in range(units) if c not in given]
-    if lost: raise ValueError(f"classes: {', '.join(map(str, lost[:10]))}{', ...' if len(lost) > 10 else ''} {'has' if len(lost) == 1 else 'have'} no group. Name a group for each of the {units} classes.")
-    bad = [g for g in given.values() if isinstance(g, bool) or not isinstance(g, Integral) or not 0 <= g < n]
-    if bad: raise ValueError(f'classes: {bad[0]!r} is no group. There are {n}, numbered from 0 to {n-1}.')
+    if lost:
+        raise ValueError(
+            f"classes: {', '.join(map(str, lost[:10]))}{', ...' if len(lost) > 10 else ''} "
+            f"{'has' if len(lost) == 1 else 'have'} no group. Name a group for each of the {units} "
+            "classes.")
+    bad = [g for g in given.values() if isinstance(g, bool) or not isinstance(g, Integral)
+        or not 0 <= g < n]
+    if bad:
+        raise ValueError(f'classes: {bad[0]!r} is no group. There are {n}, numbered from 0 to {n-1}.')
     return torch.tensor([int(given[c]) for c in range(units)])
 
 def class_groups(
@@ -49,7 +57,9 @@ def class_groups(
     units,n = plan.free[plan.classes]
     if isinstance(classes, dict): return _named_classes(classes, units, n)
     if classes == 'cluster': return _clusters(root_module(model), plan, n, seed)
-    if classes != 'random': raise ValueError(f"classes={classes!r}: choose 'random', 'cluster', or name them by {{class: group}}.")
+    if classes != 'random':
+        raise ValueError(f"classes={classes!r}: choose 'random', 'cluster', or name them by {{class: "
+            f"group}}.")
     return merged_index(units, n)[torch.randperm(units, generator=torch.Generator().manual_seed(seed))]
 
 # %% ../../nbs/splitnet/03_groups.ipynb #da2d8af0
@@ -65,12 +75,16 @@ def _score(model, plan, groups, space):
     units,n = plan.free[space]
     res = torch.zeros(units, n, dtype=torch.float64)
     for l in plan.layers:
-        if space not in {p.space for p in l.inputs} or any(p.space not in groups for p in l.outputs): continue
+        if space not in {p.space for p in l.inputs} or any(p.space not in groups for p in l.outputs):
+            continue
         q = torch.cat([side_groups(plan, groups, p, l.groups) for p in l.outputs])
-        w = torch.zeros(l.groups, sum(len(p.index) for p in l.inputs), dtype=torch.float64).index_add_(0, q, _weight2(model, l.name))
+        w = torch.zeros(l.groups, sum(len(p.index) for p in l.inputs),
+            dtype=torch.float64).index_add_(0, q, _weight2(model, l.name))
         w,at = w/w.sum().clamp_min(1e-300),0
         for p in l.inputs:
-            if p.space == space: res.index_add_(0, p.index, w[:,at:at+len(p.index)].t()[:,plan.coarse(torch.arange(n), n, l.groups)])
+            if p.space == space:
+                res.index_add_(0, p.index, w[:,at:at+len(p.index)].t()[:,
+                    plan.coarse(torch.arange(n), n, l.groups)])
             at += len(p.index)
     return res
 
@@ -95,7 +109,9 @@ def feature_groups(
             counts = plan.coarse(classes, top, n).bincount(minlength=n).double().numpy()
             slots = np.repeat(np.arange(n), _shares(units, counts))
             if by == 'random': slots = slots[torch.randperm(units, generator=g).numpy()]
-            else: slots = slots[linear_sum_assignment(_score(model, plan, res, space).numpy()[:,slots], maximize=True)[1]]
+            else:
+                slots = slots[linear_sum_assignment(_score(model, plan, res, space).numpy()[:,slots],
+                    maximize=True)[1]]
             res[space] = torch.from_numpy(slots).long()
     return {s: res[s] for s in plan.free}
 
@@ -108,17 +124,27 @@ def check_groups(
     res = {}
     for key,g in groups.items():
         s = key if key in plan.free else plan.cmap[key].name
-        if s not in plan.free: raise ValueError(f"groups: {key!r} is not assigned in this split. Give groups of: {', '.join(plan.free)}.")
+        if s not in plan.free:
+            raise ValueError(f"groups: {key!r} is not assigned in this split. Give groups of: "
+                f"{', '.join(plan.free)}.")
         if s in res: raise ValueError(f'groups: {s} is named twice, as {key!r} and before.')
         res[s] = _check_space(s, g, *plan.free[s])
     lost = [s for s in plan.free if s not in res]
-    if lost: raise ValueError(f"groups: nothing for {', '.join(lost[:5])}. Give groups of: {', '.join(plan.free)}.")
+    if lost:
+        raise ValueError(f"groups: nothing for {', '.join(lost[:5])}. Give groups of: "
+            f"{', '.join(plan.free)}.")
     return {s: res[s] for s in plan.free}
 
 def _check_space(s, g, units, n):
     g = torch.as_tensor(g).detach().cpu()
-    if g.ndim != 1 or len(g) != units or g.is_floating_point() or g.dtype == torch.bool: raise ValueError(f'groups of {s}: {units} whole numbers are needed, one per unit, not {g.dtype} of shape {list(g.shape)}.')
-    if g.min() < 0 or g.max() >= n: raise ValueError(f'groups of {s}: they run from {g.min()} to {g.max()}, and there are {n}. Number them from 0 to {n-1}.')
+    if g.ndim != 1 or len(g) != units or g.is_floating_point() or g.dtype == torch.bool:
+        raise ValueError(f'groups of {s}: {units} whole numbers are needed, one per unit, not '
+            f'{g.dtype} of shape {list(g.shape)}.')
+    if g.min() < 0 or g.max() >= n:
+        raise ValueError(f'groups of {s}: they run from {g.min()} to {g.max()}, and there are {n}. '
+            f'Number them from 0 to {n-1}.')
     empty = (g.bincount(minlength=n) == 0).nonzero().flatten().tolist()
-    if empty: raise ValueError(f"{s}: group {', '.join(map(str, empty))} of {n} is empty, so its branch would have nothing there. Train with a higher gamma_balance, or use equal_groups=True.")
+    if empty:
+        raise ValueError(f"{s}: group {', '.join(map(str, empty))} of {n} is empty, so its branch "
+            "would have nothing there. Train with a higher gamma_balance, or use equal_groups=True.")
     return g.long()

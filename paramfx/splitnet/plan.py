@@ -30,8 +30,11 @@ def merged_index(
     into:int # Supergroups
 ) -> torch.Tensor: # Supergroup of each group
     "Neighbouring groups merged as evenly as possible, the first supergroups larger"
-    if not 1 <= into <= n: raise ValueError(f'{n} groups cannot be merged into {into}: there are at least as many groups as supergroups, and at least one.')
-    return torch.arange(into).repeat_interleave(torch.tensor([n//into+(i < n%into) for i in range(into)]))
+    if not 1 <= into <= n:
+        raise ValueError(f'{n} groups cannot be merged into {into}: there are at least as many groups '
+            'as supergroups, and at least one.')
+    return torch.arange(into).repeat_interleave(
+        torch.tensor([n//into+(i < n%into) for i in range(into)]))
 
 # %% ../../nbs/splitnet/02_plan.ipynb #7a36cd64
 class Part(NamedTuple):
@@ -91,10 +94,13 @@ class SplitPlan:
     @property
     def table(self) -> Table:
         "A row per assignment, then a row per matrix"
-        reads = lambda s, side: [l.name for l in self.layers if s in {p.space for p in getattr(l, side)}]
-        note = f"{len(self.layers)} layers in {' and '.join(map(str, self.levels[::-1]))} groups" + (f"; reads each channel alone: {short_list(self.depthwise)}" if self.depthwise else '')
+        reads = lambda s, side: [l.name for l in self.layers
+            if s in {p.space for p in getattr(l, side)}]
+        note = (f"{len(self.layers)} layers in {' and '.join(map(str, self.levels[::-1]))} groups"
+            + (f"; reads each channel alone: {short_list(self.depthwise)}" if self.depthwise else ''))
         return Table([dict(assigned=s, units=u, groups=g, merged=', '.join(map(str, self.merged.get(s, []))), produced=short_list(reads(s, 'outputs')) or 'by the trunk',
-                           read=short_list(reads(s, 'inputs')) or 'the classes') for s,(u,g) in self.free.items()]+[*self.matrices], note=note)
+                           read=short_list(reads(s, 'inputs')) or 'the classes')
+                           for s,(u,g) in self.free.items()]+[*self.matrices], note=note)
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
 
@@ -103,28 +109,38 @@ def _top(model):
     "Layer names of the stages, the head last"
     st = stages(model)
     n = sum(k.startswith('stage') and '-' not in k for k in st)
-    return [st[f'stage{i+1}'] for i in range(n)]+[st[k] for k in ('head',) if k in st] or list(st.values())
+    return ([st[f'stage{i+1}'] for i in range(n)]+[st[k] for k in ('head',) if k in st]
+        or list(st.values()))
 
 def _chosen(model, key):
     "The layers of one key"
-    return pick_layers(model, _top(model)[-1] if key == 'fc' and not pick_layers(model, lambda n, m: n == 'fc' or n.startswith('fc.')) else key)
+    return pick_layers(model, _top(model)[-1] if key == 'fc'
+        and not pick_layers(model, lambda n, m: n == 'fc' or n.startswith('fc.')) else key)
 
 def _check_count(key, g):
-    if isinstance(g, bool) or not isinstance(g, (int, np.integer)) or g < 2: raise ValueError(f"{key}: {g!r} groups split nothing. Give a whole number from 2 on, or leave it out.")
+    if isinstance(g, bool) or not isinstance(g, (int, np.integer)) or g < 2:
+        raise ValueError(f"{key}: {g!r} groups split nothing. Give a whole number from 2 on, or leave "
+            "it out.")
 
 def _named(model, splits):
     "Layer -> groups, in order of definition"
     if isinstance(splits, (list, tuple)):
         top = _top(model)
-        if len(splits) > len(top): raise ValueError(f'splits={splits}: this model has {len(top)} stages. Give at most as many numbers, counted from the output.')
+        if len(splits) > len(top):
+            raise ValueError(f'splits={splits}: this model has {len(top)} stages. Give at most as many '
+                'numbers, counted from the output.')
         splits = {tuple(names): g for names,g in zip(top[len(top)-len(splits):], splits)}
-    if not isinstance(splits, dict) or not splits: raise ValueError(f"splits={splits!r}: give {{layer or stage: groups}} such as {{'layer4': 2, 'fc': 2}}, or a list such as [2, 4].")
+    if not isinstance(splits, dict) or not splits:
+        raise ValueError(f"splits={splits!r}: give {{layer or stage: groups}} such as {{'layer4': 2, "
+            f"'fc': 2}}, or a list such as [2, 4].")
     res = {}
     for key,g in splits.items():
         names = _chosen(model, list(key) if isinstance(key, tuple) else key)
         _check_count(key if isinstance(key, str) else short_list(list(names)), g)
         for n in names:
-            if res.get(n, g) != g: raise ValueError(f'{n}: {res[n]} groups, and as part of {key!r} {g}. Name each layer once.')
+            if res.get(n, g) != g:
+                raise ValueError(
+                    f'{n}: {res[n]} groups, and as part of {key!r} {g}. Name each layer once.')
         res.update(dict.fromkeys(names, int(g)))
     return {n: res[n] for n in weighted_layers(model) if n in res}
 
@@ -136,7 +152,8 @@ class _Watch(TorchFunctionMode):
         self.order,self.gates,self.stack,self.names = {},[],[],names
         self.label = {m: n for n,m in model.named_modules()}
     def __enter__(self):
-        self.handles = [h for m in self.label for h in (m.register_forward_pre_hook(self.enter), m.register_forward_hook(self.leave))]
+        self.handles = [h for m in self.label
+            for h in (m.register_forward_pre_hook(self.enter), m.register_forward_hook(self.leave))]
         return super().__enter__()
     def __exit__(self, *args):
         for h in self.handles: h.remove()
@@ -146,14 +163,20 @@ class _Watch(TorchFunctionMode):
         self.order.setdefault(self.label[m], len(self.order))
     def leave(self, m, args, out): self.stack.pop()
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        ts = [t.shape for t in args[:2] if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]
-        if getattr(func, '__name__', '').strip('_i') in ('mul', 'multiply', 'rmul') and len(ts) == 2 and self.is_gate(*ts) and self.names & self.order.keys(): self.gates.append(self.stack[-1] if self.stack else '')
+        ts = [t.shape for t in args[:2] if isinstance(t, torch.Tensor)
+            and not isinstance(t, nn.Parameter)]
+        if (getattr(func, '__name__', '').strip('_i') in ('mul', 'multiply', 'rmul') and len(ts) == 2
+            and self.is_gate(*ts) and self.names & self.order.keys()):
+            self.gates.append(self.stack[-1] if self.stack else '')
         return func(*args, **(kwargs or {}))
-    def is_gate(self, a, b): return len(a) == len(b) > 2 and a != b and a[1] == b[1] > 1 and any(max(s[2:]) == 1 for s in (a, b))
+    def is_gate(self, a, b):
+        return (len(a) == len(b) > 2 and a != b and a[1] == b[1] > 1
+            and any(max(s[2:]) == 1 for s in (a, b)))
 
 def _watch(model, sample, names):
     "One forward: the order of the layers, gates among them, and the outputs"
-    with still(model), _Watch(model, set(names)) as w: out = run_model(model, tuple(x.clone() for x in model_inputs(model, sample)))
+    with still(model), _Watch(model, set(names)) as w:
+        out = run_model(model, tuple(x.clone() for x in model_inputs(model, sample)))
     return w.order,w.gates,out
 
 def _called(model, n): return f"{n or 'the model'} ({type(model.get_submodule(n)).__name__})"
@@ -170,13 +193,21 @@ def _check_layers(model, names, cmap, order):
         for k,p in m._parameters.items(): places.setdefault(id(p), []).append(f'{n}.{k}'.lstrip('.'))
     for n in names:
         m,what = model.get_submodule(n),_called(model, n)
-        if not isinstance(m, (*CONVS[:3], nn.Linear)): raise ValueError(f"{what}: only convolutions and linear layers can be split. Leave it out: split what comes after it.")
-        if n not in order or n in cmap.unseen: raise ValueError(f'{what}: it did not run on the sample, so nothing can be said about it. Leave it out, or give a sample that reaches it.')
-        if getattr(m, 'groups', 1) > 1 and not _depthwise(m): raise ValueError(f'{what}: it is grouped already, in {m.groups}, and its groups fix which channels belong together. Leave it out, or use a network without grouped layers there.')
+        if not isinstance(m, (*CONVS[:3], nn.Linear)):
+            raise ValueError(f"{what}: only convolutions and linear layers can be split. Leave it out: "
+                "split what comes after it.")
+        if n not in order or n in cmap.unseen:
+            raise ValueError(f'{what}: it did not run on the sample, so nothing can be said about it. '
+                'Leave it out, or give a sample that reaches it.')
+        if getattr(m, 'groups', 1) > 1 and not _depthwise(m):
+            raise ValueError(f'{what}: it is grouped already, in {m.groups}, and its groups fix which '
+                'channels belong together. Leave it out, or use a network without grouped layers there.')
         tied = () if m._parameters.get('weight') is None else places.get(id(m.weight), ())
         if len(tied) > 1: raise ValueError(f"{what}: its weight is tied: {', '.join(tied)}. "
                                       f"Give it its own, as with {_own_weight(n)}, or leave it out.")
-        if any((n, 'weight', d) not in cmap.bindings for d in (0, 1)) and not _depthwise(m): raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so it has no rows to split. Call {way_out()} first, or leave it out.')
+        if any((n, 'weight', d) not in cmap.bindings for d in (0, 1)) and not _depthwise(m):
+            raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so '
+                f'it has no rows to split. Call {way_out()} first, or leave it out.')
 
 def _check_output(cmap, names, model, out):
     "The classifier's output space"
@@ -185,31 +216,46 @@ def _check_output(cmap, names, model, out):
         f'{type(model).__name__}: it returns {as_shapes(found)}, not one tensor, so there is no common class axis to split. '
         'Wrap it so that it returns the logits alone.')
     ends = [s for s in cmap if s.why == OUTPUT] # auxiliary heads are no classifier
-    if len(ends) != 1 or not ends[0].producers: raise ValueError(f"{type(model).__name__}: its output is {f'of {len(ends)} spaces' if ends else 'not that of a layer whose channels can be followed'}, so there is no class axis. Wrap it so that it returns the logits of one classifier.")
+    if len(ends) != 1 or not ends[0].producers:
+        raise ValueError(f"{type(model).__name__}: its output is "
+            f"{f'of {len(ends)} spaces' if ends else 'not that of a layer whose channels can be followed'}, so there is no class axis. Wrap it so that it returns the logits of one classifier.")
     s = ends[0]
     if s.size < 2 or s.size != s.channels or s.size not in (out.shape[1:2]+out.shape[-1:]): raise ValueError(
-        f"{s.name}: no class axis: {s.channels} outputs{' that are compared with each other, as by a softmax' if 1 <= s.size < s.channels else ''} of shape {list(out.shape)}. A classifier needs a logit for each of at least two classes; let it return logits.")
+        f"{s.name}: no class axis: {s.channels} "
+        f"outputs{' that are compared with each other, as by a softmax' if 1 <= s.size < s.channels else ''} of shape {list(out.shape)}. A classifier needs a logit for each of at least two classes; let it return logits.")
     left = [n for n in s.producers if n not in names]
-    if left: raise ValueError(f"{_called(model, left[0])}: the split layers must reach the classifier, and it is not among them. Add {{{left[0]!r}: groups}}.")
+    if left:
+        raise ValueError(f"{_called(model, left[0])}: the split layers must reach the classifier, and "
+            f"it is not among them. Add {{{left[0]!r}: groups}}.")
     return s.name
 
 # %% ../../nbs/splitnet/02_plan.ipynb #1981dffc
 def _check_mixing(model, cmap, names, gates, classes):
     "Channels inside of the split part stand alone"
-    if gates: raise ValueError(f"{_called(model, gates[0])}: it multiplies channels by numbers computed from all of them (squeeze and excitation, attention), inside the split part. Begin the splits after it, or leave it out of the network.")
+    if gates:
+        raise ValueError(f"{_called(model, gates[0])}: it multiplies channels by numbers computed from "
+            "all of them (squeeze and excitation, attention), inside the split part. Begin the splits "
+            "after it, or leave it out of the network.")
     for s in cmap:
         inside = [n for n in s.producers if n in names]
         if not inside or s.name == classes: continue
-        if s.why and s.size > 1: raise ValueError(f'{inside[0]}: its channels cannot be split: {s.why}. Begin the splits after that.')
-        per = next((n for n in inside if len(lab := cmap.bindings[n, 'weight', 0][1]) > len(np.unique(lab))), None)
-        if per: raise ValueError(f'{per}: its channels cannot be split: {_binds(model, cmap, s)}. Begin the splits after that, or replace it.')
+        if s.why and s.size > 1:
+            raise ValueError(f'{inside[0]}: its channels cannot be split: {s.why}. Begin the splits '
+                'after that.')
+        per = next((n for n in inside if len(lab := cmap.bindings[n, 'weight', 0][1]) > len(
+            np.unique(lab))), None)
+        if per:
+            raise ValueError(f'{per}: its channels cannot be split: {_binds(model, cmap, s)}. Begin '
+                'the splits after that, or replace it.')
 
 def _binds(model, cmap, s):
     "What binds the channels of a space to each other, in words"
     if s.why and s.why != 'it is a single channel': return s.why
     mine = set(cmap.units[cmap.find(s.name)].tolist())
     hit = next((n for n,u in cmap.groups.items() if mine & set(u.tolist())), None)
-    return (f'{_called(model, hit)} binds channels to each other' if hit else 'they are reshaped or dealt out') + f' ({s.channels} channels, {s.size} independent units)'
+    return ((f'{_called(model, hit)} binds channels to each other' if hit
+        else 'they are reshaped or dealt out')
+        + f' ({s.channels} channels, {s.size} independent units)')
 
 def _check_order(model, cmap, splits, order):
     "Nothing unsplit between split layers, and group counts that grow towards the output"
@@ -218,28 +264,43 @@ def _check_order(model, cmap, splits, order):
         if not makes: continue
         first = min(order[n] for n in makes)
         gap = [n for n in s.readers if n not in splits and order.get(n, -1) > first]
-        if gap: raise ValueError(f'{_called(model, gap[0])}: a gap: it reads all channels of {makes[0]}, which is split. Add {{{gap[0]!r}: {splits[makes[0]]}}}, or begin the splits after it.')
-        beside = [n for n in s.producers if n not in splits and any(n in t.readers and t is not s and set(t.readers) & splits.keys() for t in cmap)]
-        if beside: raise ValueError(f'{_called(model, beside[0])}: a gap: it carries all features past the split layers, into {s.name}. Add {{{beside[0]!r}: {splits[makes[0]]}}}.')
+        if gap:
+            raise ValueError(f'{_called(model, gap[0])}: a gap: it reads all channels of {makes[0]}, '
+                f'which is split. Add {{{gap[0]!r}: {splits[makes[0]]}}}, or begin the splits after it.')
+        beside = [n for n in s.producers if n not in splits
+            and any(n in t.readers and t is not s and set(t.readers) & splits.keys() for t in cmap)]
+        if beside:
+            raise ValueError(f'{_called(model, beside[0])}: a gap: it carries all features past the '
+                f'split layers, into {s.name}. Add {{{beside[0]!r}: {splits[makes[0]]}}}.')
         other = [n for n in makes if splits[n] != splits[makes[0]]]
-        if other: raise ValueError(f'{_called(model, other[0])}: its {splits[other[0]]} groups are added to the {splits[makes[0]]} of {makes[0]}. Give both the same number.')
+        if other:
+            raise ValueError(f'{_called(model, other[0])}: its {splits[other[0]]} groups are added to '
+                f'the {splits[makes[0]]} of {makes[0]}. Give both the same number.')
         low = [n for n in reads if splits[n] < splits[makes[0]]]
-        if low: raise ValueError(f'{_called(model, low[0])}: {splits[low[0]]} groups read the {splits[makes[0]]} of {makes[0]}. The number of groups may only grow towards the output: give it at least {splits[makes[0]]}.')
+        if low:
+            raise ValueError(f'{_called(model, low[0])}: {splits[low[0]]} groups read the '
+                f'{splits[makes[0]]} of {makes[0]}. The number of groups may only grow towards the '
+                f'output: give it at least {splits[makes[0]]}.')
 
 # %% ../../nbs/splitnet/02_plan.ipynb #78a2b594
 def _parts(cmap, lab, where):
     "Runs of channels of the same space: [(space, units)]"
     if (lab < 0).all(): return [('input', np.arange(len(lab)))]
-    if (lab < 0).any(): raise ValueError(f"{where}: it reads channels that can be followed beside others that cannot, such as the network's input. Begin the splits after it.")
+    if (lab < 0).any():
+        raise ValueError(f"{where}: it reads channels that can be followed beside others that cannot, "
+            "such as the network's input. Begin the splits after it.")
     at = cmap.space_of[lab]
     cuts = [0, *(np.flatnonzero(np.diff(at))+1), len(lab)]
     return [(cmap.spaces[at[a]].name, cmap.unit_of[lab[a:b]]) for a,b in zip(cuts, cuts[1:])]
 
 def _sides(model, cmap, names):
     "Layer -> (input parts, output parts)"
-    res = {n: tuple(_parts(cmap, cmap.bindings[n, 'weight', d][1], _called(model, n)) for d in (1, 0)) for n in names}
+    res = {n: tuple(_parts(cmap, cmap.bindings[n, 'weight', d][1], _called(model, n)) for d in (1, 0))
+        for n in names}
     raw = [n for n,(p,_) in res.items() if p[0][0] == 'input']
-    if len(raw) > 1: raise ValueError(f"{short_list(raw)}: they read the same features, which cannot be followed, so these would be assigned twice. Begin the splits after them.")
+    if len(raw) > 1:
+        raise ValueError(f"{short_list(raw)}: they read the same features, which cannot be followed, "
+            "so these would be assigned twice. Begin the splits after them.")
     return res
 
 def _free(model, cmap, sides, splits):
@@ -247,10 +308,14 @@ def _free(model, cmap, sides, splits):
     groups = {}
     for n,side in sides.items():
         for s,_ in (*side[0], *side[1]): groups[s] = max(groups.get(s, 0), splits[n])
-    size = lambda s: len(next(i for p,_ in sides.values() for t,i in p if t == s)) if s == 'input' else cmap[s].size
-    res = {s: (size(s), groups[s]) for s in (['input'] if 'input' in groups else [])+[s.name for s in cmap if s.name in groups]}
+    size = lambda s: len(next(i for p,_ in sides.values() for t,i in p
+        if t == s)) if s == 'input' else cmap[s].size
+    res = {s: (size(s), groups[s])
+        for s in (['input'] if 'input' in groups else [])+[s.name for s in cmap if s.name in groups]}
     for s,(u,g) in res.items():
-        if g > u: raise ValueError(f"{s}: {g} groups of {u} {'unit' if u == 1 else 'units'}{f' (its {cmap[s].channels} channels are bound to each other)' if s != 'input' and cmap[s].channels > u else ''}. Use at most {u}.")
+        if g > u:
+            raise ValueError(f"{s}: {g} groups of {u} "
+                f"{'unit' if u == 1 else 'units'}{f' (its {cmap[s].channels} channels are bound to each other)' if s != 'input' and cmap[s].channels > u else ''}. Use at most {u}.")
     return res
 
 def _matrix_rows(model, splits, alone):
@@ -270,7 +335,8 @@ def split_plan(
     model = root_module(model)
     splits = _named(model, splits)
     for n in splits: # before the trace, which may not follow them
-        if not isinstance(model.get_submodule(n), (*CONVS[:3], nn.Linear)): _check_layers(model, [n], None, ())
+        if not isinstance(model.get_submodule(n), (*CONVS[:3], nn.Linear)):
+            _check_layers(model, [n], None, ())
     cmap = trace_channels(model, sample, pin_names(model, pin))
     order,gates,out = _watch(model, sample, splits)
     _check_layers(model, splits, cmap, order)
@@ -283,6 +349,8 @@ def split_plan(
     free = _free(model, cmap, sides, splits)
     layers = [SplitLayer(n, *sides[n], splits[n]) for n in splits]
     plan = SplitPlan(cmap, layers, free, splits, alone, classes, _matrix_rows(model, splits, alone))
-    part = lambda g, s, i: Part(s, torch.from_numpy(np.ascontiguousarray(i)).long(), plan.merges(free[s][1], g))
-    plan.layers = [SplitLayer(l.name, [part(l.groups, *o) for o in l.inputs], [part(l.groups, *o) for o in l.outputs], l.groups) for l in plan.layers]
+    part = lambda g, s, i: Part(s, torch.from_numpy(np.ascontiguousarray(i)).long(),
+        plan.merges(free[s][1], g))
+    plan.layers = [SplitLayer(l.name, [part(l.groups, *o) for o in l.inputs],
+        [part(l.groups, *o) for o in l.outputs], l.groups) for l in plan.layers]
     return plan

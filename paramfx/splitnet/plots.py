@@ -36,15 +36,19 @@ def sort_blocks(
 ) -> tuple: # Sizes of the weights [outputs, inputs], sorted; sizes of the groups of rows; of columns
     "A weight with its units sorted by group, windows of convolutions by their root mean square"
     w,p,q = _array(weight),np.asarray(inputs),np.asarray(outputs)
-    if w.ndim < 2 or w.shape[:2] != (len(q), len(p)): raise ValueError(f'A weight of shape {w.shape} does not fit {len(q)} outputs and {len(p)} inputs. It is [outputs, inputs, ...].')
+    if w.ndim < 2 or w.shape[:2] != (len(q), len(p)):
+        raise ValueError(f'A weight of shape {w.shape} does not fit {len(q)} outputs and {len(p)} '
+            'inputs. It is [outputs, inputs, ...].')
     w = np.abs(w) if w.ndim == 2 else np.sqrt((w.reshape(*w.shape[:2], -1)**2).mean(-1))
     n = max(p.max(), q.max())+1
-    return w[_order(q)][:,_order(p)],np.bincount(q, minlength=n).tolist(),np.bincount(p, minlength=n).tolist()
+    return w[_order(q)][:,_order(p)],np.bincount(q, minlength=n).tolist(),np.bincount(p,
+        minlength=n).tolist()
 
 # %% ../../nbs/splitnet/08_plots.ipynb #509f4f9a
 def _grid(n_rows, n_cols, width=3.1, height=2.7):
     import matplotlib.pyplot as plt
-    return plt.subplots(n_rows, n_cols, figsize=(width*n_cols+.3, height*n_rows), layout='constrained', squeeze=False)[1]
+    return plt.subplots(n_rows, n_cols, figsize=(width*n_cols+.3, height*n_rows), layout='constrained',
+        squeeze=False)[1]
 
 def _places(axs, n):
     axs = list(np.ravel(axs))
@@ -58,10 +62,13 @@ def plot_block_weights(
 ): # The axes
     "Sizes of the weights of each layer, sorted into blocks; on the same scale before and after"
     if not layers: raise ValueError('plot_block_weights needs at least one layer')
-    if lost := [n for n in layers if before is not None and n not in before]: raise ValueError(f'{lost[0]}: no weight before is given for it.')
-    rows = [] if before is None else [('before', {n: LayerGroups(before[n], l.inputs, l.outputs) for n,l in layers.items()})]
+    if lost := [n for n in layers if before is not None and n not in before]:
+        raise ValueError(f'{lost[0]}: no weight before is given for it.')
+    rows = ([] if before is None else [('before',
+        {n: LayerGroups(before[n], l.inputs, l.outputs) for n,l in layers.items()})])
     rows.append(('after' if rows else '', layers))
-    axs = _grid(len(rows), len(layers)) if axs is None else np.reshape(_places(axs, len(rows)*len(layers)), (len(rows), -1))
+    axs = (_grid(len(rows), len(layers)) if axs is None
+        else np.reshape(_places(axs, len(rows)*len(layers)), (len(rows), -1)))
     for i,n in enumerate(layers):
         drawn = [sort_blocks(*o[n]) for _,o in rows]
         top = max(np.quantile(d[0], .998) for d in drawn) or 1
@@ -71,7 +78,8 @@ def plot_block_weights(
 
 def _sizes(n):
     "Sizes of groups in a few characters"
-    return ' + '.join(map(str, n)) if len(n) < 4 else f'{len(n)} x {n[0]}' if len({*n}) == 1 else f'{len(n)} groups of {min(n)} to {max(n)}'
+    return (' + '.join(map(str, n)) if len(n) < 4 else f'{len(n)} x {n[0]}' if len({*n}) == 1
+        else f'{len(n)} groups of {min(n)} to {max(n)}')
 
 def _blocks(ax, w, rows, cols, title, top):
     for o in ax.images: # drawn again
@@ -87,8 +95,11 @@ def split_holder(
 ) -> SplitHolder:
     "What `SplitNet` keeps in a network; raises where it keeps nothing"
     model = root_module(getattr(model, 'model', model))
-    held = next((st.holder for st in effects(model).values() if isinstance(st.holder, SplitHolder)), None)
-    if held is None: raise ValueError(f"{type(model).__name__}: {'it is split already. Draw before learn.split()' if '_split' in model.__dict__ else 'no groups are learned in it. Train with SplitNet'}, or give arrays.")
+    held = next((st.holder for st in effects(model).values() if isinstance(st.holder, SplitHolder)),
+        None)
+    if held is None:
+        raise ValueError(f"{type(model).__name__}: "
+            f"{'it is split already. Draw before learn.split()' if '_split' in model.__dict__ else 'no groups are learned in it. Train with SplitNet'}, or give arrays.")
     return held
 
 def _side(held, groups, parts):
@@ -108,8 +119,11 @@ def split_layers(
     "Weights and hard groups of the split layers, as they are now"
     held = split_holder(learn)
     groups,known = held.groups(),[l.name for l in held.layers]
-    if bad := [n for n in names or () if n not in known]: raise ValueError(f'{bad[0]!r}: no split layer has this name. There are: {short_list(known)}.')
-    return {l.name: LayerGroups(_array(held.model.get_submodule(l.name).weight).copy(), _side(held, groups, l.inputs), _side(held, groups, l.outputs)) for l in held.layers if names is None or l.name in names}
+    if bad := [n for n in names or () if n not in known]:
+        raise ValueError(f'{bad[0]!r}: no split layer has this name. There are: {short_list(known)}.')
+    return {l.name: LayerGroups(_array(held.model.get_submodule(l.name).weight).copy(),
+        _side(held, groups, l.inputs), _side(held, groups, l.outputs)) for l in held.layers
+        if names is None or l.name in names}
 
 # %% ../../nbs/splitnet/08_plots.ipynb #a9d0ae0a
 def plot_assignments(
@@ -133,7 +147,9 @@ def _strip(ax, p, title, names):
     for o in np.cumsum(sizes)[:-1]: ax.axvline(o-.5, color='white', lw=1.5)
     ax.set_yticks(range(len(p)), range(1, len(p)+1), fontsize='x-small')
     ax.set_xticks([])
-    if names is not None and len(order) <= 40: ax.set_xticks(range(len(order)), [str(names[i]) for i in order], fontsize='x-small', rotation=0 if max(len(str(n)) for n in names) < 3 else 90)
+    if names is not None and len(order) <= 40:
+        ax.set_xticks(range(len(order)), [str(names[i]) for i in order], fontsize='x-small',
+            rotation=0 if max(len(str(n)) for n in names) < 3 else 90)
     ax.set_title(f'{title}: {_sizes(sizes.tolist())} units', fontsize='medium')
     ax.set_ylabel('group')
 
@@ -145,8 +161,10 @@ def plot_penalties(
 ): # The axes
     "The three terms after each epoch"
     if not history: raise ValueError('plot_penalties: no epoch is over yet. Train with SplitNet first.')
-    lines = {'weights across groups': 'weight', 'undecided units': 'disjoint', 'uneven groups': 'balance'}
-    ax = plot_traces({n: [h[k]-(k == 'balance') for h in history] for n,k in lines.items()}, x=range(1, len(history)+1), xlabel='epoch', ylabel='penalty', ax=ax, title=title)
+    lines = {'weights across groups': 'weight', 'undecided units': 'disjoint',
+        'uneven groups': 'balance'}
+    ax = plot_traces({n: [h[k]-(k == 'balance') for h in history] for n,k in lines.items()},
+        x=range(1, len(history)+1), xlabel='epoch', ylabel='penalty', ax=ax, title=title)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
@@ -155,7 +173,8 @@ def plot_penalties(
 def _strongest(w, groups, n):
     "Units of each group, the largest first, at most `n`"
     size = np.sqrt((w.reshape(len(w), -1)**2).sum(1))
-    return [sorted(np.flatnonzero(groups == g), key=lambda i: -size[i])[:n] for g in range(groups.max()+1)]
+    return [sorted(np.flatnonzero(groups == g), key=lambda i: -size[i])[:n]
+        for g in range(groups.max()+1)]
 
 def _tiles(tiles, gap=1):
     "A grid [rows][columns] of pictures [height, width, channels] as one; None stays empty"
@@ -183,19 +202,27 @@ def plot_group_filters(
     "Learned filters, a row per group; or kernels between groups of inputs and outputs"
     w,q = _array(weight),np.asarray(outputs)
     if shape is not None: w = w.reshape(len(w), *(shape if len(shape) == 3 else (1, *shape)))
-    if w.ndim != 4 or w.shape[2:] == (1, 1): raise ValueError(f'Weights of shape {w.shape} hold no pictures: give kernels larger than 1x1, or `shape`, or draw them by plot_block_weights.')
-    if w.shape[1] not in (1, 3) and inputs is None: raise ValueError(f'Filters of {w.shape[1]} channels are no pictures: give the group of each of the inputs, too.')
+    if w.ndim != 4 or w.shape[2:] == (1, 1):
+        raise ValueError(f'Weights of shape {w.shape} hold no pictures: give kernels larger than 1x1, '
+            'or `shape`, or draw them by plot_block_weights.')
+    if w.shape[1] not in (1, 3) and inputs is None:
+        raise ValueError(f'Filters of {w.shape[1]} channels are no pictures: give the group of each of '
+            'the inputs, too.')
     rows = _strongest(w, q, n)
-    if w.shape[1] in (1, 3) and inputs is None: return _filters(ax, [[_image(w[i]) for i in r] for r in rows], [(q == g).sum() for g in range(len(rows))], title)
+    if w.shape[1] in (1, 3) and inputs is None:
+        return _filters(ax, [[_image(w[i]) for i in r] for r in rows],
+            [(q == g).sum() for g in range(len(rows))], title)
     return _kernels(ax, w, rows, _strongest(w.swapaxes(0, 1), np.asarray(inputs), n), title)
 
 def _filters(ax, tiles, sizes, title):
     big = _tiles(tiles)
     ax = _grid(1, 1, 7, .6+6.4*big.shape[0]/big.shape[1])[0,0] if ax is None else ax
     lone = big.shape[2] == 1
-    ax.imshow(np.where(np.isnan(big), 1, big) if not lone else big[...,0], cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+    ax.imshow(np.where(np.isnan(big), 1, big) if not lone else big[...,0], cmap='gray', vmin=0, vmax=1,
+        interpolation='nearest')
     side = tiles[0][0].shape[0]
-    ax.set_yticks([i*(side+1)+(side-1)/2 for i in range(len(tiles))], [f'group {i+1}\n{n} filters' for i,n in enumerate(sizes)], fontsize='small')
+    ax.set_yticks([i*(side+1)+(side-1)/2 for i in range(len(tiles))],
+        [f'group {i+1}\n{n} filters' for i,n in enumerate(sizes)], fontsize='small')
     return _bare(ax, title)
 
 def _kernels(ax, w, rows, cols, title):
@@ -206,7 +233,8 @@ def _kernels(ax, w, rows, cols, title):
     ax.imshow(big, cmap='RdBu_r', vmin=-top, vmax=top, interpolation='nearest')
     for o in np.cumsum([*map(len, rows)])[:-1]: ax.axhline(o*(w.shape[2]+1)-1, color='k', lw=1.2)
     for o in np.cumsum([*map(len, cols)])[:-1]: ax.axvline(o*(w.shape[3]+1)-1, color='k', lw=1.2)
-    ax.set(xlabel=f'{len(ins)} of {w.shape[1]} inputs', ylabel=f'{len(out)} of {w.shape[0]} outputs', yticks=[])
+    ax.set(xlabel=f'{len(ins)} of {w.shape[1]} inputs', ylabel=f'{len(out)} of {w.shape[0]} outputs',
+        yticks=[])
     return _bare(ax, title)
 
 def _bare(ax, title):
@@ -231,8 +259,11 @@ class SplitPlots(LeanCallback):
 
     def before_fit(self):
         if not in_fit(self.learn) or finding_lr(self.learn): return
-        split_layers(self.learn, [self.layer] if self.layer else None) # raises where there is nothing to draw
-        if self.file is None and _shell() is None: raise ValueError("SplitPlots: there is no notebook to draw in. Give a file, such as SplitPlots('split.png').")
+        # raises where there is nothing to draw
+        split_layers(self.learn, [self.layer] if self.layer else None)
+        if self.file is None and _shell() is None:
+            raise ValueError("SplitPlots: there is no notebook to draw in. Give a file, such as "
+                "SplitPlots('split.png').")
         self.figure,self.shown = None,None
 
     def after_epoch(self):
@@ -249,7 +280,8 @@ class SplitPlots(LeanCallback):
         self.figure.clear()
         axs = self.figure.subplots(1, 3)
         plot_penalties(_history(self.learn), axs[0]).legend(fontsize='x-small', frameon=False)
-        plot_assignments({held.classes: held.soft()[held.classes]}, {held.classes: getattr(self.learn.dls, 'vocab', None)}, axs[1:2])
+        plot_assignments({held.classes: held.soft()[held.classes]},
+            {held.classes: getattr(self.learn.dls, 'vocab', None)}, axs[1:2])
         name = self.layer or held.layers[-1].name
         plot_block_weights(split_layers(self.learn, [name]), axs=axs[2:])
         return self.figure
@@ -264,4 +296,6 @@ def _shell():
     import sys
     return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
 
-def _history(learn): return next(st.history for st in effects(root_module(learn.model)).values() if isinstance(st.holder, SplitHolder))
+def _history(learn):
+    return next(st.history for st in effects(root_module(learn.model)).values()
+        if isinstance(st.holder, SplitHolder))

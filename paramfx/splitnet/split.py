@@ -21,13 +21,15 @@ from ..core.layers import CONVS
 from ..core.samples import sample_batch
 from ..core.optimizers import swap_module, way_out
 from ..channels.cuts import Cut
-from ..core.forward import asleep, awake, check_same, copy_model, lit, pack_sample, practising, still, tells, unpack_sample
+from ..core.forward import (asleep, awake, check_same, copy_model, lit, pack_sample, practising,
+    still, tells, unpack_sample)
 from ..export.materialize import materialize, swap_model
 from ..core.registry import recipe_verb
 from ..channels.spaces import pin_names
 from .groups import check_groups, class_groups, feature_groups, side_groups
 from .plan import merged_index, split_plan
-from ..core.state import add_report, add_step, effects, has_trained, lost_share, root_module, told_loss
+from paramfx.core.state import (add_report, add_step, effects, has_trained, lost_share, root_module,
+    told_loss)
 
 # %% ../../nbs/splitnet/04_split.ipynb #91459fbd
 class SplitBlock(nn.Module):
@@ -46,21 +48,29 @@ class SplitBlock(nn.Module):
 
     def forward(self, x):
         if self.take is not None: x = x.index_select(self.dim, self.take)
-        y = [m(o) for m,o in zip(self.blocks, x.split(self.sizes, self.dim))] if len(self.blocks) > 1 else [self.blocks[0](x)]
+        y = ([m(o) for m,o in zip(self.blocks, x.split(self.sizes, self.dim))] if len(self.blocks) > 1
+            else [self.blocks[0](x)])
         y = torch.cat(y, self.dim) if len(y) > 1 else y[0]
         return y if self.put is None else y.index_select(self.dim, self.put)
 
-    def extra_repr(self): return f'reads {self.sizes}' + ', gathers inputs'*(self.take is not None) + ', orders outputs'*(self.put is not None)
+    def extra_repr(self):
+        return (f'reads {self.sizes}' + ', gathers inputs'*(self.take is not None)
+            + ', orders outputs'*(self.put is not None))
 
 def sub_layer(m, w, b, n_in, n_out, groups=1) -> nn.Module:
     "A layer like `m` with these weights"
-    like = lambda t, old: None if old is None else nn.Parameter(t.contiguous(memory_format=torch.channels_last) if _is_last(old) else t.contiguous(), requires_grad=old.requires_grad)
-    new = copy_model(m, {id(o): n for o,n in ((m.weight, like(w, m.weight)), (m.bias, like(b, m.bias))) if o is not None})
-    sizes = dict(in_features=n_in, out_features=n_out) if isinstance(m, nn.Linear) else dict(in_channels=n_in, out_channels=n_out, groups=groups)
+    like = lambda t, old: None if old is None else nn.Parameter(
+        t.contiguous(memory_format=torch.channels_last) if _is_last(old) else t.contiguous(),
+        requires_grad=old.requires_grad)
+    new = copy_model(m, {id(o): n for o,n in ((m.weight, like(w, m.weight)), (m.bias, like(b, m.bias)))
+        if o is not None})
+    sizes = (dict(in_features=n_in, out_features=n_out) if isinstance(m, nn.Linear)
+        else dict(in_channels=n_in, out_channels=n_out, groups=groups))
     for k,v in sizes.items(): setattr(new, k, v)
     return new
 
-def _is_last(t): return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+def _is_last(t):
+    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 def _order(groups): return torch.argsort(groups, stable=True)
 def _is_sorted(groups): return bool((groups.diff() >= 0).all())
 
@@ -74,23 +84,30 @@ def split_layer(
     rows,cols = _order(q),_order(p)
     ins,outs = p.bincount(minlength=n).tolist(),q.bincount(minlength=n).tolist()
     pick = lambda t, i: t[i.to(t.device)]
-    block = lambda r, c: (pick(w, r).transpose(0, 1)[c.to(w.device)].transpose(0, 1), None if b is None else pick(b, r))
+    block = lambda r, c: (pick(w, r).transpose(0, 1)[c.to(w.device)].transpose(0, 1),
+        None if b is None else pick(b, r))
     blocks = [block(r, c) for r,c in zip(rows.split(outs), cols.split(ins))]
-    if isinstance(m, CONVS) and len({*ins}) == len({*outs}) == 1: new,sizes = [sub_layer(m, torch.cat([o[0] for o in blocks]), None if b is None else torch.cat([o[1] for o in blocks]), len(p), len(q), n)],[len(p)]
+    if isinstance(m, CONVS) and len({*ins}) == len({*outs}) == 1:
+        new,sizes = [sub_layer(m, torch.cat([o[0] for o in blocks]),
+            None if b is None else torch.cat([o[1] for o in blocks]), len(p), len(q), n)],[len(p)]
     else: new,sizes = [sub_layer(m, *o, i, k) for o,i,k in zip(blocks, ins, outs)],ins
     take,put = (None if _is_sorted(g) else i.to(w.device) for g,i in ((p, cols), (q, _order(rows))))
     if len(new) == 1 and take is None and put is None: return new[0].train(m.training)
-    return SplitBlock(new, sizes, -1 if isinstance(m, nn.Linear) else 1-w.ndim, take, put).train(m.training)
+    return SplitBlock(new, sizes, -1 if isinstance(m, nn.Linear) else 1-w.ndim, take,
+        put).train(m.training)
 
 # %% ../../nbs/splitnet/04_split.ipynb #996978a4
 class Splitting:
     "Groups put to work on a network: its masked twin, and its split form"
     def __init__(self, plan, groups):
         store_attr('plan,groups')
-        order = {s: _order(g).numpy() for s,g in groups.items() if s != 'input' and plan.cmap[s].cuttable and not _is_sorted(g)}
+        order = {s: _order(g).numpy() for s,g in groups.items() if s != 'input'
+            and plan.cmap[s].cuttable and not _is_sorted(g)}
         self.cut = Cut(plan.cmap, order)
 
-    def sides(self, l): return tuple(torch.cat([side_groups(self.plan, self.groups, p, l.groups) for p in parts]) for parts in (l.inputs, l.outputs))
+    def sides(self, l):
+        return tuple(torch.cat([side_groups(self.plan, self.groups, p, l.groups) for p in parts])
+            for parts in (l.inputs, l.outputs))
 
     def mask(self, l, w):
         "Where the weight stays, as broadcast over it"
@@ -127,8 +144,12 @@ class Splitting:
             m = split_layer(new.get_submodule(l.name), *self.sorted(l))
             if l.name: swap_module(new, l.name, m)
             else: m.__dict__['_recipe'] = new.__dict__['_recipe']; new = m
-        new.__dict__['_split'] = dict(splits=dict(self.plan.splits), groups={s: g.tolist() for s,g in self.groups.items()}, sample=pack_sample(self.plan.cmap.sample), pin=list(self.plan.cmap.pin))
-        return add_step(new, 'split', new.__dict__['_split'], ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}" for s,g in self.groups.items()))
+        new.__dict__['_split'] = dict(splits=dict(self.plan.splits),
+            groups={s: g.tolist() for s,g in self.groups.items()},
+            sample=pack_sample(self.plan.cmap.sample), pin=list(self.plan.cmap.pin))
+        return add_step(new, 'split', new.__dict__['_split'],
+            ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}"
+            for s,g in self.groups.items()))
 
     def check(self, new, model):
         "Raise where the split network is not the masked one"
@@ -136,57 +157,80 @@ class Splitting:
         xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.plan.cmap.sample)
         self.compare(new, model, xs)
         zero,ys = asleep(model),lit(xs)
-        if zero or any(y is not x for x,y in zip(xs, ys)): self.compare(self.split(full := awake(model, zero)), full, ys, hidden=True)
+        if zero or any(y is not x for x,y in zip(xs, ys)):
+            self.compare(self.split(full := awake(model, zero)), full, ys, hidden=True)
 
     def compare(self, new, model, xs, hidden=False):
         "In evaluation, and in training where other modules run then; `hidden`: there are random numbers in place of zeros"
         twin = self.masked(model, share=True)
         for mode in (still, practising) if self.plan.cmap.late else (still,):
-            try: check_same(new, twin, xs, 1e-5 if next(model.parameters()).dtype == torch.float32 else None, mode)
+            try:
+                check_same(new, twin, xs, 1e-5 if next(model.parameters()).dtype == torch.float32
+                    else None, mode)
             except ValueError: # of rounding, or of a fault? float64 tells
                 if (hidden or mode is practising) and not tells(twin, xs, mode): continue
-                check_same(copy_model(new).double(), copy_model(twin).double(), tuple(x.double() if x.is_floating_point() else x for x in xs), mode=mode)
+                check_same(copy_model(new).double(), copy_model(twin).double(),
+                    tuple(x.double() if x.is_floating_point() else x for x in xs), mode=mode)
 
 def _splits_of(model, sample, groups, pin):
     "Layers whose inputs and outputs have groups, and how many"
     cmap = trace_channels(model, sample, pin_names(model, pin))
-    given = {('input' if k == 'input' else cmap[k].name): int(torch.as_tensor(g).max())+1 for k,g in groups.items()}
+    given = {('input' if k == 'input' else cmap[k].name): int(torch.as_tensor(g).max())+1
+        for k,g in groups.items()}
     res = {}
     for n,m in model.named_modules():
         labs = [cmap.bindings.get((n, 'weight', d)) for d in (0, 1)]
-        if not isinstance(m, (*CONVS[:3], nn.Linear)) or None in labs or getattr(m, 'groups', 1) > 1: continue
-        spaces = {cmap.spaces[i].name if i >= 0 else 'input' for _,lab in labs for i in cmap.space_of[lab].tolist()}
+        if not isinstance(m, (*CONVS[:3], nn.Linear)) or None in labs or getattr(m, 'groups', 1) > 1:
+            continue
+        spaces = {cmap.spaces[i].name if i >= 0 else 'input' for _,lab in labs
+            for i in cmap.space_of[lab].tolist()}
         if spaces <= given.keys(): res[n] = min(given[s] for s in spaces)
-    if not res: raise ValueError(f"groups: no layer has both its inputs and its outputs among {', '.join(groups)}. Say what is split with splits={{...}}, and give groups of the spaces that `split_plan` shows.")
+    if not res:
+        raise ValueError("groups: no layer has both its inputs and its outputs among "
+            f"{', '.join(groups)}. Say what is split with splits={{...}}, and give groups of the "
+            "spaces that `split_plan` shows.")
     return res
 
 def _as_splits(groups, splits):
     "Groups and splits, where the first argument names what is split, as for `SplitNet`"
-    named = isinstance(groups, (list, tuple)) or isinstance(groups, dict) and all(isinstance(g, Integral) for g in groups.values())
-    if named and splits is not None: raise ValueError(f"groups={groups!r}: these are numbers of groups, and splits={splits!r} tells them, too. Leave one of them out.")
+    named = (isinstance(groups, (list, tuple)) or isinstance(groups, dict)
+        and all(isinstance(g, Integral) for g in groups.values()))
+    if named and splits is not None:
+        raise ValueError(f"groups={groups!r}: these are numbers of groups, and splits={splits!r} tells "
+            "them, too. Leave one of them out.")
     return (None, groups) if named else (groups, splits)
 
 def _groups_for(model, plan, groups, classes, seed):
-    if (groups is None) == (classes is None): raise ValueError("Give either groups={space: group of each unit}, or classes='random', 'cluster' or {class: group}.")
+    if (groups is None) == (classes is None):
+        raise ValueError("Give either groups={space: group of each unit}, or classes='random', "
+            "'cluster' or {class: group}.")
     if groups is not None: return check_groups(plan, groups(plan) if callable(groups) else groups)
     top = class_groups(model, plan, classes, seed)
-    return check_groups(plan, feature_groups(model, plan, check_groups_of_classes(plan, top), 'random' if isinstance(classes, str) and classes == 'random' else 'weight', seed))
+    return check_groups(plan, feature_groups(model, plan, check_groups_of_classes(plan, top),
+        'random' if isinstance(classes, str) and classes == 'random' else 'weight', seed))
 
 def check_groups_of_classes(plan, top):
     "An empty group of classes is found before features are dealt out"
     n = plan.free[plan.classes][1]
     empty = (top.bincount(minlength=n) == 0).nonzero().flatten().tolist()
-    if empty: raise ValueError(f'classes: group {empty[0]} of {n} has no class, so its branch would do nothing. Give it one, or split into fewer groups.')
+    if empty:
+        raise ValueError(f'classes: group {empty[0]} of {n} has no class, so its branch would do '
+            'nothing. Give it one, or split into fewer groups.')
     return top
 
 def _make(model, sample, groups, splits, classes, seed, pin=None):
     "Splitting and split model"
     model = root_module(model)
-    if effects(model): raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first, or `learn.split()` where a Learner holds it.")
-    if '_split' in model.__dict__: raise ValueError('The model is split already. Split the dense one in another way instead.')
+    if effects(model):
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first, or "
+            "`learn.split()` where a Learner holds it.")
+    if '_split' in model.__dict__:
+        raise ValueError('The model is split already. Split the dense one in another way instead.')
     groups,splits = _as_splits(groups, splits)
-    if splits is None and groups is None: raise ValueError("splits: say which layers are split, such as splits={'layer4': 2, 'fc': 2}.")
-    plan = split_plan(model, sample, _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
+    if splits is None and groups is None:
+        raise ValueError("splits: say which layers are split, such as splits={'layer4': 2, 'fc': 2}.")
+    plan = split_plan(model, sample,
+        _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
     s = Splitting(plan, _groups_for(model, plan, groups, classes, seed))
     new = s.split(model)
     s.check(new, model)
@@ -216,21 +260,26 @@ def masked_model(
 ) -> nn.Module: # Of the size of `model`
     "The full-size twin of `split_model`: connections between different groups are zero"
     model,(groups,splits) = root_module(model),_as_splits(groups, splits)
-    plan = split_plan(model, sample, _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
+    plan = split_plan(model, sample,
+        _splits_of(model, sample, groups, pin) if splits is None else splits, pin)
     return Splitting(plan, _groups_for(model, plan, groups, classes, seed)).masked(model)
 
 @recipe_verb('split')
 def _split_again(model, splits, groups, sample, pin=None):
     plan = split_plan(model, unpack_sample(model, sample), splits, pin)
-    return Splitting(plan, check_groups(plan, {s: torch.tensor(g) for s,g in groups.items()})).split(model)
+    return Splitting(plan, check_groups(plan, {s: torch.tensor(g) for s,g in groups.items()})).split(
+        model)
 
 # %% ../../nbs/splitnet/04_split.ipynb #8bf85e2f
 def _learned(model, splits, equal):
     "Splits, hard groups and their numbers, of an effect whose holder tells them"
-    held = next((st.holder for st in effects(model).values() if hasattr(st.holder, 'groups') and hasattr(st.holder, 'plan')), None)
+    held = next((st.holder for st in effects(model).values() if hasattr(st.holder, 'groups')
+        and hasattr(st.holder, 'plan')), None)
     if held is None:
         what = '[2]' if splits is None else repr(splits)
-        raise ValueError(f"No groups were learned. Train with cbs=SplitNet({what}) first, or split by `learn.split({what}, classes='cluster')`, where classes may be 'random' or {{class: group}}, too.")
+        raise ValueError(f"No groups were learned. Train with cbs=SplitNet({what}) first, or split by "
+            f"`learn.split({what}, classes='cluster')`, where classes may be 'random' or {{class: "
+            f"group}}, too.")
     return dict(held.plan.splits),held.groups(equal),{s: g for s,(_,g) in held.plan.free.items()}
 
 def _for_plan(learned, counts, plan):
@@ -245,15 +294,20 @@ def _numbered(dls, classes):
     if not isinstance(classes, dict) or not any(isinstance(c, str) for c in classes): return classes
     vocab = [str(c) for c in getattr(dls, 'vocab', None) or ()]
     lost = [c for c in classes if str(c) not in vocab]
-    if lost: raise ValueError(f"classes: no class is called {lost[0]!r}. The loaders know: {', '.join(vocab[:20]) or 'no names; give numbers'}{', ...' if len(vocab) > 20 else ''}.")
+    if lost:
+        raise ValueError(f"classes: no class is called {lost[0]!r}. The loaders know: "
+            f"{', '.join(vocab[:20]) or 'no names; give numbers'}{', ...' if len(vocab) > 20 else ''}.")
     return {vocab.index(str(c)): g for c,g in classes.items()}
 
 def _rows(s, old, new):
     "What was split, as rows of plain data"
     size = lambda m: sum(p.numel() for p in m.parameters())
-    rows = [dict(what=n, units=len(g), groups=' + '.join(map(str, g.bincount().tolist()))) for n,g in s.groups.items()]
-    rows.append(dict(what='squared weight', units=None, groups=f'{100*s.lost(old):.3g} % of it lay between groups, and is gone'))
-    return rows + [dict(what='parameters', units=size(old), groups=f'{size(new)} after the split ({100*size(new)/size(old):.1f} %)')]
+    rows = [dict(what=n, units=len(g), groups=' + '.join(map(str, g.bincount().tolist())))
+        for n,g in s.groups.items()]
+    rows.append(dict(what='squared weight', units=None, groups=f'{100*s.lost(old):.3g} % of it lay '
+        'between groups, and is gone'))
+    return (rows + [dict(what='parameters', units=size(old), groups=f'{size(new)} after the split '
+        f'({100*size(new)/size(old):.1f} %)')])
 
 def _ordinary(model, sample):
     "The network without effects; that the groups of one end is what a split is for"
@@ -278,8 +332,12 @@ def split(self:Learner,
     if learns:
         all_splits,learned,counts = _learned(self.model, splits, equal_groups)
         groups,splits = partial(_for_plan, learned, counts),all_splits if splits is None else splits
-    elif equal_groups: raise ValueError(f"equal_groups=True is for groups that `SplitNet` has learned. {'Give groups' if classes is None else 'Name classes'} that are equal, and leave it out.")
-    if pin is None: pin = next((st.settings['pin'] for st in effects(self.model).values() if hasattr(st.holder, 'groups') and 'pin' in st.settings), None)
+    elif equal_groups:
+        raise ValueError("equal_groups=True is for groups that `SplitNet` has learned. "
+            f"{'Give groups' if classes is None else 'Name classes'} that are equal, and leave it out.")
+    if pin is None:
+        pin = next((st.settings['pin'] for st in effects(self.model).values()
+            if hasattr(st.holder, 'groups') and 'pin' in st.settings), None)
     old = _ordinary(self.model, sample) if effects(self.model) else root_module(self.model)
     s,new = _make(old, sample, groups, splits, classes, seed, pin)
     lost = told_loss(s.lost(old), "Train on under `SplitNet` until split_weight is near 0 and split again; or train the branches on." if learns

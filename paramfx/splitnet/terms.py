@@ -28,17 +28,24 @@ def root0(x:torch.Tensor) -> torch.Tensor:
 def check_assignment(p, name='p') -> int: # Number of groups
     "Raise where `p` is no soft assignment [groups, units] of two groups or more"
     if not torch.is_tensor(p) or not p.is_floating_point() or p.ndim != 2: raise ValueError(
-        f"{name}: a soft assignment is a tensor of floats [groups, units], not {tuple(p.shape) if torch.is_tensor(p) else type(p).__name__}{f' of {p.dtype}' if torch.is_tensor(p) else ''}.")
-    if len(p) < 2: raise ValueError(f"{name}: {len(p)} group in an assignment of shape {tuple(p.shape)}. Groups come first, and a split needs two.")
-    if not p.shape[1]: raise ValueError(f"{name}: an assignment of shape {tuple(p.shape)} has no units.")
+        f"{name}: a soft assignment is a tensor of floats [groups, units], not "
+        f"{tuple(p.shape) if torch.is_tensor(p) else type(p).__name__}{f' of {p.dtype}' if torch.is_tensor(p) else ''}.")
+    if len(p) < 2:
+        raise ValueError(f"{name}: {len(p)} group in an assignment of shape {tuple(p.shape)}. Groups "
+            "come first, and a split needs two.")
+    if not p.shape[1]:
+        raise ValueError(f"{name}: an assignment of shape {tuple(p.shape)} has no units.")
     return len(p)
 
 def check_layer(weight, p, q, layer='weight') -> None:
     "Raise where a weight and the assignments of its inputs and outputs do not fit together"
     n,m = check_assignment(p, f'{layer}: p'),check_assignment(q, f'{layer}: q')
-    if n != m: raise ValueError(f"{layer}: p has {n} groups and q has {m}. Merge the finer ones first, with `merge_groups`.")
+    if n != m:
+        raise ValueError(f"{layer}: p has {n} groups and q has {m}. Merge the finer ones first, with "
+            "`merge_groups`.")
     if weight.ndim < 2 or tuple(weight.shape[:2]) != (q.shape[1], p.shape[1]): raise ValueError(
-        f"{layer}: a weight of shape {tuple(weight.shape)} for {p.shape[1]} inputs (p) and {q.shape[1]} outputs (q). It has to be [{q.shape[1]}, {p.shape[1]}, ...].")
+        f"{layer}: a weight of shape {tuple(weight.shape)} for {p.shape[1]} inputs (p) and "
+        f"{q.shape[1]} outputs (q). It has to be [{q.shape[1]}, {p.shape[1]}, ...].")
 
 def scales(shape, n_groups:int) -> tuple: # (rows, columns)
     "What the sums over inputs and over outputs of a [K, D, ...] weight are multiplied with: 1 in all for undecided groups and plain weights"
@@ -82,7 +89,9 @@ def split_penalties(
 # %% ../../nbs/splitnet/00_terms.ipynb #ff687f8f
 def merge_sizes(n_fine:int, n:int) -> list:
     "How many of `n_fine` groups each of `n` supergroups takes: neighbours, the first ones one more where it does not come out even"
-    if not 1 <= n <= n_fine: raise ValueError(f"{n_fine} groups cannot be merged into {n}: groups may only become fewer, and one is left at least.")
+    if not 1 <= n <= n_fine:
+        raise ValueError(f"{n_fine} groups cannot be merged into {n}: groups may only become fewer, "
+            "and one is left at least.")
     return [n_fine//n + (i < n_fine%n) for i in range(n)]
 
 def merge_groups(
@@ -96,7 +105,8 @@ def merge_groups(
 # %% ../../nbs/splitnet/00_terms.ipynb #011b3cf0
 def check_weighting(how:str) -> None:
     "Raise where there is no such weighting of layers"
-    if how not in ('weighted', 'mean'): raise ValueError(f"layer_weighting={how!r}: choose 'weighted' or 'mean'.")
+    if how not in ('weighted', 'mean'):
+        raise ValueError(f"layer_weighting={how!r}: choose 'weighted' or 'mean'.")
 
 def layer_shares(
     terms:torch.Tensor, # The weight term of each layer
@@ -116,8 +126,11 @@ def split_totals(
 ) -> Penalties:
     "The three terms of a network: those of layers averaged, those of assignments the mean over the ones that are learned"
     layers,free = list(layers),list(free.values() if isinstance(free, dict) else free)
-    if not layers or not free: raise ValueError(f"split_totals: {len(layers)} layers and {len(free)} assignments. Give at least one of each.")
+    if not layers or not free:
+        raise ValueError(f"split_totals: {len(layers)} layers and {len(free)} assignments. Give at "
+            "least one of each.")
     for i,l in enumerate(layers): check_layer(*l, layer=f'layer {i}')
     for i,p in enumerate(free): check_assignment(p, f'assignment {i}')
     terms = torch.stack([weight_term(*l) for l in layers])
-    return Penalties((layer_shares(terms, layer_weighting)*terms).sum(), *(sum(map(f, free))/len(free) for f in (disjoint_term, balance_term)))
+    return Penalties((layer_shares(terms, layer_weighting)*terms).sum(),
+        *(sum(map(f, free))/len(free) for f in (disjoint_term, balance_term)))

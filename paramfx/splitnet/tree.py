@@ -26,10 +26,13 @@ def _coarse(groups, n, into, levels):
 def _groups(model):
     "Space -> (group of each unit, number of groups) as the layers that produce it are split, from the trunk to the classes; and the levels, the finest first"
     model = root_module(model)
-    if '_split' in model.__dict__: splits,groups = model._split['splits'],{s: (np.asarray(g), max(g)+1) for s,g in model._split['groups'].items()}
+    if '_split' in model.__dict__:
+        splits,groups = model._split['splits'],{s: (np.asarray(g), max(g)+1)
+            for s,g in model._split['groups'].items()}
     else:
         held = split_holder(model)
-        splits,groups = held.plan.splits,{s: (g.numpy(), held.free[s][1]) for s,g in held.groups().items()}
+        splits,groups = held.plan.splits,{s: (g.numpy(), held.free[s][1])
+            for s,g in held.groups().items()}
     levels = sorted({*splits.values()}, reverse=True)
     made = {s: splits.get(s, levels[-1]) for s in groups}
     res = {s: (_coarse(*g, made[s], levels), made[s]) for s,g in groups.items()}
@@ -46,7 +49,8 @@ def class_groups(self:Learner) -> Table: # A row per group of the finest level
         row,at,k = {},g,n
         for m in levels[1:]: at,k = int(merged_index(k, m)[at]),m; row[f'of {m}'] = at+1
         mine = [c for c,i in zip(names, top) if i == g]
-        rows.append(dict(group=g+1) | dict(reversed(row.items())) | dict(classes=len(mine), names=', '.join(mine)))
+        rows.append(dict(group=g+1) | dict(reversed(row.items()))
+            | dict(classes=len(mine), names=', '.join(mine)))
     return Table(rows)
 
 # %% ../../nbs/splitnet/09_tree.ipynb #8329c94f
@@ -60,13 +64,15 @@ def split_widths(
     learn # `Learner` or model that learns groups, or is split
 ) -> dict: # Space -> units of each group, from the trunk to the classes
     "How wide each branch is, assignment by assignment"
-    return {s: np.bincount(g, minlength=n).tolist() for s,(g,n) in _groups(getattr(learn, 'model', learn))[0].items()}
+    return {s: np.bincount(g, minlength=n).tolist()
+        for s,(g,n) in _groups(getattr(learn, 'model', learn))[0].items()}
 
 def _fit_names(names, room=3, width=34):
     "Class names in a few lines, the rest as a number"
     import textwrap
     for k in range(len(names), 0, -1):
-        text = textwrap.wrap(', '.join(names[:k])+(f' and {len(names)-k} more' if k < len(names) else ''), width)
+        text = textwrap.wrap(', '.join(names[:k])+(f' and {len(names)-k} more' if k < len(names)
+            else ''), width)
         if len(text) <= room: return '\n'.join(text)
     return f'{len(names)} classes'
 
@@ -79,15 +85,19 @@ def plot_split_tree(
 ): # The axes
     "Trunk and branches with their widths, and the classes they lead to"
     counts = [len(v) for v in widths.values()]
-    if not counts or counts != sorted(counts): raise ValueError(f'plot_split_tree: {counts or "no"} groups from the trunk to the classes. Their number may only grow.')
+    if not counts or counts != sorted(counts):
+        raise ValueError(f'plot_split_tree: {counts or "no"} groups from the trunk to the classes. '
+            'Their number may only grow.')
     n,columns,ends = counts[-1],[('trunk', [1])]+[*widths.items()],_ends([1, *counts])
     ax = _axes(2.2+1.15*len(columns), max(2, .9+.55*n)) if ax is None else ax
     last = None
     for x,(s,sizes) in enumerate(columns):
         boxes = _column(ax, x, sizes, ends[len(sizes)], x == 0)
         for j,(y,h,c) in enumerate(boxes):
-            if last is not None: _limb(ax, x, last[int(merged_index(len(boxes), len(last))[j])], (y, h, c))
-        ax.text(x, n+.15, s, ha='center', va='bottom', fontsize='small', rotation=0 if len(s) < 9 else 30)
+            if last is not None:
+                _limb(ax, x, last[int(merged_index(len(boxes), len(last))[j])], (y, h, c))
+        ax.text(x, n+.15, s, ha='center', va='bottom', fontsize='small',
+            rotation=0 if len(s) < 9 else 30)
         last = boxes
     texts = [_fit_names(list(map(str, mine))) for mine in names or ()]
     for (y,*_),t in zip(last, texts): ax.text(len(columns)-.7, y, t, va='center', fontsize='small')
@@ -100,7 +110,8 @@ def plot_split_tree(
 def _ends(counts):
     "Number of groups -> how many groups at the end each of them leads to"
     levels = sorted({*counts}, reverse=True)
-    return {m: np.bincount(_coarse(np.arange(levels[0]), levels[0], m, levels), minlength=m) for m in levels}
+    return {m: np.bincount(_coarse(np.arange(levels[0]), levels[0], m, levels), minlength=m)
+        for m in levels}
 
 def _column(ax, x, sizes, leaves, trunk):
     "Boxes of one assignment, group 1 on top: (middle, height, color) each"
@@ -109,7 +120,8 @@ def _column(ax, x, sizes, leaves, trunk):
     for j,(s,k) in enumerate(zip(sizes, leaves)):
         mid,h,c = y-k/2,s*scale,'.55' if trunk else _colors[int(leaves[:j].sum())%len(_colors)]
         ax.add_patch(Rectangle((x-.22, mid-h/2), .44, h, facecolor=c, lw=0, zorder=3))
-        if not trunk: ax.text(x, mid, str(s), ha='center', va='center', color='white', fontsize='small', zorder=4)
+        if not trunk:
+            ax.text(x, mid, str(s), ha='center', va='center', color='white', fontsize='small', zorder=4)
         res.append((mid, h, c))
         y -= k
     return res
@@ -117,4 +129,6 @@ def _column(ax, x, sizes, leaves, trunk):
 def _limb(ax, x, a, b):
     "What leads from one box to the next"
     share = np.sign(b[0]-a[0])*a[1]/4
-    ax.fill([x-.78, x-.22, x-.22, x-.78], [a[0]+share+min(a[1]/4, b[1]/2), b[0]+b[1]/2, b[0]-b[1]/2, a[0]+share-min(a[1]/4, b[1]/2)], color=b[2], alpha=.25, lw=0, zorder=1)
+    ax.fill([x-.78, x-.22, x-.22, x-.78],
+        [a[0]+share+min(a[1]/4, b[1]/2), b[0]+b[1]/2, b[0]-b[1]/2, a[0]+share-min(a[1]/4, b[1]/2)],
+        color=b[2], alpha=.25, lw=0, zorder=1)

@@ -57,7 +57,10 @@ class BranchProcesses:
 
     def receive(self, i):
         try: return self.pipes[i].recv()
-        except EOFError: raise RuntimeError(f'The process of branch {i} has ended (exit code {self.procs[i].exitcode}). In a script, start processes below `if __name__ == "__main__":`.') from None
+        except EOFError:
+            raise RuntimeError(f'The process of branch {i} has ended (exit code '
+                f'{self.procs[i].exitcode}). In a script, start processes below `if __name__ == '
+                '"__main__":`.') from None
 
     def close(self):
         "End the processes"

@@ -24,7 +24,8 @@ from ..report.cost import count_macs, n_params
 # %% ../../nbs/zoo/01_names.ipynb #3b32bf9f
 _fine = dict(flowers102=102, aircraft=100, cub200=200, dogs=120, mit67=67)
 DATASETS = {'digits': (10,(1,8,8)), 'mnist': (10,(1,28,28)), 'cifar10': (10,(3,32,32)), 'cifar100': (100,(3,32,32)), 'grocery': (81,(3,64,64)),
-    **{k: (n,(3,224,224)) for k,n in _fine.items()}, 'imagenet': (1000,(3,224,224)), 'wikitext2': (13_777,(35,)), 'ptb': (10_000,(35,))}
+    **{k: (n,(3,224,224)) for k,n in _fine.items()}, 'imagenet': (1000,(3,224,224)),
+    'wikitext2': (13_777,(35,)), 'ptb': (10_000,(35,))}
 _small,_large,_text = ('cifar10','cifar100'),('grocery',*_fine,'imagenet'),('wikitext2','ptb')
 _BUILDERS,_LISTED = [],{}
 
@@ -45,10 +46,12 @@ def _lenet(n_out, **kw): return nets.lenet_300_100(n_out, **kw)
 
 _DEPTHS = {'18': (2,2,2,2), '34': (3,4,6,3), '50': (3,4,6,3), '101': (3,4,23,3), '152': (3,8,36,3)}
 @_network(_small, 'resnet(18|34|50|101|152)', 'resnet18 resnet34 resnet50')
-def _resnet_small(n_out, depth, **kw): return nets.resnet(_DEPTHS[depth], n_out, bottleneck=int(depth) > 34, stem=3, **kw)
+def _resnet_small(n_out, depth, **kw):
+    return nets.resnet(_DEPTHS[depth], n_out, bottleneck=int(depth) > 34, stem=3, **kw)
 
 @_network(_small, 'resnext50_32x4d', 'resnext50_32x4d')
-def _resnext_small(n_out, **kw): return nets.resnet(_DEPTHS['50'], n_out, bottleneck=True, stem=3, groups=32, base_width=4, **kw)
+def _resnext_small(n_out, **kw):
+    return nets.resnet(_DEPTHS['50'], n_out, bottleneck=True, stem=3, groups=32, base_width=4, **kw)
 
 @_network(_small, r'resnet(\d+)', 'resnet20 resnet32 resnet56')
 def _resnet_pad(n_out, depth, **kw): return nets.resnet_cifar(int(depth), n_out, **kw)
@@ -56,7 +59,8 @@ def _resnet_pad(n_out, depth, **kw): return nets.resnet_cifar(int(depth), n_out,
 @_network(_small, r'wrn_(\d+)_(\d+(?:\.\d+)?)', 'wrn_16_8 wrn_28_2 wrn_28_10')
 def _wrn(n_out, depth, k, **kw): return nets.wide_resnet(int(depth), float(k), n_out, **kw)
 
-@_network(_small, r'preact_resnet(\d+)', 'preact_resnet20 preact_resnet56 preact_resnet110 preact_resnet164')
+@_network(_small, r'preact_resnet(\d+)', 'preact_resnet20 preact_resnet56 preact_resnet110 '
+    'preact_resnet164')
 def _preact(n_out, depth, **kw): return nets.preact_resnet(int(depth), n_out, **kw)
 
 @_network(_small, r'vgg(\d+)', 'vgg11 vgg13 vgg16 vgg19')
@@ -76,24 +80,31 @@ def _lstm(n_out, **kw): return nets.LSTMLM(n_out, **kw)
 
 # %% ../../nbs/zoo/01_names.ipynb #2acff906
 def _unknown(net, known):
-    if not net: raise ValueError(f'No network is named behind the data set: add one, such as {known[0]}. paramfx.zoo.list() shows all')
+    if not net:
+        raise ValueError(f'No network is named behind the data set: add one, such as {known[0]}. '
+            'paramfx.zoo.list() shows all')
     near = difflib.get_close_matches(net, known, 3, .4) or known
-    raise ValueError(f'No network is called {net!r}; did you mean {", ".join(near)}? paramfx.zoo.list() shows all')
+    raise ValueError(f'No network is called {net!r}; did you mean {", ".join(near)}? '
+        'paramfx.zoo.list() shows all')
 
-@_network(_large, r'(\w+)', 'resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d mobilenet_v2 googlenet densenet121 vgg11_bn vgg13_bn vgg16_bn vgg19_bn')
+@_network(_large, r'(\w+)', 'resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d '
+    'mobilenet_v2 googlenet densenet121 vgg11_bn vgg13_bn vgg16_bn vgg19_bn')
 def _torchvision(n_out, net, width=1., **kw):
     from torchvision import models
     if net not in models.list_models(models): _unknown(net, models.list_models(models))
     nets.scaled(1, width) # complains about what is no width
     if width != 1: return _torchvision_width(n_out, net, width, **kw)
-    if net in ('googlenet', 'inception_v3') and not kw.get('weights'): kw = dict(aux_logits=False, init_weights=True) | kw
+    if net in ('googlenet', 'inception_v3') and not kw.get('weights'):
+        kw = dict(aux_logits=False, init_weights=True) | kw
     return models.get_model(net, num_classes=n_out, **kw)
 
 def _torchvision_width(n_out, net, width, **kw):
     "Networks of torchvision's with other channels"
-    if m := re.fullmatch('resnet(18|34|50|101|152)', net): return nets.resnet(_DEPTHS[m[1]], n_out, width, bottleneck=int(m[1]) > 34, **kw)
+    if m := re.fullmatch('resnet(18|34|50|101|152)', net):
+        return nets.resnet(_DEPTHS[m[1]], n_out, width, bottleneck=int(m[1]) > 34, **kw)
     if net == 'mobilenet_v2': return _torchvision(n_out, net, width_mult=width, **kw)
-    raise ValueError(f'{net} has no width; resnet18 to resnet152 and mobilenet_v2 have one. Any other network can be cut: trace_channels(net, x).cut({width:g})')
+    raise ValueError(f'{net} has no width; resnet18 to resnet152 and mobilenet_v2 have one. Any other '
+        f'network can be cut: trace_channels(net, x).cut({width:g})')
 
 # %% ../../nbs/zoo/01_names.ipynb #5f114657
 _COUNTS,_FORMS,_FILES = {},{},{}
@@ -119,7 +130,9 @@ def row_files(
 def _find(name):
     "Data set, builder and the matched parts of `name`"
     dataset,_,net = str(name).partition('/')
-    if dataset not in DATASETS: raise ValueError(f'{name!r} does not begin with a data set: {", ".join(DATASETS)}; such as cifar100/resnet34')
+    if dataset not in DATASETS:
+        raise ValueError(f'{name!r} does not begin with a data set: {", ".join(DATASETS)}; such as '
+            'cifar100/resnet34')
     for datasets,pattern,f in _BUILDERS:
         if dataset in datasets and (m := pattern.fullmatch(net)): return dataset,f,m.groups()
     _unknown(net, _LISTED[dataset])
@@ -134,7 +147,8 @@ def build(
     if '-' in str(name): return ask_family(_FORMS, 'shared_bases')(name, n_out, **kwargs)
     dataset,f,groups = _find(name)
     n_out = DATASETS[dataset][0] if n_out is None else n_out
-    if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise ValueError(f'n_out={n_out!r}: the number of outputs is whole, and at least 1')
+    if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1:
+        raise ValueError(f'n_out={n_out!r}: the number of outputs is whole, and at least 1')
     return f(n_out, *groups, **kwargs)
 
 # %% ../../nbs/zoo/01_names.ipynb #6c14d39c
@@ -156,7 +170,9 @@ def sample(
     if dataset not in DATASETS: _find(name)
     n_out,shape = DATASETS[dataset]
     shape = shape if size is None else (size,) if isinstance(size, int) else tuple(size)
-    if len(shape) != len(DATASETS[dataset][1]): raise ValueError(f'An input of {dataset} has {len(DATASETS[dataset][1])} dimensions, such as {DATASETS[dataset][1]}; not {shape}')
+    if len(shape) != len(DATASETS[dataset][1]):
+        raise ValueError(f'An input of {dataset} has {len(DATASETS[dataset][1])} dimensions, such as '
+            f'{DATASETS[dataset][1]}; not {shape}')
     g = torch.Generator().manual_seed(seed)
     if dataset in _text: return torch.randint(n_out, (bs, *shape), generator=g)
     return torch.randn(bs, *shape, generator=g)
@@ -175,18 +191,25 @@ def dls(
     if dataset in _small: return images.cifar_dls(n_classes=DATASETS[dataset][0], **kwargs)
     if dataset in _text: return text.lm_dls(name=dataset, **kwargs)
     if dataset != 'imagenet': return photos.photo_dls(dataset, **kwargs)
-    folder = data.find_data('ImageNet', kwargs.pop('path', None), ('.','imagenet'), 'train/*', 'unpack its folders train/<class> and val/<class> (image-net.org) into $PARAMFX_DATA/imagenet, or pass the folder as `path`')
+    folder = data.find_data('ImageNet', kwargs.pop('path', None), ('.','imagenet'), 'train/*',
+        'unpack its folders train/<class> and val/<class> (image-net.org) into $PARAMFX_DATA/imagenet, '
+        'or pass the folder as `path`')
     n = sum(o.is_dir() for o in (folder/'train').iterdir())
-    if n != 1000: raise ValueError(f'{folder} holds {n} classes, and ImageNet 1000: give its folder, or read this one with folder_dls')
+    if n != 1000:
+        raise ValueError(f'{folder} holds {n} classes, and ImageNet 1000: give its folder, or read '
+            'this one with folder_dls')
     return images.folder_dls(folder, **dict(size=224)|kwargs)
 
 # %% ../../nbs/zoo/01_names.ipynb #f23612a0
 def _rows(family, dataset):
     "Printed rows, numbers as numbers"
-    with (files('paramfx.zoo')/'published.csv').open(encoding='utf8', newline='') as f: rows = [*csv.DictReader(f)]
+    with (files('paramfx.zoo')/'published.csv').open(encoding='utf8', newline='') as f:
+        rows = [*csv.DictReader(f)]
     for what,value in (('family', family), ('dataset', dataset)):
         known = dict.fromkeys(r[what] for r in rows)
-        if value is not None and value not in known: raise ValueError(f'Nothing is published here with {what}={value!r}; there are: {", ".join(known)}')
+        if value is not None and value not in known:
+            raise ValueError(f'Nothing is published here with {what}={value!r}; there are: '
+                f'{", ".join(known)}')
         rows = [r for r in rows if value in (None, r[what])]
     for r in rows: r['network'] = f"{r['dataset']}/{r['network']}"
     return rows
@@ -195,7 +218,8 @@ def _frame(rows):
     "A data frame with numbers where the text is one"
     df = pd.DataFrame(rows)
     for c in ('width','top1','top5','spread'): df[c] = pd.to_numeric(df[c])
-    for c in ('shared_rank','unique_rank','n_bases'): df[c] = pd.to_numeric(df[c]).astype('Int64') # whole numbers, or none
+    # whole numbers, or none
+    for c in ('shared_rank','unique_rank','n_bases'): df[c] = pd.to_numeric(df[c]).astype('Int64')
     for c in {'row_params','row_macs','row_flops'} & {*df}: df[c] = df[c].astype('Int64')
     return df
 
@@ -203,13 +227,16 @@ _FILLS = {getattr(torch.Tensor, f'{o}_') for o in ('normal', 'uniform', 'fill', 
 
 class _NoValues(TorchFunctionMode):
     "Inside, tensors are left unfilled: on the device meta that is slower than elsewhere, and for nothing"
-    def __torch_function__(self, func, types, args=(), kwargs=None): return args[0] if func in _FILLS else func(*args, **(kwargs or {}))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in _FILLS else func(*args, **(kwargs or {}))
 
 def _bare(r):
     "The network that a row starts from, to be counted: on the device meta, its norms passing on what they get"
-    with torch.device('meta'), _NoValues(): net = build(r['network'], **({'width': float(r['width'])} if r['width'] else {}))
+    with torch.device('meta'), _NoValues():
+        net = build(r['network'], **({'width': float(r['width'])} if r['width'] else {}))
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.forward = _passed # there, torch makes dozens of operations of a norm: two thirds of the time
+        # there, torch makes dozens of operations of a norm: two thirds of the time
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.forward = _passed
     return net
 
 def _passed(x): return x

@@ -32,8 +32,10 @@ def scaled(
     width:float # Factor
 )->int: # At least 1
     "`n` channels times `width`, to the nearest whole number"
-    if isinstance(width, str) or width is None or not 0 < width < float('inf'): raise ValueError(f'width must be a positive number, not {width!r}')
-    if n != int(n) or n < 1: raise ValueError(f'A number of channels is whole and at least 1, not {n!r}')
+    if isinstance(width, str) or width is None or not 0 < width < float('inf'):
+        raise ValueError(f'width must be a positive number, not {width!r}')
+    if n != int(n) or n < 1:
+        raise ValueError(f'A number of channels is whole and at least 1, not {n!r}')
     return max(1, round(n*width))
 
 # %% ../../nbs/zoo/00_networks.ipynb #b1e47739
@@ -67,7 +69,8 @@ def convnet(
         n = scaled(w, width)
         layers += [nn.Conv2d(n_in, n, 3, stride=s, padding=1, bias=False), nn.BatchNorm2d(n), nn.ReLU()]
         n_in = n
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pool), nn.Flatten(), nn.Linear(n_in*pool**2, n_out))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pool), nn.Flatten(),
+        nn.Linear(n_in*pool**2, n_out))
 
 # %% ../../nbs/zoo/00_networks.ipynb #c6ee7144
 class PadShortcut(nn.Module):
@@ -100,7 +103,8 @@ def _stack(m, n_in, widths, depths, block, expansion=1, strides=(1,2,2,2), start
 
 def _finish(m, n_in, n_out, **before):
     "The network of modules `m`, a pool and a linear layer"
-    return init_convs(nn.Sequential(OrderedDict(**m, **before, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(n_in, n_out))))
+    return init_convs(nn.Sequential(OrderedDict(**m, **before, avgpool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(), fc=nn.Linear(n_in, n_out))))
 
 def resnet(
     depths:tuple, # Blocks per stage
@@ -115,17 +119,22 @@ def resnet(
     "A residual network of torchvision's blocks"
     from torchvision.models.resnet import BasicBlock, Bottleneck
     block,n = Bottleneck if bottleneck else BasicBlock,scaled(first, width)
-    m = OrderedDict(conv1=nn.Conv2d(3, n, stem, 2 if stem == 7 else 1, stem//2, bias=False), bn1=nn.BatchNorm2d(n), relu=nn.ReLU(inplace=True))
+    m = OrderedDict(conv1=nn.Conv2d(3, n, stem, 2 if stem == 7 else 1, stem//2, bias=False),
+        bn1=nn.BatchNorm2d(n), relu=nn.ReLU(inplace=True))
     if stem == 7: m['maxpool'] = nn.MaxPool2d(3, 2, 1)
-    if bottleneck and n*kwargs.get('base_width', 64) < 64: raise ValueError(f'width={width:g} leaves no channel in a group: give a larger one')
+    if bottleneck and n*kwargs.get('base_width', 64) < 64:
+        raise ValueError(f'width={width:g} leaves no channel in a group: give a larger one')
     def make(n_in, w, s): return block(n_in, w, s, _shortcut(n_in, w*block.expansion, s, pad), **kwargs)
-    return _finish(m, _stack(m, n, [n*2**i for i in range(len(depths))], depths, make, block.expansion), n_out)
+    return _finish(m, _stack(m, n, [n*2**i for i in range(len(depths))], depths, make, block.expansion),
+        n_out)
 
 # %% ../../nbs/zoo/00_networks.ipynb #489ac621
 def _per_stage(depth, step, rest, what):
     "Blocks in each of three stages of a network of `depth` layers"
     n,left = divmod(depth-rest, step)
-    if n < 1 or left: raise ValueError(f'{what} has {step} layers per block in three stages and {rest} besides: depth {depth} is none of {rest+step}, {rest+2*step}, {rest+3*step}, ...')
+    if n < 1 or left:
+        raise ValueError(f'{what} has {step} layers per block in three stages and {rest} besides: '
+            f'depth {depth} is none of {rest+step}, {rest+2*step}, {rest+3*step}, ...')
     return n
 
 def resnet_cifar(
@@ -134,7 +143,8 @@ def resnet_cifar(
     width:float=1. # Factor of all channels
 )->nn.Sequential:
     "ResNet with shortcuts that pad, for 32x32 images"
-    return resnet([_per_stage(depth, 6, 2, 'A ResNet for CIFAR')]*3, n_out, width, first=16, stem=3, pad=True)
+    return resnet([_per_stage(depth, 6, 2, 'A ResNet for CIFAR')]*3, n_out, width, first=16, stem=3,
+        pad=True)
 
 # %% ../../nbs/zoo/00_networks.ipynb #ee0f1f58
 class WideBlock(nn.Module):
@@ -164,7 +174,8 @@ def wide_resnet(
     p:float=0. # Dropout inside the blocks
 )->nn.Sequential:
     "Wide ResNet WRN-`depth`-`k` for 32x32 images"
-    n,m = _per_stage(depth, 6, 4, 'A wide ResNet'),OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False))
+    n,m = _per_stage(depth, 6, 4,
+        'A wide ResNet'),OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False))
     n_in = _stack(m, 16, [scaled(w, k*width) for w in (16,32,64)], [n]*3, partial(WideBlock, p=p))
     return _finish(m, n_in, n_out, bn=nn.BatchNorm2d(n_in), relu=nn.ReLU(inplace=True))
 
@@ -200,7 +211,8 @@ def preact_resnet(
 
 # %% ../../nbs/zoo/00_networks.ipynb #09c8df67
 _VGG = {11: '64 128 P 256 256 P 512 512 512 512', 13: '64 64 128 128 P 256 256 P 512 512 512 512',
-        16: '64 64 128 128 P 256 256 256 P 512 512 512 512 512 512', 19: '64 64 128 128 P 256 256 256 256 P 512 512 512 512 512 512 512 512'}
+        16: '64 64 128 128 P 256 256 256 P 512 512 512 512 512 512', 19: '64 64 128 128 P 256 256 256 '
+        '256 P 512 512 512 512 512 512 512 512'}
 
 def vgg_cifar(
     depth:int=13, # 11, 13, 16 or 19
@@ -208,7 +220,8 @@ def vgg_cifar(
     width:float=1. # Factor of all channels
 )->nn.Sequential:
     "VGG with batch norm for 32x32 images"
-    if depth not in _VGG: raise ValueError(f'There is no VGG of {depth} layers, but of {", ".join(map(str, _VGG))}')
+    if depth not in _VGG:
+        raise ValueError(f'There is no VGG of {depth} layers, but of {", ".join(map(str, _VGG))}')
     layers,n_in = [],3
     for o in _VGG[depth].split():
         if o == 'P': layers.append(nn.MaxPool2d(2)); continue
@@ -244,8 +257,10 @@ class Inverted(nn.Module):
         super().__init__()
         from torchvision.ops import Conv2dNormActivation as layer
         h = n_in*expand
-        self.conv1,self.conv2,self.conv3 = layer(n_in, h, 1),layer(h, h, 3, stride, groups=h),layer(h, n, 1, activation_layer=None)
-        self.shortcut = None if stride != 1 or (n_in != n and not project) else _shortcut(n_in, n, 1) or nn.Identity()
+        self.conv1,self.conv2,self.conv3 = layer(n_in, h, 1),layer(h, h, 3, stride, groups=h),layer(h,
+            n, 1, activation_layer=None)
+        self.shortcut = (None if stride != 1 or (n_in != n and not project) else _shortcut(n_in, n, 1)
+            or nn.Identity())
     def forward(self, x):
         h = self.conv3(self.conv2(self.conv1(x)))
         return h if self.shortcut is None else h + self.shortcut(x)
@@ -262,11 +277,13 @@ def mobilenet_v2(
     m = OrderedDict(stem=layer(3, n_in, 1 if small else 3, 1 if small else 2, padding=1, bias=True))
     ws = [scaled(w, width) for w in (16,24,32,64,96,160,320)]
     m['layer1'] = nn.Sequential(Inverted(n_in, ws[0], expand=1, project=small))
-    n_in = _stack(m, ws[0], ws[1:], (2,3,4,3,3,1), partial(Inverted, project=small), strides=(2,2,2,1,1 if small else 2,1), start=2)
+    n_in = _stack(m, ws[0], ws[1:], (2,3,4,3,3,1), partial(Inverted, project=small),
+        strides=(2,2,2,1,1 if small else 2,1), start=2)
     for b in [b for i in range(3, 7) for b in m[f'layer{i}'][1:]] if eca else ():
         b.conv3.append(ECA(3 if b.conv3[0].out_channels >= 96 else 1))
     m.update(last=layer(n_in, last, 1, bias=True), avgpool=nn.AdaptiveAvgPool2d(1))
-    head = dict(fc=nn.Conv2d(last, n_out, 1), flatten=nn.Flatten()) if small else dict(flatten=nn.Flatten(), fc=nn.Linear(last, n_out))
+    head = (dict(fc=nn.Conv2d(last, n_out, 1), flatten=nn.Flatten()) if small
+        else dict(flatten=nn.Flatten(), fc=nn.Linear(last, n_out)))
     return init_convs(nn.Sequential(OrderedDict(**m, **head)))
 
 # %% ../../nbs/zoo/00_networks.ipynb #812b984f
@@ -301,10 +318,13 @@ class LSTMLM(nn.Module):
     ):
         super().__init__()
         n_emb,n_hidden = (scaled(n, width) for n in (n_emb, n_hidden or n_emb))
-        if tie and n_hidden != n_emb: raise ValueError(f'Tied weights need n_hidden equal to n_emb, not {n_hidden} and {n_emb}: pass tie=False')
+        if tie and n_hidden != n_emb:
+            raise ValueError(f'Tied weights need n_hidden equal to n_emb, not {n_hidden} and {n_emb}: '
+                'pass tie=False')
         self.emb = nn.Embedding(n_vocab, n_emb)
         self.drop_in,self.drop_out = nn.Dropout(p),nn.Dropout(p)
-        self.rnn = nn.LSTM(n_emb, n_hidden, n_layers, batch_first=True, dropout=p if n_layers > 1 else 0.)
+        self.rnn = nn.LSTM(n_emb, n_hidden, n_layers, batch_first=True,
+            dropout=p if n_layers > 1 else 0.)
         self.out = nn.Linear(n_hidden, n_vocab)
         if tie: self.out.weight = self.emb.weight
         for w in (self.emb.weight, self.out.weight): nn.init.uniform_(w, -.1, .1)
@@ -320,10 +340,12 @@ class LSTMLM(nn.Module):
     def _carried(self, x):
         "The state that the last batch left, if this one can go on from it"
         w,h = self.rnn.weight_hh_l0,None if self.state is None else self.state[0]
-        return None if h is None or h.shape[1] != len(x) or h.device != w.device or h.dtype != w.dtype else self.state
+        return (None if h is None or h.shape[1] != len(x) or h.device != w.device
+            or h.dtype != w.dtype else self.state)
     def forward(self, x):
         "Word numbers [batch, time] to logits of the word that follows each of them [batch, time, n_vocab]"
         y,state = self.rnn(self.drop_in(self.emb(x)), self._carried(x))
-        self.state = tuple(s.detach().to(self.rnn.weight_hh_l0.dtype) for s in state) # no gradient into the last batch; autocast makes it half
+        # no gradient into the last batch; autocast makes it half
+        self.state = tuple(s.detach().to(self.rnn.weight_hh_l0.dtype) for s in state)
         return self.out(self.drop_out(y))
     def __getstate__(self): return {**self.__dict__, 'state': None} # copies and files begin afresh
