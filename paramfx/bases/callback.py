@@ -13,7 +13,7 @@ from numbers import Real
 
 import torch
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from fastai.basics import OptimWrapper
 from .layers import Sharing, sharing_layers
 from ..core.clock import Clock
@@ -173,11 +173,6 @@ class OrthoReg(EffectCallback):
             for g in parts for (s,u),e in zip(g, held_entries(g, self.unique))],
             note=f'penalty {r:.4g} now')
 
-    def convert(self, model, learn=None):
-        "Nothing of the model changes"
-        return EffectState(self.name, self.settings, Clock(), OrthoHolder(self.settings),
-            self.plan(model, learn))
-
     @classmethod
     def without(cls, model):
         st = effects(model).get('ortho_reg')
@@ -190,53 +185,73 @@ class OrthoReg(EffectCallback):
         "Groups of the model, looked up once in each epoch"
         return self.__dict__.get('_parts') or basis_groups(root_module(self.learn.model), self.joint)
 
-    def penalty(self): return self.ortho_lambda*self._value(self.parts) if self.ortho_lambda else None
-    def columns(self):
-        with torch.no_grad(): return dict(ortho=float(self._value(self.parts)))
+# %% ../../nbs/bases/04_callback.ipynb #c173ef92
+@patch
+def convert(self:OrthoReg, model, learn=None):
+    "Nothing of the model changes"
+    return EffectState(self.name, self.settings, Clock(), OrthoHolder(self.settings),
+        self.plan(model, learn))
 
-    # -- asked by the keeper
-    def on_start(self, learn):
-        model,d = root_module(learn.model),self.__dict__
-        check_once(learn.opt, model)
-        self.on_leave() # of an epoch before
-        d['_parts'] = basis_groups(model, self.joint)
-        self._free(learn.opt)
+# %% ../../nbs/bases/04_callback.ipynb #04046e26
+@patch
+def penalty(self:OrthoReg):
+    return self.ortho_lambda*self._value(self.parts) if self.ortho_lambda else None
 
-    def _held(self):
-        return list({id(t): t for g in self.parts for s,u in g
-            for t in s+(u if self.unique else [])}.values())
+@patch
+def columns(self:OrthoReg):
+    with torch.no_grad(): return dict(ortho=float(self._value(self.parts)))
 
-    def _free(self, opt):
-        "Take the filters out of weight decay, or back into it where a file has taken them out"
-        held = self._held()
-        if isinstance(opt, OptimWrapper):
-            if not self.basis_wd: self.__dict__['_off'] = StepWithoutDecay(opt.opt, held)
-            return
-        self.effect.holder.free = held
-        if self.basis_wd: return self.effect.holder.unpack(opt)
-        for p in held: opt.state.setdefault(p, {})['do_wd'] = False
+# %% ../../nbs/bases/04_callback.ipynb #0bac9b8f
+@patch
+def on_start(self:OrthoReg, learn):
+    model,d = root_module(learn.model),self.__dict__
+    check_once(learn.opt, model)
+    self.on_leave() # of an epoch before
+    d['_parts'] = basis_groups(model, self.joint)
+    self._free(learn.opt)
 
-    def on_fit_start(self):
-        low = self._balance() if self.basis_wd and self.ortho_lambda else 1.
-        if low < .5: warnings.warn(f"OrthoReg: weight decay against ortho_lambda={self.ortho_lambda:g} lets the filters settle at a norm of {max(low, 0)**.5:.2f} instead of 1. "
-                                   "Use basis_wd=False, a larger ortho_lambda, or norm='group'.")
+@patch
+def _held(self:OrthoReg):
+    return list({id(t): t for g in self.parts for s,u in g
+        for t in s+(u if self.unique else [])}.values())
 
-    def _balance(self):
-        "Lowest squared norm at which a row comes to rest"
-        opt,low = self.learn.opt,1.
-        wds = {id(p): decay_pull(opt, h) for ps,h in zip(param_lists(opt), opt.hypers) for p in ps}
-        for g in self.parts:
-            entries = held_entries(g, self.unique)
-            for (s,u),e in zip(g, entries):
-                count = dict(sum=1, group=e)[self.norm] if self.norm != 'global' else sum(entries)
-                low = min([low, *(1-wds.get(id(t), 0.)*count/(4*self.ortho_lambda)
-                    for t in s+u*self.unique)])
-        return low
+@patch
+def _free(self:OrthoReg, opt):
+    "Take the filters out of weight decay, or back into it where a file has taken them out"
+    held = self._held()
+    if isinstance(opt, OptimWrapper):
+        if not self.basis_wd: self.__dict__['_off'] = StepWithoutDecay(opt.opt, held)
+        return
+    self.effect.holder.free = held
+    if self.basis_wd: return self.effect.holder.unpack(opt)
+    for p in held: opt.state.setdefault(p, {})['do_wd'] = False
 
-    def on_leave(self):
-        self.__dict__.pop('_parts', None)
-        if '_off' in self.__dict__: self.__dict__.pop('_off').remove()
+@patch
+def on_fit_start(self:OrthoReg):
+    low = self._balance() if self.basis_wd and self.ortho_lambda else 1.
+    if low < .5: warnings.warn(f"OrthoReg: weight decay against ortho_lambda={self.ortho_lambda:g} lets the filters settle at a norm of {max(low, 0)**.5:.2f} instead of 1. "
+                               "Use basis_wd=False, a larger ortho_lambda, or norm='group'.")
 
+# %% ../../nbs/bases/04_callback.ipynb #64faddc2
+@patch
+def _balance(self:OrthoReg):
+    "Lowest squared norm at which a row comes to rest"
+    opt,low = self.learn.opt,1.
+    wds = {id(p): decay_pull(opt, h) for ps,h in zip(param_lists(opt), opt.hypers) for p in ps}
+    for g in self.parts:
+        entries = held_entries(g, self.unique)
+        for (s,u),e in zip(g, entries):
+            count = dict(sum=1, group=e)[self.norm] if self.norm != 'global' else sum(entries)
+            low = min([low, *(1-wds.get(id(t), 0.)*count/(4*self.ortho_lambda)
+                for t in s+u*self.unique)])
+    return low
+
+@patch
+def on_leave(self:OrthoReg):
+    self.__dict__.pop('_parts', None)
+    if '_off' in self.__dict__: self.__dict__.pop('_off').remove()
+
+# %% ../../nbs/bases/04_callback.ipynb #4ce37f72
 @recipe_verb('ortho_reg', lambda st: dict(st.settings))
 def _ortho_again(model, **kw):
     OrthoReg(**kw).convert(model).attach(model)

@@ -71,6 +71,7 @@ def _split(ws, b, n):
     us = [beside(b, _top([w-_within(w, b)], n)) for w in ws]
     return us,sum(float((w-_within(w, b)-_within(w, u)).square().sum()) for w,u in zip(ws, us))
 
+# %% ../../nbs/bases/03_init.ipynb #4aee9947
 def svd_filters(
     weights:list, # Weights of the layers of a group, (outputs, channels, ...)
     shared:int, # Filters to share
@@ -116,6 +117,7 @@ def identity_norm(
         bn.bias.copy_(bn.running_mean)
     return bn
 
+# %% ../../nbs/bases/03_init.ipynb #7ae84b47
 def calibrate(
     model:nn.Module, # Network with these layers
     layers:list, # `BasisConv2d`s, whose norms are replaced

@@ -64,6 +64,7 @@ def _bottlenecks(model, skip_first):
             res.setdefault(stage, []).append(block)
     return {k: v for k,v in res.items() if len(v) > 1}
 
+# %% ../../nbs/bases/06_join.ipynb #8e9df126
 def _checked(model, stages, shared_rank, unique_rank, scale_rank):
     "Shared and unique filters, and the groups of both, by stage; raises where they do not fit"
     for k,n in dict(shared_rank=shared_rank, unique_rank=unique_rank).items():
@@ -93,6 +94,7 @@ def _checked(model, stages, shared_rank, unique_rank, scale_rank):
                 f"{gu} groups. Give ranks that are 4 times a divisor.")
     return res
 
+# %% ../../nbs/bases/06_join.ipynb #9b3fd8d6
 def _join(model, block, owner, s, u, gs, gu):
     "Put the parts of one block in; returns the shared one"
     conv,norm,last = (model.get_submodule(f'{block}.{c}') for c in ('conv2','bn2','conv3'))
@@ -118,6 +120,7 @@ def _put(model, stages, ranks):
             for b in blocks: owner = _join(model, b, owner, *ranks[k])
         return add_step(model, 'join_bases', dict(stages=stages, ranks=ranks), f'{len(stages)} bases')
 
+# %% ../../nbs/bases/06_join.ipynb #f0ac8385
 def join_bases(
     model:nn.Module, # Network of torchvision's bottleneck blocks, changed in place; train it from scratch
     sample, # Input tensor, or a tuple of the positional inputs

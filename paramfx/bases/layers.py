@@ -15,6 +15,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from ..core.optimizers import ComputedWeight, for_caller, tell_export, way_out
 from ..report.cost import n_nonzero
+from fastcore.basics import patch
 
 # %% ../../nbs/bases/01_layers.ipynb #41a830ea
 class Sharing:
@@ -51,6 +52,7 @@ class Sharing:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
                 unexpected, errors)
 
+# %% ../../nbs/bases/01_layers.ipynb #de6c292f
 def remade(
     old:nn.Conv2d, # It is left alone
     cls:type, # `nn.Conv2d`, or a subclass
@@ -74,6 +76,7 @@ def _rank(name, n, groups, low=0):
             f"of {groups}.")
     return n
 
+# %% ../../nbs/bases/01_layers.ipynb #8d2a6a60
 class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
     "`nn.Conv2d` whose filters are combined from a shared basis and from unique filters"
     def __init__(self,
@@ -131,14 +134,6 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
         if owner is not None: new._share(owner)
         return new.train(conv.training)
 
-    def reset_parameters(self):
-        "Kaiming for the coefficients, orthonormal rows for the filters; a shared basis is drawn by the layer that owns it"
-        for f in (self.unique, self._parameters.get('shared')):
-            if f is not None: nn.init.orthogonal_(f)
-        nn.init.kaiming_normal_(self.coeff, mode='fan_out')
-        if self.bias is not None: nn.init.zeros_(self.bias)
-        if self.norm is not None: self.norm.reset_parameters()
-
     # -- the ways through
     @property
     def filters(self) -> torch.Tensor:
@@ -151,91 +146,113 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
     @property
     def rank(self) -> int: return self.coeff.shape[1]*self.groups
 
-    def _live(self):
-        "Does the norm take the statistics of each batch?"
-        n = self.norm
-        return n is not None and (n.training or n.running_mean is None)
-
-    def responses(self, x:torch.Tensor) -> torch.Tensor:
-        "What the filters say to `x`, before norm and coefficients"
-        return self._conv_forward(x, self.filters, None)
-
-    def _in_two(self, x):
-        "Is it much less work to convolve with the filters and combine than to combine the kernel first?"
-        (t,r),c,k = self.coeff.shape[:2],self.in_channels,prod(
-            self.kernel_size)*self.in_channels//self.groups
-        n = x.numel()//(c*prod(self.stride)) # pixels of the output, about
-        return min(t, c) >= 32*self.groups and 2*n*r*(k*self.groups+t) <= t*k*(n+r)
-
-    def forward(self, x):
-        tell_export('Shared filters and their norms are')
-        if self._live(): return self._in_layers(x)
-        c,bias = self.scaled()
-        if self._in_two(x):
-            return F.conv2d(self.responses(x), c[..., None, None], bias, groups=self.groups)
-        return self._conv_forward(x, self._kernel(c), bias)
-
-    def _in_layers(self, x):
-        "Filters, the norm of the batch, coefficients; the layout of `x` stays"
-        # A CPU pads contiguous maps to full vectors of channels: measured, 17 filters on 16 channels
-        # are faster with channels last, 9 are not
-        inside = (x.device.type == 'cpu' and x.dtype is torch.float32 and self.rank > self.in_channels
-            and x.ndim == 4 and x.is_contiguous())
-        z = self.responses(x.contiguous(memory_format=torch.channels_last) if inside else x)
-        out = F.conv2d(self.norm(z), self.coeff, self.bias, groups=self.groups)
-        return out.contiguous() if inside else out
-
-    def scaled(self) -> tuple: # (outputs, filters per group), and bias
-        "Coefficients and bias with what the norm does in evaluation mode"
-        c,n,bias = self.coeff.flatten(1),self.norm,self.bias
-        if n is None: return c,bias
-        scale = (n.running_var+n.eps).rsqrt()
-        if n.weight is not None: scale = scale*n.weight
-        shift = -n.running_mean*scale if n.bias is None else n.bias-n.running_mean*scale
-        more = self._combine(c, shift.to(c.dtype)).flatten()
-        c = (c.unflatten(0, (self.groups, -1))*scale.to(c.dtype).view(self.groups, 1, -1)).flatten(0, 1)
-        return c,more if bias is None else bias+more
-
-    def _kernel(self, c):
-        f = self.filters
-        if (self.groups > 1 or f.is_contiguous()
-            or not f.is_contiguous(memory_format=torch.channels_last)):
-            return self._combine(c, f).unflatten(1, (-1, *self.kernel_size))
-        # channels last stay so, without a copy
-        return (c@f.permute(0, 2, 3, 1).flatten(1)).unflatten(1, (*self.kernel_size, -1)).permute(0, 3,
-            1, 2)
-
-    def _combine(self, c, f):
-        "Coefficients times filters, group by group"
-        if self.groups == 1: return c@f.flatten(1) if f.ndim > 1 else c@f[:,None]
-        return torch.bmm(c.unflatten(0, (self.groups, -1)),
-            f.reshape(self.groups, c.shape[1], -1)).flatten(0, 1)
-
     @property
     def weight(self):
         "The kernel of the ordinary convolution that this layer is in evaluation mode"
         return self._kernel(self.scaled()[0])
 
-    def plain(self) -> nn.Conv2d:
-        "The ordinary convolution with the same outputs in evaluation mode"
-        with torch.no_grad(): w,(_,b) = self.weight,self.scaled()
-        grad = self.coeff.requires_grad
-        p = lambda t: None if t is None else nn.Parameter(t.detach().clone().contiguous(), grad)
-        return remade(self, nn.Conv2d, weight=p(w), bias=p(b)).train(self.training)
-
-    def macs(self, x, out):
-        "Dense: filters, then coefficients. Executed: what runs in this mode"
-        per,(t,c,k) = out.numel()//self.out_channels,(self.out_channels, self.in_channels//self.groups,
-            prod(self.kernel_size))
-        dense = per*(self.rank*c*k + t*self.coeff.shape[1])
-        live = per*sum(map(n_nonzero, (self.filters, self.coeff)))
-        return (dense,dense if self._live() or self._in_two(x)
-            else per*t*c*k + t*self.coeff.shape[1]*c*k,live)
-
     def extra_repr(self):
         u,s = (0 if f is None else len(f) for f in (self.unique, self.basis))
         return (f"{super().extra_repr()}, "
             f"shared={s}{'' if self.owner is self else ' of another layer'}, unique={u}")
+
+# %% ../../nbs/bases/01_layers.ipynb #064de081
+@patch
+def reset_parameters(self:BasisConv2d):
+    "Kaiming for the coefficients, orthonormal rows for the filters; a shared basis is drawn by the layer that owns it"
+    for f in (self.unique, self._parameters.get('shared')):
+        if f is not None: nn.init.orthogonal_(f)
+    nn.init.kaiming_normal_(self.coeff, mode='fan_out')
+    if self.bias is not None: nn.init.zeros_(self.bias)
+    if self.norm is not None: self.norm.reset_parameters()
+
+@patch
+def _live(self:BasisConv2d):
+    "Does the norm take the statistics of each batch?"
+    n = self.norm
+    return n is not None and (n.training or n.running_mean is None)
+
+@patch
+def responses(self:BasisConv2d, x:torch.Tensor) -> torch.Tensor:
+    "What the filters say to `x`, before norm and coefficients"
+    return self._conv_forward(x, self.filters, None)
+
+@patch
+def _in_two(self:BasisConv2d, x):
+    "Is it much less work to convolve with the filters and combine than to combine the kernel first?"
+    (t,r),c,k = self.coeff.shape[:2],self.in_channels,prod(
+        self.kernel_size)*self.in_channels//self.groups
+    n = x.numel()//(c*prod(self.stride)) # pixels of the output, about
+    return min(t, c) >= 32*self.groups and 2*n*r*(k*self.groups+t) <= t*k*(n+r)
+
+@patch
+def forward(self:BasisConv2d, x):
+    tell_export('Shared filters and their norms are')
+    if self._live(): return self._in_layers(x)
+    c,bias = self.scaled()
+    if self._in_two(x):
+        return F.conv2d(self.responses(x), c[..., None, None], bias, groups=self.groups)
+    return self._conv_forward(x, self._kernel(c), bias)
+
+# %% ../../nbs/bases/01_layers.ipynb #44e7a8cd
+@patch
+def _in_layers(self:BasisConv2d, x):
+    "Filters, the norm of the batch, coefficients; the layout of `x` stays"
+    # A CPU pads contiguous maps to full vectors of channels: measured, 17 filters on 16 channels
+    # are faster with channels last, 9 are not
+    inside = (x.device.type == 'cpu' and x.dtype is torch.float32 and self.rank > self.in_channels
+        and x.ndim == 4 and x.is_contiguous())
+    z = self.responses(x.contiguous(memory_format=torch.channels_last) if inside else x)
+    out = F.conv2d(self.norm(z), self.coeff, self.bias, groups=self.groups)
+    return out.contiguous() if inside else out
+
+@patch
+def scaled(self:BasisConv2d) -> tuple: # (outputs, filters per group), and bias
+    "Coefficients and bias with what the norm does in evaluation mode"
+    c,n,bias = self.coeff.flatten(1),self.norm,self.bias
+    if n is None: return c,bias
+    scale = (n.running_var+n.eps).rsqrt()
+    if n.weight is not None: scale = scale*n.weight
+    shift = -n.running_mean*scale if n.bias is None else n.bias-n.running_mean*scale
+    more = self._combine(c, shift.to(c.dtype)).flatten()
+    c = (c.unflatten(0, (self.groups, -1))*scale.to(c.dtype).view(self.groups, 1, -1)).flatten(0, 1)
+    return c,more if bias is None else bias+more
+
+@patch
+def _kernel(self:BasisConv2d, c):
+    f = self.filters
+    if (self.groups > 1 or f.is_contiguous()
+        or not f.is_contiguous(memory_format=torch.channels_last)):
+        return self._combine(c, f).unflatten(1, (-1, *self.kernel_size))
+    # channels last stay so, without a copy
+    return (c@f.permute(0, 2, 3, 1).flatten(1)).unflatten(1, (*self.kernel_size, -1)).permute(0, 3,
+        1, 2)
+
+@patch
+def _combine(self:BasisConv2d, c, f):
+    "Coefficients times filters, group by group"
+    if self.groups == 1: return c@f.flatten(1) if f.ndim > 1 else c@f[:,None]
+    return torch.bmm(c.unflatten(0, (self.groups, -1)),
+        f.reshape(self.groups, c.shape[1], -1)).flatten(0, 1)
+
+# %% ../../nbs/bases/01_layers.ipynb #60b35dd0
+@patch
+def plain(self:BasisConv2d) -> nn.Conv2d:
+    "The ordinary convolution with the same outputs in evaluation mode"
+    with torch.no_grad(): w,(_,b) = self.weight,self.scaled()
+    grad = self.coeff.requires_grad
+    p = lambda t: None if t is None else nn.Parameter(t.detach().clone().contiguous(), grad)
+    return remade(self, nn.Conv2d, weight=p(w), bias=p(b)).train(self.training)
+
+@patch
+def macs(self:BasisConv2d, x, out):
+    "Dense: filters, then coefficients. Executed: what runs in this mode"
+    per,(t,c,k) = out.numel()//self.out_channels,(self.out_channels, self.in_channels//self.groups,
+        prod(self.kernel_size))
+    dense = per*(self.rank*c*k + t*self.coeff.shape[1])
+    live = per*sum(map(n_nonzero, (self.filters, self.coeff)))
+    return (dense,dense if self._live() or self._in_two(x)
+        else per*t*c*k + t*self.coeff.shape[1]*c*k,live)
 
 # %% ../../nbs/bases/01_layers.ipynb #c856639f
 class SharedConv2d(Sharing, nn.Conv2d):

@@ -122,6 +122,7 @@ def _automatic(mods, mode, n_bases, skip_first, places, good):
         skip.update({n: 'not the layer of its block that is tied' for n in names if n not in take})
     return res,skip
 
+# %% ../../nbs/bases/02_plan.ipynb #42f9cd1b
 def _named(model, mods, groups, n_bases, places):
     "Slots of the layers that the user has named, by group"
     if callable(groups):
@@ -146,6 +147,7 @@ def _named(model, mods, groups, n_bases, places):
             blocks[k] = blocks.get(k, 0)+1
     return res
 
+# %% ../../nbs/bases/02_plan.ipynb #85b786b7
 def _sorted(slots, mods, mode, apart, asked):
     "Groups of equal shape, and reasons for layers that are left alone in theirs"
     groups,kinds = {},{}
@@ -202,6 +204,7 @@ def _ranked(g, mods, shared_rank, unique_rank, low):
             'Give lower ranks.')
     return '',''
 
+# %% ../../nbs/bases/02_plan.ipynb #7a364acf
 def find_groups(
     model:nn.Module, # Any network; it is left alone
     shared_rank=16, # Shared filters, or a share of the channels

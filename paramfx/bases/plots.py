@@ -161,6 +161,7 @@ def _dots(ax, i, v, rest):
             color='#E69F00' if n == 'unique' else '#0072B2', label=n)
     if rest is not None: ax.plot([rest]*2, [i-.38, i+.38], color='#D55E00', lw=1.5, label='balance')
 
+# %% ../../nbs/bases/08_plots.ipynb #f2553454
 def plot_row_norms(
     norms:dict, # Name -> filters of a group, or their lengths; a stage of `stage_filters`, of which the unique ones are drawn apart
     settled=None, # Length at which they should come to rest; {name: length} where groups differ
@@ -225,6 +226,7 @@ def use_grads(
         res.setdefault(stage, {})[n] = torch.zeros_like(t) if t.grad is None else t.grad
     return res
 
+# %% ../../nbs/bases/08_plots.ipynb #741f8444
 def plot_use_grads(
     grads:dict, # Stage -> {layer: gradient or its norm}, as `use_grads` returns
     *,
@@ -333,6 +335,7 @@ def _short(v):
     n,_,unit = human(v).partition(' ')
     return f'{float(n):g} {unit}'.rstrip()
 
+# %% ../../nbs/bases/08_plots.ipynb #3b938a04
 def _line(r):
     "Name of the line that a row is on: its network and the number of its shared filters"
     s = r.get('shared')

@@ -109,6 +109,7 @@ def _shape_only(m, x):
     return m._conv_forward(x, x.new_empty(m.out_channels, m.in_channels//m.groups, *m.kernel_size),
         None)
 
+# %% ../../nbs/bases/07_published.ipynb #f742720e
 @zoo.row_counts('shared_bases')
 def shared_counts(
     net:nn.Module, # The plain network of the row; it is changed, and only its shapes are left
@@ -163,6 +164,7 @@ def _read(file):
             if isinstance(content, dict) else '.'))
     return state
 
+# %% ../../nbs/bases/07_published.ipynb #b2587434
 def _checked(file, name, state, keys, own):
     "Raise where the file is not that of the row; our keys with their tensors otherwise"
     few = lambda ks: ', '.join(map(str, ks[:3])) + (f' and {len(ks)-3} more' if len(ks) > 3 else '')

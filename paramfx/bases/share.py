@@ -70,6 +70,7 @@ def _check_init(model, mode, basis_norm, init, batches, sweeps):
         raise ValueError(f"{bare[0]}: its weight is on the device meta and has no values to convert. "
             "Load them first, or use init='orthogonal'.")
 
+# %% ../../nbs/bases/05_share.ipynb #4dc95737
 def _row(name, m, g, called, macs, mode, norm):
     "Parameters and multiply-adds of a layer, before and after"
     d,first = prod(m.weight.shape[1:]),name == g.layers[0]
@@ -107,6 +108,7 @@ def _apart(model, splitter):
     if len(ps) and isinstance(ps[0], torch.Tensor): ps = [ps]
     return {id(p): i for i,g in enumerate(ps) for p in g}
 
+# %% ../../nbs/bases/05_share.ipynb #b100731d
 def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, basis_norm, init, groups, batches, sweeps, splitter):
     "Groups and report; raises where nothing can be shared"
     model = root_module(model)
@@ -166,6 +168,7 @@ def _combined(g, convs, norm, init, sweeps, drawn):
         res.append(BasisConv2d.of(c, res[0] if res else p(b, grad), p(u, on), p(a, on), n))
     return res
 
+# %% ../../nbs/bases/05_share.ipynb #3ebbf4fd
 def _built(model, found, mode, norm, init, sweeps=10):
     "Name -> new layer"
     mods,res = dict(model.named_modules()),{}
@@ -186,6 +189,7 @@ def _put(model, found, new, mode, norm, batches=None):
         return add_step(model, 'share_bases', dict(plan=plan, mode=mode, norm=norm),
             f'{len(new)} layers, {len(found)} bases')
 
+# %% ../../nbs/bases/05_share.ipynb #bccae199
 def share_bases(
     model:nn.Module, # Network, changed in place; make its optimizer afterwards, or use `learn.share_bases`
     sample, # Input tensor, or a tuple of the positional inputs

@@ -34,6 +34,7 @@ def _occurrence(lab):
     res[order] = np.arange(len(lab))-np.repeat(start, np.diff([*start, len(lab)]))
     return res
 
+# %% ../../nbs/channels/04_cuts.ipynb #06addd3e
 class Cut:
     "Ordered units to keep, per space; spaces not named stay whole"
     def __init__(self,
@@ -84,6 +85,7 @@ class Cut:
     def __repr__(self):
         return f"Cut({', '.join(f'{n}: {len(k)} of {self.cmap[n].size}' for n,k in self.keep.items())})"
 
+# %% ../../nbs/channels/04_cuts.ipynb #0de324d8
 def _check_units(space, idx):
     "Unit numbers as a sorted-out array, or an error"
     a = np.asarray(idx.cpu() if torch.is_tensor(idx) else idx)
@@ -128,6 +130,7 @@ def _gone(v, hits):
     "Is a width of before nowhere left?"
     return v > 1 and any(a == v for a,*_ in hits) and all(b != v for _,b,_ in hits)
 
+# %% ../../nbs/channels/04_cuts.ipynb #b0c6360f
 @contextmanager
 def _reads(found):
     "Inside, the set that is returned takes each (module, attribute) of `found` that is read"
@@ -144,6 +147,7 @@ def _reads(found):
     finally:
         for m,cls in old: m.__class__ = cls
 
+# %% ../../nbs/channels/04_cuts.ipynb #65f6a049
 @patch
 def follow(self:Cut,
     new:nn.Module # What was cut: the attributes that tell widths follow, in place
@@ -179,6 +183,7 @@ def follow(self:Cut,
         o['num_chs'] = seen[0] if seen else _became(o['num_chs'], hits[m])
     return stale
 
+# %% ../../nbs/channels/04_cuts.ipynb #da0db65a
 @patch
 def _looked(self:Cut, new, found, hits):
     "One forward pass: which attributes it reads, and the shapes of what stages put out; None where it fails"
@@ -239,6 +244,7 @@ def _rebuild(model):
         if isinstance(m, nn.RNNBase): m._init_flat_weights()
     forget_states(model)
 
+# %% ../../nbs/channels/04_cuts.ipynb #df3c76a8
 @patch
 def apply(self:Cut,
     model:nn.Module, # The model that was traced, or another of the same shape; it is left alone
@@ -274,6 +280,7 @@ def _small(self:Cut, model):
     if self.cmap.counts: _rebuild(new)
     return new
 
+# %% ../../nbs/channels/04_cuts.ipynb #6b2a9670
 @patch
 def lost(self:Cut,
     model:nn.Module # The model that was traced, or another of the same shape
@@ -301,6 +308,7 @@ def _step(self:Cut):
         pin=list(self.cmap.pin), **(dict(embeddings=True) if self.cmap.embeddings else {})),
         note=', '.join(f'{n}: {len(k)} of {sizes[n]}' for n,k in self.keep.items()))
 
+# %% ../../nbs/channels/04_cuts.ipynb #6df91278
 @patch
 def matrices(self:Cut,
     model:nn.Module # The model that was traced, or another of the same shape
@@ -337,6 +345,7 @@ def _whole(self:Cut, x, at):
     return (x.note or ('its weight is computed' if x.layer in self.cmap.computed
         else 'its channels cannot be followed'))
 
+# %% ../../nbs/channels/04_cuts.ipynb #1039d395
 @patch
 def sizes(self:Cut,
     model:nn.Module # The model that was traced, or another of the same shape
@@ -373,6 +382,7 @@ def _regrouped(self:Cut, model, name):
     held = {a: getattr(m, a, None) for a in ('groups', 'num_groups', *_SIZES)} if left < n else {}
     return {a: v//n*left for a,v in held.items() if isinstance(v, int) and v%n == 0}
 
+# %% ../../nbs/channels/04_cuts.ipynb #4e5149cc
 @patch
 def masked(self:Cut,
     model:nn.Module # The model that was traced, or another of the same shape; it is left alone
@@ -411,6 +421,7 @@ def _check(self:Cut, model, new):
     self._compare(full, self._small(full), ys, f" (with numbers in {short_list(zero) or 'the sample'}, "
         "which is all zero now and hides it)")
 
+# %% ../../nbs/channels/04_cuts.ipynb #90e02783
 @patch
 def _compare(self:Cut, model, new, xs, hidden=''):
     "Compare with the masked twin, which shares what it can with `model`, in all modes in which other modules run"

@@ -19,6 +19,7 @@ from .trace import trace_channels
 from ..core.optimizers import check_values
 from ..core.forward import copy_model, model_inputs, still
 from .spaces import pin_names, short_list
+from fastcore.basics import patch
 
 # %% ../../nbs/channels/06_dead.ipynb #c457fdc0
 _LAYERS = ('linear', *(f'conv{t}{k}d' for t in ('', '_transpose') for k in (1,2,3)))
@@ -51,6 +52,7 @@ class Read:
     padded:bool # Are there fewer terms at the border?
     bias:int # id of the bias that was added
 
+# %% ../../nbs/channels/06_dead.ipynb #2a8cbbd7
 class Probe(TorchFunctionMode):
     "Run a model on NaN inside of this; `reads` maps each weight to what its calls read"
     def __init__(self):
@@ -81,45 +83,52 @@ class Probe(TorchFunctionMode):
         return (name in ('unfold', 'fold')
             or any(p > 0 for p in (pad if isinstance(pad, (tuple, list)) else [pad])))
 
-    def _norm(self, out, name, args, kwargs):
-        "A channel that is scaled by 0 is its shift"
-        w,b = (kwargs.get(k, args[i] if len(args) > i else None)
-            for i,k in enumerate(('weight', 'bias'), _NORMS[name]))
-        zero = None if w is None else w == 0
-        if zero is not None and zero.any(): out.movedim(1, -1)[..., zero] = 0. if b is None else b[zero]
+# %% ../../nbs/channels/06_dead.ipynb #84b82a01
+@patch
+def _norm(self:Probe, out, name, args, kwargs):
+    "A channel that is scaled by 0 is its shift"
+    w,b = (kwargs.get(k, args[i] if len(args) > i else None)
+        for i,k in enumerate(('weight', 'bias'), _NORMS[name]))
+    zero = None if w is None else w == 0
+    if zero is not None and zero.any(): out.movedim(1, -1)[..., zero] = 0. if b is None else b[zero]
 
-    def _blind(self, func, out, ts):
-        unknown = sum(t for t in ts if t.is_floating_point()).isnan()
-        return (out.masked_fill_(unknown, float('nan')) if unknown.shape == out.shape
-            else self._spoil(func, out) if unknown.any() else out)
+@patch
+def _blind(self:Probe, func, out, ts):
+    unknown = sum(t for t in ts if t.is_floating_point()).isnan()
+    return (out.masked_fill_(unknown, float('nan')) if unknown.shape == out.shape
+        else self._spoil(func, out) if unknown.any() else out)
 
-    def _spoil(self, func, out):
-        own = func.__name__.endswith('_') and not func.__name__.endswith('__')
-        def nan(o):
-            if not isinstance(o, torch.Tensor) or not o.is_floating_point(): return o
-            # it may be a view of a weight
-            return o.fill_(float('nan')) if own else torch.full_like(o, float('nan'))
-        return tree_map(nan, out)
+@patch
+def _spoil(self:Probe, func, out):
+    own = func.__name__.endswith('_') and not func.__name__.endswith('__')
+    def nan(o):
+        if not isinstance(o, torch.Tensor) or not o.is_floating_point(): return o
+        # it may be a view of a weight
+        return o.fill_(float('nan')) if own else torch.full_like(o, float('nan'))
+    return tree_map(nan, out)
 
-    def _layer(self, func, name, args, kwargs):
-        x,w = args[:2]
-        dim = x.ndim-1 if name == 'linear' else x.ndim-w.ndim+1
-        flat = x.movedim(dim, 0).flatten(1)
-        const = (flat == flat[:, :1]).all(1) # NaN equals nothing
-        read = Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs),
-            id(kwargs.get('bias', args[2] if len(args) > 2 else None)))
-        self.reads.setdefault(id(w), []).append(read)
-        # a constant, but not at the border; a map of one position does not show it
-        if read.padded: args = (x.masked_fill(x != 0, float('nan')), *args[1:])
-        out = func(*args, **kwargs)
-        rows = out.movedim(out.ndim-1 if name == 'linear' else dim, 0) # a view
-        zero = _zero_rows(name, w)
-        if read.padded: rows[rows.isnan().flatten(1).any(1)] = float('nan')
-        if len(zero) == len(rows) and zero.any(): # else grouped and transposed
-            rows[zero] = func(torch.zeros_like(x), *args[1:],
-                **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)[zero]
-        return out
+# %% ../../nbs/channels/06_dead.ipynb #e25f1ccb
+@patch
+def _layer(self:Probe, func, name, args, kwargs):
+    x,w = args[:2]
+    dim = x.ndim-1 if name == 'linear' else x.ndim-w.ndim+1
+    flat = x.movedim(dim, 0).flatten(1)
+    const = (flat == flat[:, :1]).all(1) # NaN equals nothing
+    read = Read(const, torch.where(const, flat[:, 0], 0.), _padded(name, args, kwargs),
+        id(kwargs.get('bias', args[2] if len(args) > 2 else None)))
+    self.reads.setdefault(id(w), []).append(read)
+    # a constant, but not at the border; a map of one position does not show it
+    if read.padded: args = (x.masked_fill(x != 0, float('nan')), *args[1:])
+    out = func(*args, **kwargs)
+    rows = out.movedim(out.ndim-1 if name == 'linear' else dim, 0) # a view
+    zero = _zero_rows(name, w)
+    if read.padded: rows[rows.isnan().flatten(1).any(1)] = float('nan')
+    if len(zero) == len(rows) and zero.any(): # else grouped and transposed
+        rows[zero] = func(torch.zeros_like(x), *args[1:],
+            **kwargs).movedim(out.ndim-1 if name == 'linear' else dim, 0)[zero]
+    return out
 
+# %% ../../nbs/channels/06_dead.ipynb #d48c6157
 def _other_sizes(xs):
     "The inputs grown along the batch, along dimension 1, and along all that come after"
     def grow(x, dims, odd):
@@ -201,6 +210,7 @@ def _sides(model, twin, cmap, s, reads, biased):
             m in biased and t == 'weight'))
     return res
 
+# %% ../../nbs/channels/06_dead.ipynb #0a8d0116
 def _idle(model, cmap, s):
     "Units whose rows are zero in each layer that makes them"
     zero = np.ones(len(cmap.space_of), bool)
@@ -238,6 +248,7 @@ class _Plan:
     note:str
     stays:bool # Is there a dead channel that could not go?
 
+# %% ../../nbs/channels/06_dead.ipynb #2c3effdc
 def _plan_space(n, sides, idle):
     "What becomes of `n` units"
     unread = [all(s.unread(u) for s in sides) for u in range(n)]

@@ -16,6 +16,7 @@ from torch.nn.modules.module import (_global_forward_hooks_with_kwargs, register
     register_module_forward_pre_hook)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from fastcore.basics import patch
 
 # %% ../../nbs/channels/00_ids.ipynb #0a630b63
 def squash(ids):
@@ -49,6 +50,7 @@ class Binding:
     @property
     def key(self): return f'{self.module}.{self.name}' if self.module else self.name
 
+# %% ../../nbs/channels/00_ids.ipynb #c27b2452
 class Record:
     "Bindings, edges and reasons of one trace"
     def __init__(self, model, embeddings=False):
@@ -82,83 +84,94 @@ class Record:
         if why: self.ties.append((a, why))
         self.edges.append((a[~raw], b[~raw]) if raw.any() else (a, b))
 
-    def tie(self, ids, dims, why):
-        "Channels that differ along `dims` live or die together; returns the ids without these dimensions (size 1)"
-        for d in dims:
-            ids = squash(ids)
-            if ids.shape[d] == 1: continue
-            first = ids.narrow(d, 0, 1)
-            self.join(first.expand_as(ids), ids, why)
-            ids = first
-        return ids
-
-    def line(self, x, dim, why):
-        "One id per index of activation `x` along `dim`; zeros if it is raw"
-        ids = get_ids(x)
-        if ids is None: return torch.zeros(x.shape[dim], dtype=torch.long)
-        dim %= ids.ndim
-        return self.tie(ids, [d for d in range(ids.ndim) if d != dim],
-            why).flatten().expand(x.shape[dim])
-
-    def bind(self, t, dim, ids, kind, why=''):
-        "Note that `ids` lie along `dim` of the stored tensor `t`; a tensor used twice binds both"
-        if t is None: return
-        own = self.owner.get(id(t))
-        self.ran.add(id(t))
-        if own is None:
-            self.computed.add(self.where)
-            for i in (ids, get_ids(t)):
-                self.pin(i, f'{self.where} computes its weight instead of storing it')
-            return
-        old = self.bindings.get((*own, dim))
-        if old is None: self.bindings[(*own, dim)] = Binding(*own, dim, ids, kind, why)
-        else:
-            self.join(old.ids, ids, why or old.why)
-            if kind not in old.kind: old.kind += f'+{kind}'
-
-    def emit(self, t, dim, n):
-        "Ids of the `n` channels that the stored tensor `t` hands out along `dim`: the same at each use"
-        own = self.owner.get(id(t))
-        if own is None: return None
-        if (*own, dim) in self.bindings and 'rows' in self.bindings[(*own, dim)].kind:
-            return self.bindings[(*own, dim)].ids
-        ids = self.new(t, n)
-        self.bind(t, dim, ids, 'rows')
-        return ids
-
-    def new(self, t, n):
-        "`n` new ids, made by the layer that owns `t`, or by the one that runs, where the other is an embedding and has made its own"
-        module,name = self.owner[id(t)]
-        if (any(p[1] == module for p in self.producers)
-            and isinstance(self.model.get_submodule(module), nn.Embedding)):
-            module = self.names[id(self.here)]
-        self.producers.append((f'{module}.{name}'.lstrip('.'), module, self.n, n))
-        self.n += n
-        return torch.arange(self.n-n, self.n)
-
-    def what(self, t):
-        "What a raw tensor is, in words"
-        own = self.owner.get(id(t))
-        return (f"the raw {'parameter' if isinstance(t, nn.Parameter) else 'buffer'} "
-            f"{'.'.join(filter(None, own))}" if own else 'channels that stay whole')
-
-    def whole(self, t, why=''):
-        "A stored tensor stays whole in all dimensions, also where other layers use it"
-        for d,n in enumerate(t.shape): self.bind(t, d, torch.zeros(n, dtype=torch.long), 'pass', why)
-
-    def group(self, ids, why):
-        "Note what the groups of the module that runs are; one number of groups serves all its calls"
-        name = self.names[id(self.here)]
-        if name in self.groups and len(self.groups[name]) == len(ids): self.join(self.groups[name], ids)
-        elif name in self.groups:
-            for i in (ids, self.groups[name]): self.pin(i, why)
-        else: self.groups[name] = ids
-
     @property
     def advice(self):
         n = self.names.get(id(self.here))
         return (f'keep it whole with pin=[{n!r}]' if n else 'move the operator into a module of its '
             'own, which pin=[...] can keep whole')
+
+# %% ../../nbs/channels/00_ids.ipynb #4e0588be
+@patch
+def tie(self:Record, ids, dims, why):
+    "Channels that differ along `dims` live or die together; returns the ids without these dimensions (size 1)"
+    for d in dims:
+        ids = squash(ids)
+        if ids.shape[d] == 1: continue
+        first = ids.narrow(d, 0, 1)
+        self.join(first.expand_as(ids), ids, why)
+        ids = first
+    return ids
+
+@patch
+def line(self:Record, x, dim, why):
+    "One id per index of activation `x` along `dim`; zeros if it is raw"
+    ids = get_ids(x)
+    if ids is None: return torch.zeros(x.shape[dim], dtype=torch.long)
+    dim %= ids.ndim
+    return self.tie(ids, [d for d in range(ids.ndim) if d != dim],
+        why).flatten().expand(x.shape[dim])
+
+@patch
+def bind(self:Record, t, dim, ids, kind, why=''):
+    "Note that `ids` lie along `dim` of the stored tensor `t`; a tensor used twice binds both"
+    if t is None: return
+    own = self.owner.get(id(t))
+    self.ran.add(id(t))
+    if own is None:
+        self.computed.add(self.where)
+        for i in (ids, get_ids(t)):
+            self.pin(i, f'{self.where} computes its weight instead of storing it')
+        return
+    old = self.bindings.get((*own, dim))
+    if old is None: self.bindings[(*own, dim)] = Binding(*own, dim, ids, kind, why)
+    else:
+        self.join(old.ids, ids, why or old.why)
+        if kind not in old.kind: old.kind += f'+{kind}'
+
+# %% ../../nbs/channels/00_ids.ipynb #d1d37cda
+@patch
+def emit(self:Record, t, dim, n):
+    "Ids of the `n` channels that the stored tensor `t` hands out along `dim`: the same at each use"
+    own = self.owner.get(id(t))
+    if own is None: return None
+    if (*own, dim) in self.bindings and 'rows' in self.bindings[(*own, dim)].kind:
+        return self.bindings[(*own, dim)].ids
+    ids = self.new(t, n)
+    self.bind(t, dim, ids, 'rows')
+    return ids
+
+@patch
+def new(self:Record, t, n):
+    "`n` new ids, made by the layer that owns `t`, or by the one that runs, where the other is an embedding and has made its own"
+    module,name = self.owner[id(t)]
+    if (any(p[1] == module for p in self.producers)
+        and isinstance(self.model.get_submodule(module), nn.Embedding)):
+        module = self.names[id(self.here)]
+    self.producers.append((f'{module}.{name}'.lstrip('.'), module, self.n, n))
+    self.n += n
+    return torch.arange(self.n-n, self.n)
+
+@patch
+def what(self:Record, t):
+    "What a raw tensor is, in words"
+    own = self.owner.get(id(t))
+    return (f"the raw {'parameter' if isinstance(t, nn.Parameter) else 'buffer'} "
+        f"{'.'.join(filter(None, own))}" if own else 'channels that stay whole')
+
+@patch
+def whole(self:Record, t, why=''):
+    "A stored tensor stays whole in all dimensions, also where other layers use it"
+    for d,n in enumerate(t.shape): self.bind(t, d, torch.zeros(n, dtype=torch.long), 'pass', why)
+
+# %% ../../nbs/channels/00_ids.ipynb #aeee26d8
+@patch
+def group(self:Record, ids, why):
+    "Note what the groups of the module that runs are; one number of groups serves all its calls"
+    name = self.names[id(self.here)]
+    if name in self.groups and len(self.groups[name]) == len(ids): self.join(self.groups[name], ids)
+    elif name in self.groups:
+        for i in (ids, self.groups[name]): self.pin(i, why)
+    else: self.groups[name] = ids
 
 # %% ../../nbs/channels/00_ids.ipynb #6e7b9389
 RULES = {}
@@ -201,6 +214,7 @@ TRAINED = f'{OUTPUT} in training'
 class TraceError(NotImplementedError, ValueError):
     "The channels of a model cannot be followed"
 
+# %% ../../nbs/channels/00_ids.ipynb #ed1af0b7
 class Flow(TorchFunctionMode):
     "Carries channel ids through what runs inside, and collects what it sees in `rec`"
     def __init__(self, model, boxes=(), embeddings=False):
@@ -226,19 +240,6 @@ class Flow(TorchFunctionMode):
         self.rec.stack.append(m)
         self.marks.append(self.rec.n)
         self.inside += id(m) in self.within
-
-    def _leave(self, m, args, kwargs, out):
-        if id(m) not in self.rec.names: return
-        ins = [t for t in tree_leaves((args, kwargs)) if is_traced(t)]
-        if id(m) in self.within: self._close(m, ins, out)
-        lost = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()
-            and not is_traced(t) and id(t) not in self.rec.known]
-        new = self.marks.pop() < self.rec.n # channels made inside
-        if lost and ins and (new or any(get_ids(t) is not None for t in ins)): raise TraceError(
-            f"{self.rec.where}: channels cannot be followed through it (scripted code, or an operator outside of torch's function protocol). "
-            f"Replace it by plain PyTorch modules, or {self.rec.advice}.")
-        if ins: self._tag(lost, None)
-        self.rec.stack.pop()
 
     def _close(self, m, ins, out):
         "What goes into a pinned module stays whole, and so do its weights; what comes out is raw"
@@ -275,42 +276,63 @@ class Flow(TorchFunctionMode):
             if seen: self._tag(out, None)
         return out
 
-    def _ids(self, rule, wants, out, name, traced, args, kwargs):
-        if wants != 'all' and all(get_ids(t) is None for t in traced): return None # raw in, raw out
-        if wants == 'first' and args and get_ids(args[0]) is None:
-            if name not in SHAPING:
-                for t in traced:
-                    self.rec.pin(get_ids(t), f'{self.rec.where} applies them to channels that stay '
-                        f'whole ({name})')
-            return None
-        if 'out' in kwargs:
-            raise TraceError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). "
-                f"Take its result instead, or {self.rec.advice}.")
-        if rule is not None: return rule(self.rec, out, name, *args, **kwargs)
-        if name in READING: raise TraceError(
-            f"{self.rec.where}: {name!r} takes the numbers of channels out of torch, where they cannot "
-            f"be followed. Stay with tensors, or {self.rec.advice}.")
-        raise TraceError(
-            f"{self.rec.where}: no rule tells how channels pass {name!r}. Give it one with "
-            f"`@channel_rule({name!r})`, or {self.rec.advice}.")
+# %% ../../nbs/channels/00_ids.ipynb #4836029a
+@patch
+def _leave(self:Flow, m, args, kwargs, out):
+    if id(m) not in self.rec.names: return
+    ins = [t for t in tree_leaves((args, kwargs)) if is_traced(t)]
+    if id(m) in self.within: self._close(m, ins, out)
+    lost = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()
+        and not is_traced(t) and id(t) not in self.rec.known]
+    new = self.marks.pop() < self.rec.n # channels made inside
+    if lost and ins and (new or any(get_ids(t) is not None for t in ins)): raise TraceError(
+        f"{self.rec.where}: channels cannot be followed through it (scripted code, or an operator outside of torch's function protocol). "
+        f"Replace it by plain PyTorch modules, or {self.rec.advice}.")
+    if ins: self._tag(lost, None)
+    self.rec.stack.pop()
 
-    def _tag(self, out, ids):
-        outs = tree_leaves(out)
-        idss = tree_leaves(ids) if isinstance(ids, (tuple, list)) else [ids]*len(outs)
-        for o,i in zip(outs, idss):
-            if isinstance(o, torch.Tensor) and id(o) not in self.rec.owner:
-                o._channel_ids = None if i is None or not varying(i) and not i.any() else i
+@patch
+def _ids(self:Flow, rule, wants, out, name, traced, args, kwargs):
+    if wants != 'all' and all(get_ids(t) is None for t in traced): return None # raw in, raw out
+    if wants == 'first' and args and get_ids(args[0]) is None:
+        if name not in SHAPING:
+            for t in traced:
+                self.rec.pin(get_ids(t), f'{self.rec.where} applies them to channels that stay '
+                    f'whole ({name})')
+        return None
+    if 'out' in kwargs:
+        raise TraceError(f"{self.rec.where}: {name!r} writes into a tensor made before (out=...). "
+            f"Take its result instead, or {self.rec.advice}.")
+    if rule is not None: return rule(self.rec, out, name, *args, **kwargs)
+    if name in READING: raise TraceError(
+        f"{self.rec.where}: {name!r} takes the numbers of channels out of torch, where they cannot "
+        f"be followed. Stay with tensors, or {self.rec.advice}.")
+    raise TraceError(
+        f"{self.rec.where}: no rule tells how channels pass {name!r}. Give it one with "
+        f"`@channel_rule({name!r})`, or {self.rec.advice}.")
 
-    def inputs(self, xs):
-        "Copies of the inputs, marked as raw"
-        xs = tuple(x.detach().clone().as_subclass(torch.Tensor) for x in xs)
-        self._tag(xs, None)
-        return xs
+# %% ../../nbs/channels/00_ids.ipynb #23cc77dd
+@patch
+def _tag(self:Flow, out, ids):
+    outs = tree_leaves(out)
+    idss = tree_leaves(ids) if isinstance(ids, (tuple, list)) else [ids]*len(outs)
+    for o,i in zip(outs, idss):
+        if isinstance(o, torch.Tensor) and id(o) not in self.rec.owner:
+            o._channel_ids = None if i is None or not varying(i) and not i.any() else i
 
-    def output(self, out, why=OUTPUT):
-        "The channels of the model's output stay whole"
-        for t in tree_leaves(out):
-            if is_traced(t): self.rec.pin(get_ids(t), why)
-            elif not isinstance(t, (torch.Tensor, str, bytes, int, float, complex, type(None))): raise TraceError(
-                f"{type(self.rec.model).__name__}: the outputs inside of a {type(t).__name__} cannot be seen. "
-                "Return tensors, tuples, lists or dicts, or tell torch.utils._pytree of the class.")
+# %% ../../nbs/channels/00_ids.ipynb #b171a313
+@patch
+def inputs(self:Flow, xs):
+    "Copies of the inputs, marked as raw"
+    xs = tuple(x.detach().clone().as_subclass(torch.Tensor) for x in xs)
+    self._tag(xs, None)
+    return xs
+
+@patch
+def output(self:Flow, out, why=OUTPUT):
+    "The channels of the model's output stay whole"
+    for t in tree_leaves(out):
+        if is_traced(t): self.rec.pin(get_ids(t), why)
+        elif not isinstance(t, (torch.Tensor, str, bytes, int, float, complex, type(None))): raise TraceError(
+            f"{type(self.rec.model).__name__}: the outputs inside of a {type(t).__name__} cannot be seen. "
+            "Return tensors, tuples, lists or dicts, or tell torch.utils._pytree of the class.")

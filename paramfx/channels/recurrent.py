@@ -47,6 +47,7 @@ def _start(rec, ids, hx):
         elif isinstance(h, torch.Tensor) and h.any():
             rec.pin(ids, f'{rec.where} starts from a state that is given, and not zero')
 
+# %% ../../nbs/channels/02_recurrent.ipynb #4041f759
 def _holders(rec, ids, cols, ways):
     "Who holds the numbers of units and inputs: the layer, and the model that makes its states"
     count_channels(rec, rec.here, 'hidden_size', ids)

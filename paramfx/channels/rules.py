@@ -48,6 +48,7 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
     rec.bind(bias, 0, rows, 'pass')
     return rows
 
+# %% ../../nbs/channels/01_rules.ipynb #693e9dd8
 def _conv(rec, out, name, x, weight, bias=None, stride=1, padding=0, *args, **kwargs):
     transposed = 'transpose' in name
     groups = kwargs.get('groups', args[1 if transposed else 1] if len(args) > 1 else 1)
@@ -182,6 +183,7 @@ def _move(rec, out, name, x, *args, **kwargs):
     args,kwargs = tree_map(lambda a: a.cpu() if isinstance(a, torch.Tensor) else a, (args, kwargs))
     return _apply(f, out, get_ids(x), *args, **kwargs)
 
+# %% ../../nbs/channels/01_rules.ipynb #d8f91679
 @channel_rule('roll', 'flip', 'fliplr', 'flipud', 'rot90')
 def _turn(rec, out, name, x, *args, **kwargs):
     ids = get_ids(x)
@@ -219,6 +221,7 @@ def _pick(rec, out, name, x, *args, **kwargs):
     f = torch.Tensor.__getitem__ if name == '__getitem__' else getattr(torch.Tensor, name)
     return _apply(f, out, ids, *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
+# %% ../../nbs/channels/01_rules.ipynb #96d75253
 def _keeps(idx, x, dims):
     "Does the index leave the dimensions `dims` of `x` whole?"
     idx = list(idx) if isinstance(idx, tuple) else [idx]
@@ -287,6 +290,7 @@ def _unfold(rec, out, name, x, *args, **kwargs):
     ids = rec.line(x, 1, f'{rec.where} treats them as positions (unfold)')
     return ids.repeat_interleave(out.shape[-2]//len(ids)).view(-1, 1).expand(out.shape)
 
+# %% ../../nbs/channels/01_rules.ipynb #6e9808d5
 @channel_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'std', 'var', 'var_mean', 'std_mean', 'prod',
     'norm', 'logsumexp', 'vector_norm', 'linalg_norm', 'linalg_vector_norm', 'nanmean', 'nansum',
     'median', 'all', 'any')

@@ -40,6 +40,7 @@ def _is_quantized(cls):
     return (cls.__module__.startswith('torch.') and 'quantized' in cls.__module__
         and not cls.__name__.endswith('FloatFunctional'))
 
+# %% ../../nbs/channels/03_spaces.ipynb #8a3404bc
 def _hidden(m):
     "Why the weights of `m` cannot be cut, if so; and what to do about it"
     if isinstance(m, torch.jit.ScriptModule):
@@ -88,6 +89,7 @@ class Space:
     @property
     def is_output(self): return self.why.startswith(OUTPUT)
 
+# %% ../../nbs/channels/03_spaces.ipynb #221e1cd6
 class Units:
     "Ids of a finished trace, sorted into spaces and units"
     def __init__(self, rec):
@@ -129,6 +131,7 @@ class Units:
         self.unit[order] = np.arange(len(order))-np.repeat(begin, np.diff([*begin, len(order)]))
         self.units = np.split(order, begin[1:]) if len(order) else []
 
+# %% ../../nbs/channels/03_spaces.ipynb #133a7881
 def describe(units, rec):
     "One `Space` per run of units"
     members,makes,reads = [[] for _ in units.units],[[] for _ in units.units],[[] for _ in units.units]

@@ -60,34 +60,7 @@ class ChannelMap:
         "The spaces that can be cut"
         return [s for s in self.spaces if s.cuttable]
 
-    def find(self, key) -> int:
-        "Position of a space, by position, name, or the name of a layer that produces it alone"
-        if isinstance(key, Space): key = key.name
-        if isinstance(key, (int, np.integer)) and -len(self) <= key < len(self):
-            return int(key)%len(self)
-        hits = ([i for i,s in enumerate(self.spaces) if s.name == key]
-            or [i for i,s in enumerate(self.spaces) if key in s.producers])
-        if len(hits) == 1: return hits[0]
-        names = [self.spaces[i].name for i in hits] or [s.name for s in self.spaces]
-        raise ValueError(f"{'Several spaces are' if hits else 'No space is'} produced by {key!r}. "
-            f"Choose one of: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}.")
-
     def __getitem__(self, key) -> Space: return self.spaces[self.find(key)]
-
-    def coverage(self, spaces=None) -> float:
-        "Share of the numbers in convolutions and linear layers that lie in a row or column of `spaces` (default: all that can be cut)"
-        mine = np.isin(self.space_of,
-            [self.find(s) for s in (self.cuttable if spaces is None else spaces)])
-        held = total = 0
-        for key in self.weights:
-            shape = self.shapes[key]
-            free = int(np.prod(shape))
-            for d,n in enumerate(shape):
-                b = next((v for (m,t,k),v in self.bindings.items() if k == d
-                    and f'{m}.{t}'.lstrip('.') == key), None)
-                if b is not None: free = free//n*int((~mine[b[1]]).sum())
-            total,held = total+int(np.prod(shape)),held+int(np.prod(shape))-free
-        return held/max(1, total)
 
     @property
     def table(self) -> Table:
@@ -101,18 +74,55 @@ class ChannelMap:
         return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold '
             f'{100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
     def __repr__(self): return repr(self.table)
-    def _repr_markdown_(self): return self.table._repr_markdown_()
-    def _unknown(self):
-        "For errors: what no known class of layer holds"
-        return f' ({short_list(self.outside)}: held by no known class of layer)' if self.outside else ''
 
-    def plot(self, ax=None, **kwargs):
-        "Draw which spaces each layer reads and produces, as wide as it has channels"
-        runs,free = {},[self.find(s) for s in self.cuttable]
-        of = np.where(np.isin(self.space_of, free), self.space_of, -1)
-        for (m,t,d),(kind,lab) in self.bindings.items():
-            if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
-        return plot_spaces(runs, ax=ax, **kwargs)
+# %% ../../nbs/channels/05_trace.ipynb #34f37697
+@patch
+def find(self:ChannelMap, key) -> int:
+    "Position of a space, by position, name, or the name of a layer that produces it alone"
+    if isinstance(key, Space): key = key.name
+    if isinstance(key, (int, np.integer)) and -len(self) <= key < len(self):
+        return int(key)%len(self)
+    hits = ([i for i,s in enumerate(self.spaces) if s.name == key]
+        or [i for i,s in enumerate(self.spaces) if key in s.producers])
+    if len(hits) == 1: return hits[0]
+    names = [self.spaces[i].name for i in hits] or [s.name for s in self.spaces]
+    raise ValueError(f"{'Several spaces are' if hits else 'No space is'} produced by {key!r}. "
+        f"Choose one of: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}.")
+
+@patch
+def coverage(self:ChannelMap, spaces=None) -> float:
+    "Share of the numbers in convolutions and linear layers that lie in a row or column of `spaces` (default: all that can be cut)"
+    mine = np.isin(self.space_of,
+        [self.find(s) for s in (self.cuttable if spaces is None else spaces)])
+    held = total = 0
+    for key in self.weights:
+        shape = self.shapes[key]
+        free = int(np.prod(shape))
+        for d,n in enumerate(shape):
+            b = next((v for (m,t,k),v in self.bindings.items() if k == d
+                and f'{m}.{t}'.lstrip('.') == key), None)
+            if b is not None: free = free//n*int((~mine[b[1]]).sum())
+        total,held = total+int(np.prod(shape)),held+int(np.prod(shape))-free
+    return held/max(1, total)
+
+# %% ../../nbs/channels/05_trace.ipynb #ede0cb9e
+@patch
+def _repr_markdown_(self:ChannelMap): return self.table._repr_markdown_()
+
+@patch
+def _unknown(self:ChannelMap):
+    "For errors: what no known class of layer holds"
+    return f' ({short_list(self.outside)}: held by no known class of layer)' if self.outside else ''
+
+# %% ../../nbs/channels/05_trace.ipynb #f7ef147c
+@patch
+def plot(self:ChannelMap, ax=None, **kwargs):
+    "Draw which spaces each layer reads and produces, as wide as it has channels"
+    runs,free = {},[self.find(s) for s in self.cuttable]
+    of = np.where(np.isin(self.space_of, free), self.space_of, -1)
+    for (m,t,d),(kind,lab) in self.bindings.items():
+        if kind != 'pass': runs.setdefault(m, {})[kind.split('+')[0]] = of[lab]
+    return plot_spaces(runs, ax=ax, **kwargs)
 
 # %% ../../nbs/channels/05_trace.ipynb #b54e5c15
 def trace_channels(
@@ -156,6 +166,7 @@ def _without(late):
     return (f"keep it whole with pin={late!r}, or build the network without it (aux_logits=False in "
         "torchvision)")
 
+# %% ../../nbs/channels/05_trace.ipynb #a39195a4
 class _Uses(TorchFunctionMode):
     "Which of these tensors operators read"
     def __init__(self, ids):
@@ -191,6 +202,7 @@ def _late(model, rec, xs):
         res[next((o for o in outer if only(model.get_submodule(o))), n)] = None
     return [*res]
 
+# %% ../../nbs/channels/05_trace.ipynb #cc5c34de
 def _map(rec, boxes, model, sample, late):
     units = Units(rec)
     number = {k: (b.kind, np.where(b.ids.numpy() > 0, units.label[b.ids.numpy()], -1))

@@ -48,6 +48,7 @@ def finding_lr(learn) -> bool:
 # %% ../../nbs/core/06_callback.ipynb #5fe3b12a
 def _column(cb, key): return cb.columns()[key]
 
+# %% ../../nbs/core/06_callback.ipynb #9880de28
 class EffectKeeper(LeanCallback):
     "Holds effects in force on a Learner, and tells the callbacks that are attached of real optimizer steps"
     order,run_valid = 10.5,False
@@ -82,66 +83,79 @@ class EffectKeeper(LeanCallback):
         if new_fit: cb.on_fit_start()
         cb.on_epoch()
 
-    def before_step(self):
-        begun = self.flags.get('begun', {})
-        for n,cb in self.held.items():
-            if begun.get(n) is not cb: self._begin(cb, True)
-        # one of them makes a step of its own instead of the optimizer's
-        if any([cb.on_grads(self.learn) for cb in self.held.values()]):
-            self.flags['instead'] = True
-            raise CancelStepException()
+# %% ../../nbs/core/06_callback.ipynb #3e5d854e
+@patch
+def before_step(self:EffectKeeper):
+    begun = self.flags.get('begun', {})
+    for n,cb in self.held.items():
+        if begun.get(n) is not cb: self._begin(cb, True)
+    # one of them makes a step of its own instead of the optimizer's
+    if any([cb.on_grads(self.learn) for cb in self.held.values()]):
+        self.flags['instead'] = True
+        raise CancelStepException()
 
-    def after_cancel_step(self):
-        if not self.flags.pop('instead', False): self.flags['skipped'] = True
+@patch
+def after_cancel_step(self:EffectKeeper):
+    if not self.flags.pop('instead', False): self.flags['skipped'] = True
 
-    def after_step(self):
-        if self.flags.pop('skipped', False): return # the scaler found an overflow: no weight has moved
-        for cb in self.held.values(): cb.on_update(self.learn)
-        if self.flags.get('finding', True): return
-        for cb in self.active():
-            cb.on_step()
-            cb.effect.clock.step()
+@patch
+def after_step(self:EffectKeeper):
+    if self.flags.pop('skipped', False): return # the scaler found an overflow: no weight has moved
+    for cb in self.held.values(): cb.on_update(self.learn)
+    if self.flags.get('finding', True): return
+    for cb in self.active():
+        cb.on_step()
+        cb.effect.clock.step()
 
-    def after_batch(self):
-        if self.flags.get('finding', True): return
-        for cb in self.active():
-            cb.effect.clock.batch()
-            cb.on_batch()
+@patch
+def after_batch(self:EffectKeeper):
+    if self.flags.get('finding', True): return
+    for cb in self.active():
+        cb.effect.clock.batch()
+        cb.on_batch()
 
-    def after_train(self):
-        if self.flags.get('finding', True): return
-        for cb in self.active(): cb.on_epoch_end()
+@patch
+def after_train(self:EffectKeeper):
+    if self.flags.get('finding', True): return
+    for cb in self.active(): cb.on_epoch_end()
 
-    def after_cancel_fit(self): self.flags['cancelled'] = True
+@patch
+def after_cancel_fit(self:EffectKeeper): self.flags['cancelled'] = True
 
-    def after_fit(self):
-        if not in_fit(self.learn): return
-        self.drop_columns()
-        if not self.flags.pop('trained', False): return
-        for cb in self.active():
-            if not self.flags.get('cancelled'): cb.effect.clock.close()
-            cb.on_fit_end()
+# %% ../../nbs/core/06_callback.ipynb #cab1411d
+@patch
+def after_fit(self:EffectKeeper):
+    if not in_fit(self.learn): return
+    self.drop_columns()
+    if not self.flags.pop('trained', False): return
+    for cb in self.active():
+        if not self.flags.get('cancelled'): cb.effect.clock.close()
+        cb.on_fit_end()
 
-    def redo_end(self):
-        "The last epoch of this fit was trained in another process: what a fit does at its end is still to be done"
-        # no file tells it
-        for cb in self.active(): cb.effect.clock.per_epoch = max(len(self.dls.train), 1)
-        self.flags['trained'] = True
+@patch
+def redo_end(self:EffectKeeper):
+    "The last epoch of this fit was trained in another process: what a fit does at its end is still to be done"
+    # no file tells it
+    for cb in self.active(): cb.effect.clock.per_epoch = max(len(self.dls.train), 1)
+    self.flags['trained'] = True
 
-    def _add_columns(self):
-        own = list(self.learn.metrics)
-        shown = [ValueMetric(partial(_column, cb, k), k) for cb in self.active() for k in cb.columns()]
-        self.flags['shown'] = shown + [m for cb in self.active() for m in cb.more_metrics(own)]
-        self.learn.metrics = own + self.flags['shown']
+@patch
+def _add_columns(self:EffectKeeper):
+    own = list(self.learn.metrics)
+    shown = [ValueMetric(partial(_column, cb, k), k) for cb in self.active() for k in cb.columns()]
+    self.flags['shown'] = shown + [m for cb in self.active() for m in cb.more_metrics(own)]
+    self.learn.metrics = own + self.flags['shown']
 
-    def drop_columns(self):
-        shown = self.flags.pop('shown', [])
-        if shown: self.learn.metrics = [m for m in self.learn.metrics if not any(m is s for s in shown)]
+@patch
+def drop_columns(self:EffectKeeper):
+    shown = self.flags.pop('shown', [])
+    if shown: self.learn.metrics = [m for m in self.learn.metrics if not any(m is s for s in shown)]
 
-    def leave(self):
-        "A fit is over, however it ended"
-        self.drop_columns()
-        for cb in self.held.values(): cb.on_leave()
+@patch
+def leave(self:EffectKeeper):
+    "A fit is over, however it ended"
+    self.drop_columns()
+    for cb in self.held.values(): cb.on_leave()
 
 # %% ../../nbs/core/06_callback.ipynb #8b9212fb
 def _same(a, b):
@@ -210,77 +224,122 @@ class EffectCallback(LeanCallback):
         elif self.learn is not None: self._unbind(self.learn)
         self.__dict__['_learn'] = learner
 
-    def _bind(self, learner):
-        model = root_module(learner.model)
-        check_values(model)
-        old = effects(model).get(self.name)
-        if old is not None:
-            self._check_settings(old)
-            # a verb on the model may have recorded fewer
-            old.settings = {**old.settings, **self.settings}
-        self.__dict__['effect'] = old or self._converted(model, learner)
-        if 'effect_keeper' not in learner.__dict__: learner.add_cb(EffectKeeper())
-        learner.effect_keeper.hold(self)
-
-    def _converted(self, model, learner):
-        "The new effect; an optimizer of parameters that are no longer there has to go, unless it was re-pointed"
-        before = {*model.parameters()}
-        effect,now = self.convert(model, learner).attach(model),{*model.parameters()}
-        if before != now and not now <= {p for g in getattr(learner.opt, 'param_lists', ()) for p in g}:
-            learner.opt = None
-        return effect
-
-    def _unbind(self, learner):
-        others = [c for c in learner.cbs if type(c) is type(self) and c is not self]
-        if others and 'effect_keeper' in learner.__dict__: learner.effect_keeper.hold(others[-1])
-
-    def _check_settings(self, old):
-        new = self.settings
-        diff = [f'{k}={reprlib.repr(old.settings[k])} -> {reprlib.repr(v)}' for k,v in new.items()
-            if k in old.settings and not _same(old.settings[k], v)]
-        if diff: raise ValueError(
-            f"{type(self).__name__}: this model already carries it with other settings ({', '.join(diff)}). "
-            "Call `learn.release()` to end the old effect, or pass the old settings to continue it.")
-
-    def after_loss(self):
-        "Add the penalty, in full precision; the logged loss stays the task's"
-        if not self.penalizes: return
-        # a second instance, added by a cell run again
-        if getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name,
-            self) is not self:
-            return
-        with torch.autocast(self.loss_grad.device.type, enabled=False): pen = self.penalty()
-        if pen is not None: self.learn.loss_grad = self.loss_grad + pen
-
     @property
     def penalizes(self) -> bool:
         "Could there be a penalty at all?"
         return type(self).penalty is not EffectCallback.penalty
+    @classmethod
+    # what a fit in which no such callback takes part would lose, and what to do
+    def without(cls, model) -> str:
+        return None
+    @classmethod
+    # what `materialize` would end before it has come to its end, and what to do
+    def unfinished(cls, model) -> str:
+        return None
 
-    def convert(self, model, learn=None) -> EffectState:
-        raise TypeError(f'{type(self).__name__} defines no `convert`.')
-    def plan(self, model, learn=None): raise TypeError(f'{type(self).__name__} defines no `plan`.')
-    @classmethod
-    def without(cls, model) -> str: # what a fit in which no such callback takes part would lose, and what to do
-        return None
-    @classmethod
-    def unfinished(cls, model) -> str: # what `materialize` would end before it has come to its end, and what to do
-        return None
-    def final(self, model, learn=None) -> EffectState: # what the cost after, in `learn.plan`, is that of
-        return self.convert(model, learn)
-    def penalty(self): return None
-    def columns(self) -> dict: return {}
-    def more_metrics(self, metrics) -> list: return [] # for this fit, besides those of the Learner
-    def on_start(self, learn): pass
-    def on_grads(self, learn) -> bool: return False # True: no optimizer step this time
-    def on_update(self, learn): pass
-    def on_fit_start(self): pass
-    def on_epoch(self): pass
-    def on_step(self): pass
-    def on_batch(self): pass
-    def on_epoch_end(self): pass
-    def on_fit_end(self): pass
-    def on_leave(self): pass # after each fit and lr_find, interrupted ones too
+# %% ../../nbs/core/06_callback.ipynb #fe790d77
+@patch
+def _bind(self:EffectCallback, learner):
+    model = root_module(learner.model)
+    check_values(model)
+    old = effects(model).get(self.name)
+    if old is not None:
+        self._check_settings(old)
+        # a verb on the model may have recorded fewer
+        old.settings = {**old.settings, **self.settings}
+    self.__dict__['effect'] = old or self._converted(model, learner)
+    if 'effect_keeper' not in learner.__dict__: learner.add_cb(EffectKeeper())
+    learner.effect_keeper.hold(self)
+
+@patch
+def _converted(self:EffectCallback, model, learner):
+    "The new effect; an optimizer of parameters that are no longer there has to go, unless it was re-pointed"
+    before = {*model.parameters()}
+    effect,now = self.convert(model, learner).attach(model),{*model.parameters()}
+    if before != now and not now <= {p for g in getattr(learner.opt, 'param_lists', ()) for p in g}:
+        learner.opt = None
+    return effect
+
+@patch
+def _unbind(self:EffectCallback, learner):
+    others = [c for c in learner.cbs if type(c) is type(self) and c is not self]
+    if others and 'effect_keeper' in learner.__dict__: learner.effect_keeper.hold(others[-1])
+
+@patch
+def _check_settings(self:EffectCallback, old):
+    new = self.settings
+    diff = [f'{k}={reprlib.repr(old.settings[k])} -> {reprlib.repr(v)}' for k,v in new.items()
+        if k in old.settings and not _same(old.settings[k], v)]
+    if diff: raise ValueError(
+        f"{type(self).__name__}: this model already carries it with other settings ({', '.join(diff)}). "
+        "Call `learn.release()` to end the old effect, or pass the old settings to continue it.")
+
+# %% ../../nbs/core/06_callback.ipynb #aae59b1d
+@patch
+def after_loss(self:EffectCallback):
+    "Add the penalty, in full precision; the logged loss stays the task's"
+    if not self.penalizes: return
+    # a second instance, added by a cell run again
+    if getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name,
+        self) is not self:
+        return
+    with torch.autocast(self.loss_grad.device.type, enabled=False): pen = self.penalty()
+    if pen is not None: self.learn.loss_grad = self.loss_grad + pen
+
+# %% ../../nbs/core/06_callback.ipynb #17a35eb2
+@patch
+def convert(self:EffectCallback, model, learn=None) -> EffectState:
+    raise TypeError(f'{type(self).__name__} defines no `convert`.')
+
+@patch
+def plan(self:EffectCallback, model, learn=None):
+    raise TypeError(f'{type(self).__name__} defines no `plan`.')
+
+@patch
+# what the cost after, in `learn.plan`, is that of
+def final(self:EffectCallback, model, learn=None) -> EffectState:
+    return self.convert(model, learn)
+
+@patch
+def penalty(self:EffectCallback): return None
+
+@patch
+def columns(self:EffectCallback) -> dict: return {}
+
+@patch
+def more_metrics(self:EffectCallback, metrics) -> list: # for this fit, besides those of the Learner
+    return []
+
+@patch
+def on_start(self:EffectCallback, learn): pass
+
+@patch
+def on_grads(self:EffectCallback, learn) -> bool: return False # True: no optimizer step this time
+
+@patch
+def on_update(self:EffectCallback, learn): pass
+
+@patch
+def on_fit_start(self:EffectCallback): pass
+
+@patch
+def on_epoch(self:EffectCallback): pass
+
+@patch
+def on_step(self:EffectCallback): pass
+
+@patch
+def on_batch(self:EffectCallback): pass
+
+# %% ../../nbs/core/06_callback.ipynb #4431c397
+@patch
+def on_epoch_end(self:EffectCallback): pass
+
+@patch
+def on_fit_end(self:EffectCallback): pass
+
+@patch
+def on_leave(self:EffectCallback): pass # after each fit and lr_find, interrupted ones too
 
 # %% ../../nbs/core/06_callback.ipynb #6dd67fa6
 def _check_all(learn, cbs):
@@ -315,6 +374,7 @@ def add_cbs(self:Learner, cbs):
     _check_all(self, L(cbs))
     return _fastai_add_cbs(self, cbs)
 
+# %% ../../nbs/core/06_callback.ipynb #ad1b54a0
 @patch
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit `self.model` for `n_epoch` using `cbs`. Optionally `reset_opt`."

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from .samples import as_shapes, rng_guard
 from .optimizers import check_values
+from fastcore.basics import patch
 
 # %% ../../nbs/core/08_forward.ipynb #7c1e09ab
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, FunctionType, ModuleType,
@@ -54,6 +55,7 @@ def _equal(a, b):
     try: return torch.equal(a, b)
     except (RuntimeError, NotImplementedError): return True # no such comparison, as on the meta device
 
+# %% ../../nbs/core/08_forward.ipynb #04a54e52
 class _Kept:
     "What a model is and holds, down to its lists, tensors and generators"
     def __init__(self, model):
@@ -91,32 +93,6 @@ class _Kept:
         elif _is_plain(type(o)) and hasattr(o, '__dict__'): return [vars(o)]
         return ()
 
-    def calls(self, o): return next(v for k,v in _STATES.items() if isinstance(o, k))
-
-    def module(self, m):
-        "Its class, its flag, and what stands in the class for all of its modules"
-        self.mods.append((m, type(m), m.training))
-        own = [c for c in type(m).__mro__
-            if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
-        # torch's other layers never write into their parameters
-        if (own and not own[0].__module__.startswith('paramfx.')
-            or getattr(m, 'max_norm', None) is not None):
-            self.writers.update(map(id, m._parameters.values()))
-        return [vars(m), *(v for c in own for v in vars(c).values()
-            if isinstance(v, (*_GROWING, torch.Tensor, np.ndarray)))]
-
-    def tensor(self, t):
-        if is_lazy(t): raise ValueError('The model has lazy layers: run one batch through it first.')
-        self.tensors.append(t)
-        return vars(t), t._backward_hooks, t._post_accumulate_grad_hooks
-
-    def values(self, t, copied):
-        "A tensor, the memory it lies in, a copy of what lies there, and what belongs to its gradient"
-        grad = ((t.requires_grad, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) if t.is_leaf
-            else None)
-        data = t.detach()
-        return t, data, t._version, data.clone() if copied else None, grad
-
     def put_back(self):
         for m,cls,_ in self.mods:
             if type(m) is not cls: m.__class__ = cls
@@ -136,39 +112,76 @@ class _Kept:
         warnings.warn(f"{', '.join(names[:3])}: a forward pass of this model writes into these parameters, and so has the one "
                       "that looked at it. Look at a deepcopy of the model to keep them as they were.")
 
-    def redict(self, o, keys, values):
-        # a class may have other ideas of its own
-        kind = OrderedDict if isinstance(o, OrderedDict) else dict
-        kind.clear(o)
-        for k,v in zip(keys, values): kind.__setitem__(o, k, v)
+# %% ../../nbs/core/08_forward.ipynb #38401d2c
+@patch
+def calls(self:_Kept, o): return next(v for k,v in _STATES.items() if isinstance(o, k))
 
-    def refill(self, o, old):
-        "The old contents of what can be written into"
-        if isinstance(o, list):
-            if len(o) != len(old) or not all(map(is_, o, old)): list.__setitem__(o, slice(None), old)
-        elif isinstance(o, (set, deque)):
-            o.clear()
-            (o.update if isinstance(o, set) else o.extend)(old)
-        elif isinstance(o, bytearray): o[:] = bytes(old)
-        elif isinstance(o, np.ndarray):
-            if o.flags.writeable: o[...] = old
-        elif isinstance(o, np.random.Generator): o.bit_generator.state = old
-        else: getattr(o, self.calls(o)[1])(old)
+@patch
+def module(self:_Kept, m):
+    "Its class, its flag, and what stands in the class for all of its modules"
+    self.mods.append((m, type(m), m.training))
+    own = [c for c in type(m).__mro__
+        if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
+    # torch's other layers never write into their parameters
+    if (own and not own[0].__module__.startswith('paramfx.')
+        or getattr(m, 'max_norm', None) is not None):
+        self.writers.update(map(id, m._parameters.values()))
+    return [vars(m), *(v for c in own for v in vars(c).values()
+        if isinstance(v, (*_GROWING, torch.Tensor, np.ndarray)))]
 
-    def restore(self, t, data, version, old, grad):
-        "Put a tensor back; returns whether that could be done"
-        if grad is not None: self.regrad(t, *grad)
-        if _place(t) != _place(data): t.data = data
-        if old is None: return t._version == version
-        if t._version != version or not _equal(t, old): t.copy_(old)
-        return True
+@patch
+def tensor(self:_Kept, t):
+    if is_lazy(t): raise ValueError('The model has lazy layers: run one batch through it first.')
+    self.tensors.append(t)
+    return vars(t), t._backward_hooks, t._post_accumulate_grad_hooks
 
-    def regrad(self, t, wants, grad, hooks, after):
-        if t.requires_grad != wants: t.requires_grad_(wants)
-        if t.grad is not grad: t.grad = grad
-        if t._backward_hooks is not hooks: t._backward_hooks = hooks
-        if t._post_accumulate_grad_hooks is not after: t._post_accumulate_grad_hooks = after
+@patch
+def values(self:_Kept, t, copied):
+    "A tensor, the memory it lies in, a copy of what lies there, and what belongs to its gradient"
+    grad = ((t.requires_grad, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) if t.is_leaf
+        else None)
+    data = t.detach()
+    return t, data, t._version, data.clone() if copied else None, grad
 
+@patch
+def redict(self:_Kept, o, keys, values):
+    # a class may have other ideas of its own
+    kind = OrderedDict if isinstance(o, OrderedDict) else dict
+    kind.clear(o)
+    for k,v in zip(keys, values): kind.__setitem__(o, k, v)
+
+# %% ../../nbs/core/08_forward.ipynb #9e2d30f8
+@patch
+def refill(self:_Kept, o, old):
+    "The old contents of what can be written into"
+    if isinstance(o, list):
+        if len(o) != len(old) or not all(map(is_, o, old)): list.__setitem__(o, slice(None), old)
+    elif isinstance(o, (set, deque)):
+        o.clear()
+        (o.update if isinstance(o, set) else o.extend)(old)
+    elif isinstance(o, bytearray): o[:] = bytes(old)
+    elif isinstance(o, np.ndarray):
+        if o.flags.writeable: o[...] = old
+    elif isinstance(o, np.random.Generator): o.bit_generator.state = old
+    else: getattr(o, self.calls(o)[1])(old)
+
+@patch
+def restore(self:_Kept, t, data, version, old, grad):
+    "Put a tensor back; returns whether that could be done"
+    if grad is not None: self.regrad(t, *grad)
+    if _place(t) != _place(data): t.data = data
+    if old is None: return t._version == version
+    if t._version != version or not _equal(t, old): t.copy_(old)
+    return True
+
+@patch
+def regrad(self:_Kept, t, wants, grad, hooks, after):
+    if t.requires_grad != wants: t.requires_grad_(wants)
+    if t.grad is not grad: t.grad = grad
+    if t._backward_hooks is not hooks: t._backward_hooks = hooks
+    if t._post_accumulate_grad_hooks is not after: t._post_accumulate_grad_hooks = after
+
+# %% ../../nbs/core/08_forward.ipynb #ae72d996
 @contextmanager
 def untouched(
     model:nn.Module, # Any network
@@ -201,6 +214,7 @@ def practising(model:nn.Module):
             if isinstance(m, _NUMBERS): m.eval()
         yield model
 
+# %% ../../nbs/core/08_forward.ipynb #82b0174f
 @contextmanager
 def running():
     "The modules that run at the moment, the outermost first; after an error, those in which it happened"
@@ -252,6 +266,7 @@ def copy_model(
             d.update({k: _rebound(f, memo) for k,f in d.items() if isinstance(f, FunctionType)})
     return new
 
+# %% ../../nbs/core/08_forward.ipynb #e2c4aed3
 def _rebound(f, memo):
     "A function, such as a hook, that has hold of what was copied (which `deepcopy` leaves as it is): the same function of the copies"
     copied = lambda o: memo.get(id(o), o)
@@ -289,6 +304,7 @@ def model_inputs(
     p = next(model.parameters(), None)
     return xs if p is None else tuple(x.to(p.device) for x in xs)
 
+# %% ../../nbs/core/08_forward.ipynb #ff8fea43
 def pack_sample(xs:tuple) -> list:
     "Shapes and types of inputs, as plain data"
     return [[list(x.shape), str(x.dtype).split('.')[1]] for x in xs]
@@ -410,6 +426,7 @@ def awake(
             requires_grad=p.requires_grad)
     return copy_model(model, memo)
 
+# %% ../../nbs/core/08_forward.ipynb #35974111
 def lit(xs:tuple) -> tuple:
     "Inputs with random numbers where all is zero, which hides what layers do"
     gen = torch.Generator().manual_seed(0)

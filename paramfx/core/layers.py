@@ -57,6 +57,7 @@ class Matrix(NamedTuple):
 _UNKNOWN = ', which is no known class of layer'
 _COMPUTED = 'no weight of its own (parametrized, or weight_norm: remove it first)'
 
+# %% ../../nbs/core/02_layers.ipynb #41e3cd26
 def _owner(model, layer, m, key, types):
     "Layer and module that a parameter belongs to, and why it is no weight of theirs"
     if type(m).__name__ == 'ParametrizationList' and '.parametrizations.' in f'.{layer}.':
@@ -95,6 +96,7 @@ def all_matrices(
         res.append(Matrix(f'{n}.{k}'.lstrip('.'), layer, owner, k, p, why))
     return res
 
+# %% ../../nbs/core/02_layers.ipynb #ab771f89
 def left_out(
     model:nn.Module, # The network
     taken, # Names of the matrices that are taken, as `all_matrices` calls them
@@ -123,6 +125,7 @@ def tell_reasons(
     largest = sorted(by.items(), key=lambda o: -len(o[1]))
     return '; '.join(f"{', '.join(ns[:most])}{more(ns)} ({why})" for why,ns in largest)
 
+# %% ../../nbs/core/02_layers.ipynb #e8f4f5df
 def tell_unknown(
     model:nn.Module, # Any network
     taken=() # Names of the matrices that are taken
@@ -205,6 +208,7 @@ def match_layers(
         res |= set(hit)
     return res
 
+# %% ../../nbs/core/02_layers.ipynb #a447c642
 def _what_is(model, spec, types):
     "What a name, glob or module stands for that selects no layer, and why; empty where there is no such thing"
     mods,mats = dict(model.named_modules(remove_duplicate=False)),all_matrices(model, types)

@@ -56,6 +56,7 @@ def _ahead(slow, old, new, f):
     if f: lag = f(lag, old, new)
     return new.detach()+lag if lag.shape == new.shape else new.detach().clone()
 
+# %% ../../nbs/core/03_optimizers.ipynb #043535fd
 def _carry(st, old, new, f):
     like = lambda v, p: torch.is_tensor(v) and v.shape == p.shape
     moved = {k: f(v, old, new) if f and like(v, old) else v for k,v in st.items()}
@@ -147,6 +148,7 @@ def _after_step(opt, *args):
     for st,k,_ in _averages(opt):
         if isinstance(st[k], _Rooted): st[k] = st[k].as_subclass(torch.Tensor)
 
+# %% ../../nbs/core/03_optimizers.ipynb #6abc8bf1
 def spare_roots(
     opt # Optimizer of any kind, or None
 ) -> None:

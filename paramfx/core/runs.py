@@ -152,6 +152,7 @@ def _refuse_effects(module, state_dict, prefix, *args):
 _FASTAI = [L, np.dtype, np.float64(0).__reduce__()[0],
     *(getattr(np.dtypes, n) for n in np.dtypes.__all__)]
 
+# %% ../../nbs/core/07_runs.ipynb #6dd5b30c
 def read_torch(file, device='cpu'):
     "What a file of torch holds: tensors and plain data; nothing else is built"
     with torch.serialization.safe_globals(_FASTAI):
@@ -192,6 +193,7 @@ def _differences(module, state, prefix=''):
             f"{tuple(mine[other[0]].shape)} here)")
     return ', '.join(res)
 
+# %% ../../nbs/core/07_runs.ipynb #804d60fc
 def _misfit(name, there, here, diff):
     "What to say of a file whose weights do not fit; steps `there` are None where it does not tell"
     tell = lambda steps, new='as it was built': f'after {_told(steps)}' if steps else new
@@ -214,6 +216,7 @@ def _misfit(name, there, here, diff):
         "load; `save_recipe` writes files that can do so")
     return res + f"{ways[0].upper()}{ways[1:]}."
 
+# %% ../../nbs/core/07_runs.ipynb #92cd0b39
 @contextmanager
 def explained(
     model:nn.Module, # About to load weights
@@ -282,6 +285,7 @@ def _callback_state(learn):
     if 'gradient_accumulation' in learn.__dict__: res['accumulated'] = learn.gradient_accumulation.count
     return plain_types(res)
 
+# %% ../../nbs/core/07_runs.ipynb #91e38a62
 def _set_callback_state(learn, state):
     if 'accumulated' in state and 'gradient_accumulation' in learn.__dict__:
         learn.gradient_accumulation.count = state['accumulated']
@@ -320,6 +324,7 @@ def _grads(model):
 def _set_grads(model, grads):
     for p,g in zip(model.parameters(), grads): p.grad = torch.zeros_like(p) if g is True else g
 
+# %% ../../nbs/core/07_runs.ipynb #a3d8b6d0
 def gather_ranks(o) -> list:
     "`o` of every rank, in a list"
     if num_distrib() < 2: return [o]
@@ -398,46 +403,55 @@ class _Resume(Callback):
         self._switch_on()
         self._restore()
 
-    def _skip(self):
-        self.seen['skip'] = True # `_Skip` cancels the epoch after the other callbacks had their turn
-        if self.seen['off']: return
-        # a bar has to begin at 0
-        self.seen['off'] = [cb for cb in self.learn.cbs if cb.run
-            and not isinstance(cb, (_Resume, _Skip, ProgressCallback))]
-        for cb in self.seen['off']: cb.__dict__['run'] = False
+# %% ../../nbs/core/07_runs.ipynb #c358afd1
+@patch
+def _skip(self:_Resume):
+    self.seen['skip'] = True # `_Skip` cancels the epoch after the other callbacks had their turn
+    if self.seen['off']: return
+    # a bar has to begin at 0
+    self.seen['off'] = [cb for cb in self.learn.cbs if cb.run
+        and not isinstance(cb, (_Resume, _Skip, ProgressCallback))]
+    for cb in self.seen['off']: cb.__dict__['run'] = False
 
-    def _switch_on(self):
-        for cb in self.seen['off']: cb.__dict__['run'] = True
-        self.seen.update(off=[], skip=False)
+@patch
+def _switch_on(self:_Resume):
+    for cb in self.seen['off']: cb.__dict__['run'] = True
+    self.seen.update(off=[], skip=False)
 
-    def _restore(self):
-        restore_run(self.learn, self.saved)
-        if 'run_state' in self.learn.__dict__: self.learn.run_state.flags['counted'] = not self.ended
-        if 'effect_keeper' in self.learn.__dict__: self.learn.effect_keeper.flags['new_fit'] = False
-        self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, (_Resume, _Skip))])
+@patch
+def _restore(self:_Resume):
+    restore_run(self.learn, self.saved)
+    if 'run_state' in self.learn.__dict__: self.learn.run_state.flags['counted'] = not self.ended
+    if 'effect_keeper' in self.learn.__dict__: self.learn.effect_keeper.flags['new_fit'] = False
+    self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, (_Resume, _Skip))])
 
-    def after_fit(self):
-        "The whole fit was skipped: trackers stay off, since there is nothing of this fit to reload"
-        fit = self.seen['now']
-        if not in_fit(self.learn) or not fit: return
-        trackers = [c for c in self.seen['off'] if isinstance(c, TrackerCallback)]
-        self._switch_on()
-        if fit == self.saved['fit'] and not self.ended: return self._redo_end()
-        for cb in trackers: cb.__dict__['run'] = False
-        # of callbacks that are about to go
-        if fit == self.saved['fit']: _set_callback_state(self.learn, self.saved['callbacks'])
+@patch
+def after_fit(self:_Resume):
+    "The whole fit was skipped: trackers stay off, since there is nothing of this fit to reload"
+    fit = self.seen['now']
+    if not in_fit(self.learn) or not fit: return
+    trackers = [c for c in self.seen['off'] if isinstance(c, TrackerCallback)]
+    self._switch_on()
+    if fit == self.saved['fit'] and not self.ended: return self._redo_end()
+    for cb in trackers: cb.__dict__['run'] = False
+    # of callbacks that are about to go
+    if fit == self.saved['fit']: _set_callback_state(self.learn, self.saved['callbacks'])
 
-    def _redo_end(self):
-        "The file was written after the last epoch, and no fit had ended"
-        learn = self.learn
-        self._restore()
-        if 'effect_keeper' in learn.__dict__: learn.effect_keeper.redo_end()
+@patch
+def _redo_end(self:_Resume):
+    "The file was written after the last epoch, and no fit had ended"
+    learn = self.learn
+    self._restore()
+    if 'effect_keeper' in learn.__dict__: learn.effect_keeper.redo_end()
 
-    def after_leave(self, learn):
-        if not self.seen['now']: return # `lr_find`, or `fit(0)`
-        if self.seen['now'] == self.saved['fit']: self._restore()
-        self.seen['fits'] = self.seen['now'] # not one that was refused
+# %% ../../nbs/core/07_runs.ipynb #7c104e90
+@patch
+def after_leave(self:_Resume, learn):
+    if not self.seen['now']: return # `lr_find`, or `fit(0)`
+    if self.seen['now'] == self.saved['fit']: self._restore()
+    self.seen['fits'] = self.seen['now'] # not one that was refused
 
+# %% ../../nbs/core/07_runs.ipynb #8727add5
 class _Skip(Callback):
     order,_only_train_loop = 70,True
     def __init__(self, seen): self.__dict__['seen'] = seen

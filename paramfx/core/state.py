@@ -76,6 +76,7 @@ def add_report(
     learn.__dict__.setdefault('_reports', {}).setdefault(name, []).extend(rows)
     return learn
 
+# %% ../../nbs/core/05_state.ipynb #b16e1cc4
 class EffectState:
     "What an effect must not lose: settings, counters, history and the masks it holds"
     # hooks of the model that run before it; is it a copy, which has one of ours among them?
@@ -105,21 +106,6 @@ class EffectState:
         for n,v in zip(Clock.names, nums): setattr(self.clock, n, int(v))
         for n,v in zip(self.values, nums[len(Clock.names):]): self.values[n] = v
 
-    def attach(self, model):
-        "Put the state into `model`: buffer, hooks and registry entry"
-        p = next(model.parameters(), torch.empty(0))
-        model.register_buffer(self.key, self._numbers().to(p.device))
-        if '_effects' not in model.__dict__: model._effects = {}
-        model._effects[self.name] = self
-        # DDP would send them at each forward
-        model._ddp_params_and_buffers_to_ignore = [
-            *getattr(model, '_ddp_params_and_buffers_to_ignore', []), *self.keys()]
-        self.handles = [model.register_state_dict_pre_hook(self.before_save),
-                        model.register_load_state_dict_pre_hook(self.before_load),
-                        model.register_load_state_dict_post_hook(self.after_load)]
-        self.before_run = model._forward_pre_hooks
-        return self
-
     def __deepcopy__(self, memo):
         "A copy may be fed from outside, as an average of weights is, so it looks after itself before it runs"
         new = memo[id(self)] = copy(self)
@@ -129,44 +115,67 @@ class EffectState:
             new.before_run[handle.id],new.copied = new.catch_up,True
         return new
 
-    def catch_up(self, *args):
-        if hasattr(self.holder, 'catch_up') and not torch.compiler.is_compiling():
-            self.holder.catch_up()
+# %% ../../nbs/core/05_state.ipynb #b90fa428
+@patch
+def attach(self:EffectState, model):
+    "Put the state into `model`: buffer, hooks and registry entry"
+    p = next(model.parameters(), torch.empty(0))
+    model.register_buffer(self.key, self._numbers().to(p.device))
+    if '_effects' not in model.__dict__: model._effects = {}
+    model._effects[self.name] = self
+    # DDP would send them at each forward
+    model._ddp_params_and_buffers_to_ignore = [
+        *getattr(model, '_ddp_params_and_buffers_to_ignore', []), *self.keys()]
+    self.handles = [model.register_state_dict_pre_hook(self.before_save),
+                    model.register_load_state_dict_pre_hook(self.before_load),
+                    model.register_load_state_dict_post_hook(self.after_load)]
+    self.before_run = model._forward_pre_hooks
+    return self
 
-    def before_save(self, module, prefix, keep_vars):
-        getattr(module, self.key).copy_(self._numbers())
-        self.catch_up()
-        loose = getattr(self.holder, 'loose', str)()
-        if loose:
-            warnings.warn(f'{loose} Who loads this state dict under the same callback masks them.')
+@patch
+def catch_up(self:EffectState, *args):
+    if hasattr(self.holder, 'catch_up') and not torch.compiler.is_compiling():
+        self.holder.catch_up()
 
-    def before_load(self, module, state_dict, prefix, *args):
-        "A dense file keeps what is here; a file of another shape is refused before anything is copied"
-        key = prefix+self.key
-        mine = self._numbers()
-        if self.holder is not None: self.holder.check(state_dict, prefix)
-        if key not in state_dict: state_dict[key] = mine
-        elif state_dict[key].shape != mine.shape: raise ValueError(
-            f"{key}: the file holds {len(state_dict[key])} numbers, this version keeps {len(mine)}. "
-            "Load it with the version that wrote it and use `learn.save_plain`.")
+@patch
+def before_save(self:EffectState, module, prefix, keep_vars):
+    getattr(module, self.key).copy_(self._numbers())
+    self.catch_up()
+    loose = getattr(self.holder, 'loose', str)()
+    if loose:
+        warnings.warn(f'{loose} Who loads this state dict under the same callback masks them.')
 
-    def after_load(self, module, incompatible_keys):
-        self._read(getattr(module, self.key))
-        for e in getattr(self.holder, 'sparse', ()): e.note() # masked ones have hooks of their own
-        # what came after the file was written
-        self.history[:] = [h for h in self.history if h.get('step', 0) < self.clock.steps]
-        self.dirty = True
+@patch
+def before_load(self:EffectState, module, state_dict, prefix, *args):
+    "A dense file keeps what is here; a file of another shape is refused before anything is copied"
+    key = prefix+self.key
+    mine = self._numbers()
+    if self.holder is not None: self.holder.check(state_dict, prefix)
+    if key not in state_dict: state_dict[key] = mine
+    elif state_dict[key].shape != mine.shape: raise ValueError(
+        f"{key}: the file holds {len(state_dict[key])} numbers, this version keeps {len(mine)}. "
+        "Load it with the version that wrote it and use `learn.save_plain`.")
 
-    def release(self, model):
-        "Take everything out of `model` again; the weights stay as they are"
-        for h in self.handles: h.remove()
-        if self.holder is not None: self.holder.release()
-        model._buffers.pop(self.key, None)
-        left = [k for k in model._ddp_params_and_buffers_to_ignore if k not in self.keys()]
-        model._ddp_params_and_buffers_to_ignore = left
-        if not left: del model._ddp_params_and_buffers_to_ignore
-        model._effects.pop(self.name, None)
-        if not model._effects: del model._effects
+# %% ../../nbs/core/05_state.ipynb #d01803b0
+@patch
+def after_load(self:EffectState, module, incompatible_keys):
+    self._read(getattr(module, self.key))
+    for e in getattr(self.holder, 'sparse', ()): e.note() # masked ones have hooks of their own
+    # what came after the file was written
+    self.history[:] = [h for h in self.history if h.get('step', 0) < self.clock.steps]
+    self.dirty = True
+
+@patch
+def release(self:EffectState, model):
+    "Take everything out of `model` again; the weights stay as they are"
+    for h in self.handles: h.remove()
+    if self.holder is not None: self.holder.release()
+    model._buffers.pop(self.key, None)
+    left = [k for k in model._ddp_params_and_buffers_to_ignore if k not in self.keys()]
+    model._ddp_params_and_buffers_to_ignore = left
+    if not left: del model._ddp_params_and_buffers_to_ignore
+    model._effects.pop(self.name, None)
+    if not model._effects: del model._effects
 
 # %% ../../nbs/core/05_state.ipynb #7c5d10a2
 # share of the squared weights from which on a loss is told in a warning; below it, accuracy hardly

@@ -115,6 +115,7 @@ class ReadImage:
         a = np.array(im.resize((self.side,self.side), Image.Resampling.BILINEAR, box=box))
         return torch.from_numpy(a).permute(2,0,1).contiguous()
 
+# %% ../../nbs/data/02_images.ipynb #597998ab
 def _to_pil(x):
     "An image from pixels in any usual order"
     if x.ndim == 3 and x.shape[-1] not in (1,3,4): x = x.permute(1,2,0)
@@ -262,6 +263,7 @@ def _split(items, pct, seed):
             "'valid'")
     return rest,aside
 
+# %% ../../nbs/data/02_images.ipynb #1dd4de49
 def _choose(parts, valid, pct, seed, title):
     "Training and validation items"
     if valid == 'auto': valid = next((o for o in ('valid','test') if o in parts), 'split')
@@ -294,6 +296,7 @@ def _check_files(train, valid, vocab):
         raise FileNotFoundError(f'{lost[0]} is missing, one of {len(lost)} missing files: unpack the '
             'data set again')
 
+# %% ../../nbs/data/02_images.ipynb #617b5506
 def parts_dls(
     parts:dict, # 'train' and perhaps 'valid' and 'test' -> pairs of file and class
     title:str='The set', # Its name, for error messages

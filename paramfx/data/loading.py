@@ -46,6 +46,7 @@ def reading(
 # %% ../../nbs/data/00_loading.ipynb #7b1f9a27
 _KIND = re.compile(r'[biufcSU][0-9]+|[?]')
 
+# %% ../../nbs/data/00_loading.ipynb #8016614f
 def _builders():
     "What a pickle may call, in place of NumPy's functions of these names; made anew each time, since a file may write into them"
     class Kind:
@@ -91,6 +92,7 @@ def _builders():
     names = {f'numpy.{c}.{k}': v for c in ('core', '_core') for k,v in core.items()}
     return names | {'numpy.ndarray': Array, 'numpy.dtype': Kind, '_codecs.encode': encode},plain
 
+# %% ../../nbs/data/00_loading.ipynb #c79061dc
 class _Plain(pickle.Unpickler):
     def __init__(self, data, names):
         super().__init__(io.BytesIO(data), encoding='latin1')

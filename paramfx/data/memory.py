@@ -102,6 +102,7 @@ class InMemory:
     @property
     def loss_func(self): return CrossEntropyLossFlat() if self.vocab else MSELossFlat()
 
+# %% ../../nbs/data/01_memory.ipynb #cc233424
 def _take(x, i):
     "`x[i]`; several rows of a tensor by `index_select`, which takes half the time"
     fast = (isinstance(x, Tensor) and isinstance(i, Tensor) and i.dtype == torch.long and i.ndim == 1
@@ -217,6 +218,7 @@ def _given(x, x_valid, stats):
     mean,std = (torch.as_tensor(o, dtype=x.dtype).reshape(-1, *[1]*(x.ndim-2)) for o in stats)
     return (x-mean)/std,(x_valid-mean)/std,mean,std
 
+# %% ../../nbs/data/01_memory.ipynb #ba3b2808
 def tensor_dls(
     x:Tensor, # Training inputs, one per row; images may be bytes
     y:Tensor, # Training targets; integers are classes

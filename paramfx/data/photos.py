@@ -52,6 +52,7 @@ def _by_folder(root, parts):
     res = {k: [(root/'Images'/fn, fn.split('/')[0]) for fn in fns] for k,fns in parts.items()}
     return res,sorted({c for _,c in res['train']})
 
+# %% ../../nbs/data/03_photos.ipynb #137dcf9f
 def _dogs(root):
     from scipy.io import loadmat
     return _by_folder(root, {k: [str(o) for o in loadmat(root/f'{k}_list.mat',
@@ -89,6 +90,7 @@ def _photo_parts(name, path):
     parts = image_parts(root)
     return parts,sorted({c for _,c in parts['train']}),root
 
+# %% ../../nbs/data/03_photos.ipynb #505f9d8b
 @delegates(parts_dls, but='title,vocab')
 def photo_dls(
     name:str, # 'grocery', 'flowers102', 'aircraft', 'cub200', 'dogs' or 'mit67'

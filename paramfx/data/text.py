@@ -190,6 +190,7 @@ def _texts(folder):
     raise FileNotFoundError(f'No {", ".join(lack)} in {folder}: put it beside {", ".join(have)}' if have
         else f'No text in {folder}: {_REMEDY["wikitext2"]}')
 
+# %% ../../nbs/data/04_text.ipynb #33677bb8
 @delegates(text_dls, but='train,valid,test')
 def lm_dls(
     path:str|Path|None=None, # Folder of the text, or one above; default: the environment variable PARAMFX_DATA

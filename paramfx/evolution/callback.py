@@ -58,6 +58,7 @@ class Lineage:
         if state['first']: self.forget.policy.first = state['first']
     def __repr__(self): return f'{self.forget.policy!r}: the weights of the last generation'
 
+# %% ../../nbs/evolution/05_callback.ipynb #dd25f3e0
 def clear_opt(
     opt, # Optimizer of any kind, or None
     model, # The network that it trains
@@ -79,6 +80,7 @@ def _rest(model, masks):
     rows = left_out(model, taken, None, 'the policy leaves it alone', SPLIT)
     return [dict(parameter=r['layer'], shape=r['shape'], note=f"kept: {r['note']}") for r in rows]
 
+# %% ../../nbs/evolution/05_callback.ipynb #cfbc3cba
 class KnowledgeEvolution(EffectCallback):
     "Each fit is a generation; between two of them a part of the weights begins anew"
     def __init__(self,
@@ -110,151 +112,182 @@ class KnowledgeEvolution(EffectCallback):
             raise ValueError(f"clear_state={clear_state!r}: choose 'all' or 'reset'.")
         self._forgetting()
 
-    def _forgetting(self):
-        forget = Forgetting(self.policy, self.split_rate, self.reinit, self.seed, pin=self.pin, reset_bias=self.reset_bias, from_layer=self.from_layer,
-                            reset_norm=self.reset_norm, resplit=self.resplit, batches=self.batches)
-        if getattr(forget.policy, 'counts', False) and not self.generations:
-            raise ValueError(f'policy={self.policy!r} divides the network by the number of '
-                'generations: give generations=.')
-        return forget
-
-    # -- attaching
-    def plan(self, model, learn=None):
-        "Rows of what is kept; raises where the policy does not fit the model"
-        if learn is None:
-            raise ValueError('KnowledgeEvolution: without a Learner there is no sample and no data. '
-                'Add it to a Learner, as in Learner(..., cbs=KnowledgeEvolution()).')
-        forget = self._forgetting().start(learn, self.generations)
-        masks = forget.masks(learn, 1)
-        shape = lambda m: 'x'.join(map(str, m.shape))
-        rows = [dict(parameter=n, shape=shape(m), kept=int(m.sum()), of=m.numel())
-            for n,m in masks.items()]
-        emb = embedded(model)
-        for r in rows:
-            e = emb.get(id(model.get_parameter(r['parameter'])))
-            if e is not None and r['kept'] == r['of']: r['note'] = f'the embedding {e}, left alone'
-        kept,total = sum(r['kept'] for r in rows),sum(r['of'] for r in rows)
-        return Table(rows+_rest(model, masks), note=f'{kept:,} of {total:,} weights are kept between '
-            f'two generations ({100*kept/total:.1f} %)'
-            + ('' if forget.static else '; the choice changes'))
-
-    def convert(self, model, learn=None):
-        rows = self.plan(model, learn)
-        return self._effect_state(self._forgetting(), rows)
-    def _effect_state(self, forget, rows=None):
-        return EffectState(self.name, self.settings, Clock(), Lineage(forget), rows, generation=0.,
-            due=0., trained=0., staged=0., plan=Lineage(forget).plan)
-
     @property
     def lineage(self): return self.effect.holder
-    def _forget(self, learn):
-        "The engine, started where it is new to this Learner"
-        forget = self.lineage.forget
-        if self.__dict__.get('_started') is not learn:
-            self.__dict__['_started'] = (forget.start(learn, self.generations), learn)[1]
-        return forget
-
-    # -- a generation begins
-    def begin_(self, learn, names=None):
-        "Begin generation `generation`+1 in the weights; in `names` only"
-        forget,v,model = self._forget(learn),self.effect.values,root_module(learn.model)
-        gen = int(v['generation'])
-        mine = {n:m for n,m in forget.masks(learn, gen).items() if names is None or n in names}
-        gone = {n for n,m in mine.items() if not m.all()}
-        if self.when == 'fit_end':
-            self.lineage.trained = {n: t.clone() for n,t in model.state_dict().items()
-                if n != self.effect.key}
-        clear_opt(learn.opt, model, None if self.clear_state == 'all' else mine)
-        forget.reset_(learn, gen, mine)
-        self.lineage.left = (self.lineage.left | gone)-{n for n in gone
-            if model.get_parameter(n).requires_grad}
-        v['staged'] = float(bool(self.lineage.left))
-        self.__dict__.pop('_held', None)
-
-    def _next(self, learn):
-        self.effect.values.update(generation=self.effect.values['generation']+1, due=0.)
-        self.lineage.left = set()
-        self.begin_(learn)
-
-    def _trainable(self, learn):
-        return float(sum(p.numel() for p in root_module(learn.model).parameters() if p.requires_grad))
-    def _left(self, learn):
-        "What this generation still has to reset, now that it can be trained"
-        if not self.effect.values['staged']: return set()
-        model = root_module(learn.model)
-        # read from a plain file: who was frozen is not known
-        left = (self.lineage.left or set(self._forget(learn).masks(learn,
-            int(self.effect.values['generation']))))
-        return {n for n in left if model.get_parameter(n).requires_grad}
-
-    # -- asked by the keeper
-    def on_start(self, learn):
-        forget,d,v = self._forget(learn),self.__dict__,self.effect.values
-        if finding_lr(learn) and self._due(learn) and not d.get('_looked'):
-            # `lr_find` puts the weights back
-            d['_looked'] = forget.reset_(learn, int(v['generation'])+1)
-
-    def _due(self, learn):
-        return self.effect.values['due'] and self._trainable(learn) <= self.effect.values['trained']
-    def on_fit_start(self):
-        v,learn = self.effect.values,self.learn
-        if self._due(learn): self._next(learn)
-        elif names := self._left(learn): self.begin_(learn, names)
-        v.update(due=0., trained=self._trainable(learn))
-        self.lineage.trained = {}
-
-    def on_epoch(self):
-        v,epoch = self.effect.values,self.effect.clock.epoch
-        if self.when == 'every' and epoch and epoch%self.every == 0: self._next(self.learn)
-
-    def on_epoch_end(self):
-        forget = self.lineage.forget
-        if (forget.reinit == 'rewind' and not self.effect.values['generation']
-            and self.effect.clock.epoch+1 == self.rewind_epoch):
-            forget.snapshot(self.learn)
-
-    def on_fit_end(self):
-        v = self.effect.values
-        if _staging(self.learn): return # the first half of `fine_tune`
-        self._forget(self.learn) # in a resumed run this may be the first thing this process does
-        v['due'],self.lineage.ended = 1.,True
-
-    def on_leave(self):
-        if self.__dict__.pop('_looked', None): self.lineage.forget.last = None,None
-        if not self.lineage.ended: return
-        # SaveModelCallback has put its best weights back, and what was due then
-        self.lineage.ended,self.effect.values['due'] = False,1.
-        if self.when == 'fit_end': self._next(self.learn or self._started)
-
-    # -- what a policy holds in place
-    def held(self, learn):
-        d,gen = self.__dict__,int(self.effect.values['generation'])
-        if self.effect.dirty: d.pop('_held', None) # weights were loaded
-        self.effect.dirty = False
-        if '_held' not in d: d['_held'] = self._forget(learn).held(learn, gen) if gen else None
-        return d['_held']
-    def on_grads(self, learn):
-        if h := self.held(learn): h.before_step()
-    def on_update(self, learn):
-        if h := self.held(learn): h.after_step()
-
-    def columns(self):
-        res = dict(generation=self.effect.values['generation']+1)
-        return (res | dict(reset_norm=self._ratio())
-            if getattr(self.lineage.forget.policy, 'static', False) else res)
-
-    def _ratio(self):
-        "Norm of what will be reset over that of what is kept; the log asks for each column anew, so it is kept for a step"
-        d,step = self.__dict__,self.effect.clock.steps
-        # before a fit only the names are asked for, in `learn.summary`, too
-        if d.get('_started') is not self.learn: return float('nan')
-        if d.get('_norm', (None,))[0] != step:
-            d['_norm'] = step,self.lineage.forget.ratio(self.learn, 1)
-        return float('nan') if d['_norm'][1] is None else d['_norm'][1]
 
     def __getstate__(self):
         return {k:v for k,v in self.__dict__.items()
             if k not in ('_held', '_looked', '_started', '_norm')}
+
+# %% ../../nbs/evolution/05_callback.ipynb #3406d106
+@patch
+def _forgetting(self:KnowledgeEvolution):
+    forget = Forgetting(self.policy, self.split_rate, self.reinit, self.seed, pin=self.pin, reset_bias=self.reset_bias, from_layer=self.from_layer,
+                        reset_norm=self.reset_norm, resplit=self.resplit, batches=self.batches)
+    if getattr(forget.policy, 'counts', False) and not self.generations:
+        raise ValueError(f'policy={self.policy!r} divides the network by the number of '
+            'generations: give generations=.')
+    return forget
+
+# %% ../../nbs/evolution/05_callback.ipynb #5d516b9a
+@patch
+def plan(self:KnowledgeEvolution, model, learn=None):
+    "Rows of what is kept; raises where the policy does not fit the model"
+    if learn is None:
+        raise ValueError('KnowledgeEvolution: without a Learner there is no sample and no data. '
+            'Add it to a Learner, as in Learner(..., cbs=KnowledgeEvolution()).')
+    forget = self._forgetting().start(learn, self.generations)
+    masks = forget.masks(learn, 1)
+    shape = lambda m: 'x'.join(map(str, m.shape))
+    rows = [dict(parameter=n, shape=shape(m), kept=int(m.sum()), of=m.numel())
+        for n,m in masks.items()]
+    emb = embedded(model)
+    for r in rows:
+        e = emb.get(id(model.get_parameter(r['parameter'])))
+        if e is not None and r['kept'] == r['of']: r['note'] = f'the embedding {e}, left alone'
+    kept,total = sum(r['kept'] for r in rows),sum(r['of'] for r in rows)
+    return Table(rows+_rest(model, masks), note=f'{kept:,} of {total:,} weights are kept between '
+        f'two generations ({100*kept/total:.1f} %)'
+        + ('' if forget.static else '; the choice changes'))
+
+# %% ../../nbs/evolution/05_callback.ipynb #5be0e016
+@patch
+def convert(self:KnowledgeEvolution, model, learn=None):
+    rows = self.plan(model, learn)
+    return self._effect_state(self._forgetting(), rows)
+
+@patch
+def _effect_state(self:KnowledgeEvolution, forget, rows=None):
+    return EffectState(self.name, self.settings, Clock(), Lineage(forget), rows, generation=0.,
+        due=0., trained=0., staged=0., plan=Lineage(forget).plan)
+
+@patch
+def _forget(self:KnowledgeEvolution, learn):
+    "The engine, started where it is new to this Learner"
+    forget = self.lineage.forget
+    if self.__dict__.get('_started') is not learn:
+        self.__dict__['_started'] = (forget.start(learn, self.generations), learn)[1]
+    return forget
+
+# %% ../../nbs/evolution/05_callback.ipynb #8feb4a7a
+@patch
+def begin_(self:KnowledgeEvolution, learn, names=None):
+    "Begin generation `generation`+1 in the weights; in `names` only"
+    forget,v,model = self._forget(learn),self.effect.values,root_module(learn.model)
+    gen = int(v['generation'])
+    mine = {n:m for n,m in forget.masks(learn, gen).items() if names is None or n in names}
+    gone = {n for n,m in mine.items() if not m.all()}
+    if self.when == 'fit_end':
+        self.lineage.trained = {n: t.clone() for n,t in model.state_dict().items()
+            if n != self.effect.key}
+    clear_opt(learn.opt, model, None if self.clear_state == 'all' else mine)
+    forget.reset_(learn, gen, mine)
+    self.lineage.left = (self.lineage.left | gone)-{n for n in gone
+        if model.get_parameter(n).requires_grad}
+    v['staged'] = float(bool(self.lineage.left))
+    self.__dict__.pop('_held', None)
+
+# %% ../../nbs/evolution/05_callback.ipynb #150964b5
+@patch
+def _next(self:KnowledgeEvolution, learn):
+    self.effect.values.update(generation=self.effect.values['generation']+1, due=0.)
+    self.lineage.left = set()
+    self.begin_(learn)
+
+@patch
+def _trainable(self:KnowledgeEvolution, learn):
+    return float(sum(p.numel() for p in root_module(learn.model).parameters() if p.requires_grad))
+
+@patch
+def _left(self:KnowledgeEvolution, learn):
+    "What this generation still has to reset, now that it can be trained"
+    if not self.effect.values['staged']: return set()
+    model = root_module(learn.model)
+    # read from a plain file: who was frozen is not known
+    left = (self.lineage.left or set(self._forget(learn).masks(learn,
+        int(self.effect.values['generation']))))
+    return {n for n in left if model.get_parameter(n).requires_grad}
+
+# %% ../../nbs/evolution/05_callback.ipynb #789d1e36
+@patch
+def on_start(self:KnowledgeEvolution, learn):
+    forget,d,v = self._forget(learn),self.__dict__,self.effect.values
+    if finding_lr(learn) and self._due(learn) and not d.get('_looked'):
+        # `lr_find` puts the weights back
+        d['_looked'] = forget.reset_(learn, int(v['generation'])+1)
+
+@patch
+def _due(self:KnowledgeEvolution, learn):
+    return self.effect.values['due'] and self._trainable(learn) <= self.effect.values['trained']
+
+@patch
+def on_fit_start(self:KnowledgeEvolution):
+    v,learn = self.effect.values,self.learn
+    if self._due(learn): self._next(learn)
+    elif names := self._left(learn): self.begin_(learn, names)
+    v.update(due=0., trained=self._trainable(learn))
+    self.lineage.trained = {}
+
+@patch
+def on_epoch(self:KnowledgeEvolution):
+    v,epoch = self.effect.values,self.effect.clock.epoch
+    if self.when == 'every' and epoch and epoch%self.every == 0: self._next(self.learn)
+
+@patch
+def on_epoch_end(self:KnowledgeEvolution):
+    forget = self.lineage.forget
+    if (forget.reinit == 'rewind' and not self.effect.values['generation']
+        and self.effect.clock.epoch+1 == self.rewind_epoch):
+        forget.snapshot(self.learn)
+
+@patch
+def on_fit_end(self:KnowledgeEvolution):
+    v = self.effect.values
+    if _staging(self.learn): return # the first half of `fine_tune`
+    self._forget(self.learn) # in a resumed run this may be the first thing this process does
+    v['due'],self.lineage.ended = 1.,True
+
+# %% ../../nbs/evolution/05_callback.ipynb #10f8543f
+@patch
+def on_leave(self:KnowledgeEvolution):
+    if self.__dict__.pop('_looked', None): self.lineage.forget.last = None,None
+    if not self.lineage.ended: return
+    # SaveModelCallback has put its best weights back, and what was due then
+    self.lineage.ended,self.effect.values['due'] = False,1.
+    if self.when == 'fit_end': self._next(self.learn or self._started)
+
+# %% ../../nbs/evolution/05_callback.ipynb #641a0152
+@patch
+def held(self:KnowledgeEvolution, learn):
+    d,gen = self.__dict__,int(self.effect.values['generation'])
+    if self.effect.dirty: d.pop('_held', None) # weights were loaded
+    self.effect.dirty = False
+    if '_held' not in d: d['_held'] = self._forget(learn).held(learn, gen) if gen else None
+    return d['_held']
+
+@patch
+def on_grads(self:KnowledgeEvolution, learn):
+    if h := self.held(learn): h.before_step()
+
+@patch
+def on_update(self:KnowledgeEvolution, learn):
+    if h := self.held(learn): h.after_step()
+
+@patch
+def columns(self:KnowledgeEvolution):
+    res = dict(generation=self.effect.values['generation']+1)
+    return (res | dict(reset_norm=self._ratio())
+        if getattr(self.lineage.forget.policy, 'static', False) else res)
+
+@patch
+def _ratio(self:KnowledgeEvolution):
+    "Norm of what will be reset over that of what is kept; the log asks for each column anew, so it is kept for a step"
+    d,step = self.__dict__,self.effect.clock.steps
+    # before a fit only the names are asked for, in `learn.summary`, too
+    if d.get('_started') is not self.learn: return float('nan')
+    if d.get('_norm', (None,))[0] != step:
+        d['_norm'] = step,self.lineage.forget.ratio(self.learn, 1)
+    return float('nan') if d['_norm'][1] is None else d['_norm'][1]
 
 # %% ../../nbs/evolution/05_callback.ipynb #13c2122e
 def _staging(learn): return learn.__dict__.get('_stage_of_many', False)

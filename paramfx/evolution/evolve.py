@@ -50,6 +50,7 @@ def _whole(name, v):
     if isinstance(v, bool) or not isinstance(v, int) or v < 1:
         raise ValueError(f'{name}={v!r}: a whole number, at least 1.')
 
+# %% ../../nbs/evolution/04_evolve.ipynb #ad3658fb
 def _check_evolve(learn, policy, eval_slim, keep_best, distill, long_run):
     slim = eval_slim and isinstance(policy, KELS)
     if keep_best not in (None, 'dense', 'slim'):
@@ -71,6 +72,7 @@ def _check_evolve(learn, policy, eval_slim, keep_best, distill, long_run):
             "would not act on the copy that is trained. Train the long run yourself.")
     return slim
 
+# %% ../../nbs/evolution/04_evolve.ipynb #55f1ca47
 @patch
 def evolve(self:Learner,
     generations:int=5, # Trainings, the first included
@@ -120,6 +122,7 @@ def evolve(self:Learner,
     self.add_cbs(joined)
     return _evolve(run, resume, [c for c in L(cbs) if c not in joined], long_run)
 
+# %% ../../nbs/evolution/04_evolve.ipynb #7b60c948
 def _evolve(run, resume, cbs, long_run):
     learn,model,p = run.learn,root_module(run.learn.model),run.forget.policy
     if resume: done = run.load()

@@ -18,6 +18,7 @@ from .masks import UNTRACED, check_masks, default_values, reinit_
 from .policies import KELS, Policy, as_policy
 from ..core.state import effects, root_module
 from ..core.samples import generator
+from fastcore.basics import patch
 
 # %% ../../nbs/evolution/02_forgetting.ipynb #8d3536a4
 def told(
@@ -40,6 +41,7 @@ def body_names(learn) -> set:
         and not any(map(torch.is_tensor, groups)) else ())
     return {n for n,p in model.named_parameters() if id(p) not in head}
 
+# %% ../../nbs/evolution/02_forgetting.ipynb #07520f90
 class Forgetting:
     "Policy, re-initialisation and seed of an evolution"
     def __init__(self,
@@ -72,83 +74,98 @@ class Forgetting:
             self.refs['original'] = self.weights(model, masks)
         return self
 
-    def _warn(self, learn, masks):
-        if (not getattr(learn, 'pretrained', False) or self.reinit == 'pretrained'
-            or getattr(self.policy, 'keeps_body', False)):
-            return
-        own = {n: m for n,m in masks.items() if n in body_names(learn)}
-        share = sum(int((~m).sum()) for m in own.values())/max(1, sum(m.numel() for m in own.values()))
-        if share:
-            warnings.warn(f"{self.policy!r} re-initialises {100*share:.0f} % of the weights of a "
-                "pretrained body. Policies 'head' and 'llf' leave most of it alone, and "
-                "reinit='pretrained' gives it its own weights back.")
-
-    def weights(self, model, masks):
-        return {n: model.get_parameter(n).detach().cpu().clone() for n in masks}
-    def snapshot(self, learn): # once, while the first generation trains
-        self.refs['rewind'] = self.weights(root_module(learn.model), self.masks(learn, 1))
-
     @property
     def static(self): return getattr(self.policy, 'static', False)
-    def ask(self, learn, gen) -> dict:
-        "What the policy says of the weights as they are, checked"
-        if self.fixed is not None: return self.fixed
-        model = root_module(learn.model)
-        res = self.policy(model, self.sample, gen)
-        try: check_masks(model, res)
-        except ValueError as e:
-            raise ValueError(f'{e} {UNTRACED}' if isinstance(self.policy, KELS) else str(e)) from e
-        if self.static: self.fixed = res
-        else: _same_on_ranks(model, res)
-        return res
-
-    def masks(self, learn, gen) -> dict:
-        "Masks with which generation `gen` begins, or has begun: parameter name -> bool tensor, True where it is kept"
-        return self.last[1] if self.last[0] == gen else self.ask(learn, gen)
 
     def __getstate__(self): # made anew by `start`
         return {**self.__dict__, 'fixed': None, 'last': (None, None) if self.static else self.last,
             'sample': None}
 
-    def _how(self, learn):
-        model,body,kind = (root_module(learn.model),
-            body_names(learn) if self.reinit == 'pretrained' else (),self.reinit)
-        if kind in ('default', 'zero') or callable(kind): return kind
-        ref = self.refs.get('original' if kind == 'pretrained' else kind)
-        if ref is None:
-            raise ValueError(f"reinit='{kind}': no weights were kept to go back to yet. Rewinding "
-                "needs an epoch of training first.")
-        return lambda n, w, g: ref[n] if kind != 'pretrained' or n in body else default_values(model, n,
-            g)
+# %% ../../nbs/evolution/02_forgetting.ipynb #337940ad
+@patch
+def _warn(self:Forgetting, learn, masks):
+    if (not getattr(learn, 'pretrained', False) or self.reinit == 'pretrained'
+        or getattr(self.policy, 'keeps_body', False)):
+        return
+    own = {n: m for n,m in masks.items() if n in body_names(learn)}
+    share = sum(int((~m).sum()) for m in own.values())/max(1, sum(m.numel() for m in own.values()))
+    if share:
+        warnings.warn(f"{self.policy!r} re-initialises {100*share:.0f} % of the weights of a "
+            "pretrained body. Policies 'head' and 'llf' leave most of it alone, and "
+            "reinit='pretrained' gives it its own weights back.")
 
-    def reset_(self, learn, gen, only=None) -> dict: # kept and reset: numbers of values
-        "Begin generation `gen`: what is not kept is re-initialised, in `only` these parameters"
-        model,masks = root_module(learn.model),self.masks(learn, gen)
-        self.last = gen,masks # the policy may look at weights that are about to change
-        mine = {n:m for n,m in masks.items() if only is None or n in only}
-        done = reinit_(model, mine, self._how(learn), generator(self.seed, gen)) if mine else {}
-        if isinstance(self.policy, Policy):
-            for m in self.policy.norms(model): m.reset_running_stats()
-            self.policy.rescale_(model, mine)
-        _from_rank_0(model, done)
-        for st in effects(model).values(): getattr(st.holder, 'weights_', lambda: None)()
-        return dict(kept=sum(m.numel() for m in masks.values())-sum(done.values()),
-            reset=sum(done.values()))
+@patch
+def weights(self:Forgetting, model, masks):
+    return {n: model.get_parameter(n).detach().cpu().clone() for n in masks}
 
-    def ratio(self, learn, gen):
-        "Norm of the weights that the policy resets over that of those it keeps, summed in float64; None where one of them is nothing"
-        model,total,fit = root_module(learn.model),0.,0.
-        for n,m in self.masks(learn, gen).items():
-            w = model.get_parameter(n).detach()
-            if w.is_complex(): w = w.abs()
-            total += float(torch.linalg.vector_norm(w, dtype=torch.float64))**2
-            fit += float(torch.linalg.vector_norm(w*m.to(w.device), dtype=torch.float64))**2
-        return ((total-fit)/fit)**.5 if 0 < fit < total else None
+@patch
+def snapshot(self:Forgetting, learn): # once, while the first generation trains
+    self.refs['rewind'] = self.weights(root_module(learn.model), self.masks(learn, 1))
 
-    def held(self, learn, gen):
-        return (Held(learn, self.masks(learn, gen))
-            if getattr(self.policy, 'holds', lambda g: False)(gen) else None)
+@patch
+def ask(self:Forgetting, learn, gen) -> dict:
+    "What the policy says of the weights as they are, checked"
+    if self.fixed is not None: return self.fixed
+    model = root_module(learn.model)
+    res = self.policy(model, self.sample, gen)
+    try: check_masks(model, res)
+    except ValueError as e:
+        raise ValueError(f'{e} {UNTRACED}' if isinstance(self.policy, KELS) else str(e)) from e
+    if self.static: self.fixed = res
+    else: _same_on_ranks(model, res)
+    return res
 
+@patch
+def masks(self:Forgetting, learn, gen) -> dict:
+    "Masks with which generation `gen` begins, or has begun: parameter name -> bool tensor, True where it is kept"
+    return self.last[1] if self.last[0] == gen else self.ask(learn, gen)
+
+# %% ../../nbs/evolution/02_forgetting.ipynb #ceab355b
+@patch
+def _how(self:Forgetting, learn):
+    model,body,kind = (root_module(learn.model),
+        body_names(learn) if self.reinit == 'pretrained' else (),self.reinit)
+    if kind in ('default', 'zero') or callable(kind): return kind
+    ref = self.refs.get('original' if kind == 'pretrained' else kind)
+    if ref is None:
+        raise ValueError(f"reinit='{kind}': no weights were kept to go back to yet. Rewinding "
+            "needs an epoch of training first.")
+    return lambda n, w, g: ref[n] if kind != 'pretrained' or n in body else default_values(model, n,
+        g)
+
+@patch
+def reset_(self:Forgetting, learn, gen, only=None) -> dict: # kept and reset: numbers of values
+    "Begin generation `gen`: what is not kept is re-initialised, in `only` these parameters"
+    model,masks = root_module(learn.model),self.masks(learn, gen)
+    self.last = gen,masks # the policy may look at weights that are about to change
+    mine = {n:m for n,m in masks.items() if only is None or n in only}
+    done = reinit_(model, mine, self._how(learn), generator(self.seed, gen)) if mine else {}
+    if isinstance(self.policy, Policy):
+        for m in self.policy.norms(model): m.reset_running_stats()
+        self.policy.rescale_(model, mine)
+    _from_rank_0(model, done)
+    for st in effects(model).values(): getattr(st.holder, 'weights_', lambda: None)()
+    return dict(kept=sum(m.numel() for m in masks.values())-sum(done.values()),
+        reset=sum(done.values()))
+
+@patch
+def ratio(self:Forgetting, learn, gen):
+    "Norm of the weights that the policy resets over that of those it keeps, summed in float64; None where one of them is nothing"
+    model,total,fit = root_module(learn.model),0.,0.
+    for n,m in self.masks(learn, gen).items():
+        w = model.get_parameter(n).detach()
+        if w.is_complex(): w = w.abs()
+        total += float(torch.linalg.vector_norm(w, dtype=torch.float64))**2
+        fit += float(torch.linalg.vector_norm(w*m.to(w.device), dtype=torch.float64))**2
+    return ((total-fit)/fit)**.5 if 0 < fit < total else None
+
+# %% ../../nbs/evolution/02_forgetting.ipynb #630ae4b5
+@patch
+def held(self:Forgetting, learn, gen):
+    return (Held(learn, self.masks(learn, gen))
+        if getattr(self.policy, 'holds', lambda g: False)(gen) else None)
+
+# %% ../../nbs/evolution/02_forgetting.ipynb #aeb8155c
 def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 def _from_rank_0(model, names):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from math import cos, pi
 
 import torch
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.basics import Callback, Learner, rank_distrib
 from fastai.callback.progress import ProgressCallback
@@ -104,6 +104,7 @@ def last_row(learn) -> dict:
 
 def _better(name, a, b): return a < b if 'loss' in name or 'error' in name else a > b
 
+# %% ../../nbs/evolution/03_generations.ipynb #78fb2ebe
 class Evolution:
     "An evolution under way, see `learn.evolve`"
     version = 1
@@ -133,99 +134,112 @@ class Evolution:
         return (Snapshot(self.forget, self.rewind_epoch) if gen == 1
             and self.forget.reinit == 'rewind' else None)
 
-    def forget_(self, gen):
-        # before anything of it is lost
-        if self.distill: self._teacher = copy_model(root_module(self.learn.model))
-        self.counts = self.forget.reset_(self.learn, gen-1)
-
-    def row(self, gen, seconds, fresh=False):
-        learn = self.learn
-        row = dict(generation=gen, **(valid_row(learn) if fresh else last_row(learn)))
-        if self.eval_slim:
-            with standing_in(learn, self.slim()): row |= valid_row(learn, 'slim_')
-        ratio = self.forget.ratio(learn, gen) if self.forget.static else None
-        return (row | (self.counts or dict(kept=sum(m.numel()
-            for m in self.forget.masks(learn, 1).values()), reset=0))
-            | dict(reset_norm=ratio, seconds=round(seconds, 2)))
-
-    def slim(self, model=None):
-        "The fit part as it is now, made as `learn.extract_slim` makes it"
-        model,p = root_module(self.learn.model) if model is None else model,self.forget.policy
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            return materialize(model, self.forget.sample, split_rate=named_rates(p.cut), pin=p.pin,
-                dead=False)
-
-    def rehearse(self, joined):
-        "Raise where a generation could not be forgotten or evaluated under the effects that `joined` bring; before anything is trained"
-        learn,twin = self.learn,copy_model(root_module(self.learn.model))
-        with rng_guard(learn.dls), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            for cb in joined:
-                if cb.name not in effects(twin): cb.convert(twin, learn).attach(twin)
-            self._check_parameters(twin)
-            if self.eval_slim: self.slim(twin)
-
-    def _check_parameters(self, twin):
-        own = dict(twin.named_parameters(remove_duplicate=False))
-        lost = [n for n,m in self.forget.masks(self.learn, 1).items() if not m.all()
-            and (n not in own or own[n].shape != m.shape)]
-        if lost: raise ValueError(f"{lost[0]}: under {', '.join(effects(twin))} the network has no such parameter any more, so nothing of it could begin anew. "
-                                  "Let the effect leave layers what they are (`DynamicSparse`: compute='dense'), or add it after the evolution.")
-
-    def keep(self, gen):
-        "Keep the best generation so far, where it was asked for"
-        if not self.keep_best: return
-        row = self.rows[-1]
-        name = ('slim_' if self.keep_best == 'slim' else '') + self.monitor
-        if self.best is None or _better(name, row[name], self.best['value']): self.best = dict(
-            value=row[name], generation=gen,
-            model={k: v.detach().cpu().clone()
-                for k,v in root_module(self.learn.model).state_dict().items()})
-
     @property
     def monitor(self): return self.learn.metrics[0].name if len(self.learn.metrics) else 'valid_loss'
 
-    # -- all of them
-    def run(self, done, cbs):
-        learn,bar,todo = self.learn,any(isinstance(c, ProgressCallback)
-            for c in self.learn.cbs),range(done+1, self.generations+1)
-        # a bar that is not displayed writes to the terminal all the same
-        for gen in (shown := progress_bar(todo) if bar else todo):
-            start = time.perf_counter()
-            if gen > 1: self.forget_(gen)
-            self.train(gen, cbs)
-            # it may have gone back to an earlier epoch
-            fresh = any(isinstance(c, TrackerCallback) for c in L(cbs)+learn.cbs)
-            # looking does not change what comes
-            with rng_guard(learn.dls): self.rows.append(self.row(gen, time.perf_counter()-start, fresh))
-            self.keep(gen)
-            self.save(gen)
-            if bar:
-                shown.comment = ', '.join(f'{k} {v:.4g}' for k,v in self.rows[-1].items()
-                    if isinstance(v, float) and 'loss' not in k and k not in ('seconds', 'reset_norm'))
-        if self.best: root_module(learn.model).load_state_dict(self.best['model'])
+# %% ../../nbs/evolution/03_generations.ipynb #ca42c61d
+@patch
+def forget_(self:Evolution, gen):
+    # before anything of it is lost
+    if self.distill: self._teacher = copy_model(root_module(self.learn.model))
+    self.counts = self.forget.reset_(self.learn, gen-1)
 
-    def save(self, gen):
-        learn,model = self.learn,root_module(self.learn.model)
-        rngs = gather_ranks(rng_state(learn.dls))
-        if rank_distrib() or self.path is None: return
-        state = dict(evolution=self.version, generation=gen, config=self.config, rows=[dict(r) for r in self.rows], best=self.best, first=self.first, refs=self.forget.refs,
-                     policy=getattr(self.forget.policy, 'first', {}), model=model.state_dict(),
-                     rng=rngs, **effect_runs(model))
-        with atomic_path(self.path) as tmp: torch.save(state, tmp)
+@patch
+def row(self:Evolution, gen, seconds, fresh=False):
+    learn = self.learn
+    row = dict(generation=gen, **(valid_row(learn) if fresh else last_row(learn)))
+    if self.eval_slim:
+        with standing_in(learn, self.slim()): row |= valid_row(learn, 'slim_')
+    ratio = self.forget.ratio(learn, gen) if self.forget.static else None
+    return (row | (self.counts or dict(kept=sum(m.numel()
+        for m in self.forget.masks(learn, 1).values()), reset=0))
+        | dict(reset_norm=ratio, seconds=round(seconds, 2)))
 
-    def load(self) -> int:
-        "Go back to where the file was written; returns the number of finished generations"
-        state = read_evolution(self.path, self.config, getattr(self.learn.dls, 'device', 'cpu'))
-        root_module(self.learn.model).load_state_dict(state['model'])
-        set_effect_runs(self.learn.model, state)
-        self.rows,self.best,self.first = state['rows'],state['best'],state['first']
-        self.forget.refs.update(state['refs'])
-        if state['policy']: self.forget.policy.first = state['policy']
-        set_rng_state(state['rng'][min(rank_distrib(), len(state['rng'])-1)], self.learn.dls)
-        return state['generation']
+@patch
+def slim(self:Evolution, model=None):
+    "The fit part as it is now, made as `learn.extract_slim` makes it"
+    model,p = root_module(self.learn.model) if model is None else model,self.forget.policy
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return materialize(model, self.forget.sample, split_rate=named_rates(p.cut), pin=p.pin,
+            dead=False)
 
+@patch
+def rehearse(self:Evolution, joined):
+    "Raise where a generation could not be forgotten or evaluated under the effects that `joined` bring; before anything is trained"
+    learn,twin = self.learn,copy_model(root_module(self.learn.model))
+    with rng_guard(learn.dls), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for cb in joined:
+            if cb.name not in effects(twin): cb.convert(twin, learn).attach(twin)
+        self._check_parameters(twin)
+        if self.eval_slim: self.slim(twin)
+
+# %% ../../nbs/evolution/03_generations.ipynb #13f2dcde
+@patch
+def _check_parameters(self:Evolution, twin):
+    own = dict(twin.named_parameters(remove_duplicate=False))
+    lost = [n for n,m in self.forget.masks(self.learn, 1).items() if not m.all()
+        and (n not in own or own[n].shape != m.shape)]
+    if lost: raise ValueError(f"{lost[0]}: under {', '.join(effects(twin))} the network has no such parameter any more, so nothing of it could begin anew. "
+                              "Let the effect leave layers what they are (`DynamicSparse`: compute='dense'), or add it after the evolution.")
+
+@patch
+def keep(self:Evolution, gen):
+    "Keep the best generation so far, where it was asked for"
+    if not self.keep_best: return
+    row = self.rows[-1]
+    name = ('slim_' if self.keep_best == 'slim' else '') + self.monitor
+    if self.best is None or _better(name, row[name], self.best['value']): self.best = dict(
+        value=row[name], generation=gen,
+        model={k: v.detach().cpu().clone()
+            for k,v in root_module(self.learn.model).state_dict().items()})
+
+# %% ../../nbs/evolution/03_generations.ipynb #e7ead479
+@patch
+def run(self:Evolution, done, cbs):
+    learn,bar,todo = self.learn,any(isinstance(c, ProgressCallback)
+        for c in self.learn.cbs),range(done+1, self.generations+1)
+    # a bar that is not displayed writes to the terminal all the same
+    for gen in (shown := progress_bar(todo) if bar else todo):
+        start = time.perf_counter()
+        if gen > 1: self.forget_(gen)
+        self.train(gen, cbs)
+        # it may have gone back to an earlier epoch
+        fresh = any(isinstance(c, TrackerCallback) for c in L(cbs)+learn.cbs)
+        # looking does not change what comes
+        with rng_guard(learn.dls): self.rows.append(self.row(gen, time.perf_counter()-start, fresh))
+        self.keep(gen)
+        self.save(gen)
+        if bar:
+            shown.comment = ', '.join(f'{k} {v:.4g}' for k,v in self.rows[-1].items()
+                if isinstance(v, float) and 'loss' not in k and k not in ('seconds', 'reset_norm'))
+    if self.best: root_module(learn.model).load_state_dict(self.best['model'])
+
+@patch
+def save(self:Evolution, gen):
+    learn,model = self.learn,root_module(self.learn.model)
+    rngs = gather_ranks(rng_state(learn.dls))
+    if rank_distrib() or self.path is None: return
+    state = dict(evolution=self.version, generation=gen, config=self.config, rows=[dict(r) for r in self.rows], best=self.best, first=self.first, refs=self.forget.refs,
+                 policy=getattr(self.forget.policy, 'first', {}), model=model.state_dict(),
+                 rng=rngs, **effect_runs(model))
+    with atomic_path(self.path) as tmp: torch.save(state, tmp)
+
+# %% ../../nbs/evolution/03_generations.ipynb #5b625ea1
+@patch
+def load(self:Evolution) -> int:
+    "Go back to where the file was written; returns the number of finished generations"
+    state = read_evolution(self.path, self.config, getattr(self.learn.dls, 'device', 'cpu'))
+    root_module(self.learn.model).load_state_dict(state['model'])
+    set_effect_runs(self.learn.model, state)
+    self.rows,self.best,self.first = state['rows'],state['best'],state['first']
+    self.forget.refs.update(state['refs'])
+    if state['policy']: self.forget.policy.first = state['policy']
+    set_rng_state(state['rng'][min(rank_distrib(), len(state['rng'])-1)], self.learn.dls)
+    return state['generation']
+
+# %% ../../nbs/evolution/03_generations.ipynb #79f03efe
 def read_evolution(path, config, device='cpu') -> dict:
     "The content of an evolution's file; raises where it is none, or another one's"
     if not path.is_file():

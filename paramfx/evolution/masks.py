@@ -63,6 +63,7 @@ def _check_free(cmap):
             f"{len(cmap)} spaces). Cut the others with split_rate={{'*': .5}}, or name those to cut, "
             f"as in {{{free[0].name!r}: .5}}.")
 
+# %% ../../nbs/evolution/00_masks.ipynb #45209101
 def _per_space(cmap, rates):
     "Position of a space -> its rate; names go before globs"
     by,globs = {},[k for k in rates if isinstance(k, str) and '*' in k]
@@ -179,6 +180,7 @@ def embedded(
     "Embeddings, whose rows are words: a policy draws them anew only where it is asked to"
     return {id(x.param): x.layer for x in all_matrices(root_module(model), SPLIT) if x.is_embedding}
 
+# %% ../../nbs/evolution/00_masks.ipynb #37f510ac
 def spare_embeddings(
     model:nn.Module, # The network
     names, # Names of matrices of which a part is to begin anew
@@ -277,6 +279,7 @@ def check_masks(
             f"{mod}: its weight is computed from {n.rpartition('.')[2]}, so there is nothing to draw "
             f"anew. Remove the parametrization, or keep the layer whole: leave {n} out of the masks.")
 
+# %% ../../nbs/evolution/00_masks.ipynb #dfd61e54
 def default_values(
     model:nn.Module, # The network
     name:str, # Name of a parameter
@@ -314,6 +317,7 @@ def _given(weights, name):
             f"{', '.join(map(str, [*weights][:10]))}{', ...' if len(weights) > 10 else ''}.")
     return weights[name]
 
+# %% ../../nbs/evolution/00_masks.ipynb #0fdc0d3e
 def _source(how):
     "Function of (model, name, weight, generator) that gives new values"
     if how == 'default': return lambda model, n, p, g: default_values(model, n, g)

@@ -54,6 +54,7 @@ def plot_generations(
     if len(ax.lines) > 1: ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
     return ax
 
+# %% ../../nbs/evolution/06_plots.ipynb #c5511634
 def _long(one, metric):
     "The long run as a row that has the number; None where there is none"
     row = one if one is None or isinstance(one, dict) else {metric: one}
@@ -126,6 +127,7 @@ def _chosen(masks, layers, most=8):
             f"{', '.join([*masks][:20])}{', ...' if len(masks) > 20 else ''}.")
     return list(layers)
 
+# %% ../../nbs/evolution/06_plots.ipynb #6236e01b
 def plot_split(
     masks:dict, # Parameter name -> mask, true where it is kept, as from `kels_masks`
     layers:list=None, # Names to draw; None: up to eight of those that lose something, spread over the network

@@ -56,6 +56,7 @@ class KELS(Policy):
         self.cut = fit_cut(model, sample, self.split_rate, self.pin)
         return masks_of(self.cut, model, self.reset_bias)
 
+# %% ../../nbs/evolution/01_policies.ipynb #08ba860d
 class WELS(Policy):
     "Keep each weight with probability `split_rate` (Taha and others 2021); `resplit`: drawn anew for each generation"
     def __init__(self, split_rate=.5, seed=0, resplit=False):
@@ -120,6 +121,7 @@ def _last_stage(model):
     names = [k for k in stages(model) if k[5:].isdigit()]
     return names[-1] if names else 'fc'
 
+# %% ../../nbs/evolution/01_policies.ipynb #5428cf5f
 def _whole_layers(model, gone, asked=()):
     "Masks that forget whole modules, biases included; embeddings only where all `asked` for are layers that share them"
     refuse_computed(model, gone)
@@ -183,6 +185,7 @@ class Snip(Policy):
 
 _OTHER = "Policies 'wels' and 'llf' can be asked for it by name."
 
+# %% ../../nbs/evolution/01_policies.ipynb #944f65af
 def saliency(
     learn:Learner, # Model, training data and loss
     batches:int=4 # Training batches

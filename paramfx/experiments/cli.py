@@ -65,6 +65,7 @@ def _network(name, x, shared):
     from paramfx.bases.published import share_published
     return net,share_published(net, x, name, **shared).note
 
+# %% ../../nbs/experiments/01_cli.ipynb #7290261d
 def cost(
     name:str, # Data set and network, such as cifar100/resnet34; the form of a published row behind a hyphen
     input:str=None, # Shape of one input, such as 3,64,64; default: that of the data set

@@ -86,6 +86,7 @@ def opt_bytes(
     return sum(t.nbytes for p in learn.model.parameters() for t in opt_state(learn.opt, p).values()
         if torch.is_tensor(t))
 
+# %% ../../nbs/experiments/00_demo.ipynb #8eff37bd
 def plain_net(learn):
     "The ordinary network that `learn` leaves; its own one, where that is smaller"
     with warnings.catch_warnings():

@@ -63,6 +63,7 @@ def _share(places, done):
             q = done[j]._parameters.get(l)
             if p is not None and q is not None and torch.equal(p, q): done[j]._parameters[l] = p
 
+# %% ../../nbs/export/00_materialize.ipynb #971be1ec
 def _swap_plain(model, kw):
     "Replace each module that has `plain`, deepest first; returns the model and the names"
     mods = {n:m for n,m in model.named_modules(remove_duplicate=False)
@@ -155,6 +156,7 @@ class Recipe(list):
                     f"built. {e}") from e
         return model
 
+# %% ../../nbs/export/00_materialize.ipynb #5b88ae8a
 @recipe_verb('plain')
 def _plain_again(model, **kw): return _swap_plain(model, kw)[0]
 
@@ -212,6 +214,7 @@ def load_recipe(
     with explained(new, str(source)): new.load_state_dict(state)
     return new.to(p.device)
 
+# %% ../../nbs/export/00_materialize.ipynb #1df6600a
 def _steps_and_state(content, source):
     "Recipe and weights in what was read; raises where there is no recipe, and says what it is"
     if (isinstance(content, dict) and content.get('version') == 1
@@ -280,6 +283,7 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     if fmt is not None: new,rows,stays = _frozen(new, sample, fmt, tol, rows, stays)
     return new,cuts,rows,stays,lost
 
+# %% ../../nbs/export/00_materialize.ipynb #a80a2333
 def _unready(model, kw):
     "Rows of what would end before it is through: effects, and slices that were never trained"
     rows,plans = [],{}
@@ -315,6 +319,7 @@ def _frozen(model, sample, fmt, tol, rows, stays):
     lost = [] if frozen_layers(new) else [dict(what=f'fmt={fmt!r}', how=plan.note)]
     return new,rows+[_fmt_row(r) for r in plan]+lost,[*stays, *lost]
 
+# %% ../../nbs/export/00_materialize.ipynb #a75cda87
 def _fmt_row(r):
     "What a layer becomes, as a row of the report"
     how = f"dense: {r['why']}" if r['becomes'] == 'dense' else r['becomes']

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from ..core.optimizers import ComputedWeight, check_kernels
 from ..core.samples import rng_guard
+from fastcore.basics import patch
 
 # %% ../../nbs/kernels/00_csr.ipynb #0dba9af1
 with warnings.catch_warnings(): # torch says once that CSR is in beta
@@ -117,6 +118,7 @@ def resize_(
 
 KERNELS = torch.float32,torch.float64 # types of values that can multiply
 
+# %% ../../nbs/kernels/00_csr.ipynb #04de629e
 class CSR(ComputedWeight):
     "Mixin of layers that hold the live values of their weight only"
     tapped = None # Is the dense gradient of the weight to be summed up? It then stands here
@@ -151,33 +153,6 @@ class CSR(ComputedWeight):
         return self.values.new_zeros(self.size[0]*self.size[1]).index_copy(0, self.flat,
             self.values).view(self.shape)
 
-    def place_(self, flat, values):
-        "Let it hold `values` at these positions, ascending"
-        resize_(self.values, values)
-        self._buffers['crow'],self._buffers['col'] = csr_index(flat, self.size)
-
-    def forward(self, x):
-        check_kernels(self, self._parameters['values'].dtype, KERNELS)
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind): return self._apply_to(x)
-        with torch.autocast(kind, enabled=False): return self._apply_to(x.to(self.values.dtype))
-
-    def product(self, x):
-        return csr_product(x, self._parameters['values'], self._parameters['bias'], self.index,
-            None if self.tapped is None else self._tap)
-    def _tap(self, gT, xT):
-        self.tapped = ((gT @ xT.t()).view(self.shape) if self.tapped is False
-            else self.tapped.add_((gT @ xT.t()).view(self.shape)))
-
-    def plain(self) -> nn.Module:
-        "The ordinary layer with the same weights"
-        return to_dense(deepcopy(self))
-
-    def macs(self, x, out):
-        "Only what is live multiplies"
-        n = out.numel()//self.size[0]
-        return n*self.size[0]*self.size[1],n*len(self.values),n*int(self.values.count_nonzero())
-
     def extra_repr(self):
         return f'{super().extra_repr()}, {len(self.values)} of {self.size[0]*self.size[1]} weights'
 
@@ -193,20 +168,58 @@ class CSR(ComputedWeight):
         super()._load_from_state_dict(state_dict, prefix, *args)
         vars(self).pop('_index', None)
 
-    def _from_dense(self, state_dict, prefix, errors):
-        "Rewrite the entries of an ordinary layer, masked or not"
-        w = state_dict.get(prefix+'weight')
-        if w is None or prefix+'values' in state_dict: return
-        if tuple(w.shape) != self.shape:
-            errors.append(f'size mismatch for {prefix}weight: {tuple(w.shape)} in the file, '
-                f'{self.shape} here.')
-            return
-        mask = state_dict.pop(prefix+'weight_mask', None)
-        flat = self.flat if mask is None else mask.flatten().nonzero().flatten().to(self.col.device)
-        crow,col = csr_index(flat, self.size)
-        state_dict.update({f'{prefix}values': state_dict.pop(prefix+'weight').reshape(-1)[
-            flat.to(w.device)], f'{prefix}crow': crow, f'{prefix}col': col})
+# %% ../../nbs/kernels/00_csr.ipynb #8a29f3ef
+@patch
+def place_(self:CSR, flat, values):
+    "Let it hold `values` at these positions, ascending"
+    resize_(self.values, values)
+    self._buffers['crow'],self._buffers['col'] = csr_index(flat, self.size)
 
+@patch
+def forward(self:CSR, x):
+    check_kernels(self, self._parameters['values'].dtype, KERNELS)
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind): return self._apply_to(x)
+    with torch.autocast(kind, enabled=False): return self._apply_to(x.to(self.values.dtype))
+
+@patch
+def product(self:CSR, x):
+    return csr_product(x, self._parameters['values'], self._parameters['bias'], self.index,
+        None if self.tapped is None else self._tap)
+
+@patch
+def _tap(self:CSR, gT, xT):
+    self.tapped = ((gT @ xT.t()).view(self.shape) if self.tapped is False
+        else self.tapped.add_((gT @ xT.t()).view(self.shape)))
+
+@patch
+def plain(self:CSR) -> nn.Module:
+    "The ordinary layer with the same weights"
+    return to_dense(deepcopy(self))
+
+@patch
+def macs(self:CSR, x, out):
+    "Only what is live multiplies"
+    n = out.numel()//self.size[0]
+    return n*self.size[0]*self.size[1],n*len(self.values),n*int(self.values.count_nonzero())
+
+# %% ../../nbs/kernels/00_csr.ipynb #75ab06ca
+@patch
+def _from_dense(self:CSR, state_dict, prefix, errors):
+    "Rewrite the entries of an ordinary layer, masked or not"
+    w = state_dict.get(prefix+'weight')
+    if w is None or prefix+'values' in state_dict: return
+    if tuple(w.shape) != self.shape:
+        errors.append(f'size mismatch for {prefix}weight: {tuple(w.shape)} in the file, '
+            f'{self.shape} here.')
+        return
+    mask = state_dict.pop(prefix+'weight_mask', None)
+    flat = self.flat if mask is None else mask.flatten().nonzero().flatten().to(self.col.device)
+    crow,col = csr_index(flat, self.size)
+    state_dict.update({f'{prefix}values': state_dict.pop(prefix+'weight').reshape(-1)[
+        flat.to(w.device)], f'{prefix}crow': crow, f'{prefix}col': col})
+
+# %% ../../nbs/kernels/00_csr.ipynb #dc477fc9
 class CSRLinear(CSR, nn.Linear):
     "`nn.Linear` that holds the live values of its weight only"
     def _apply_to(self, x):

@@ -80,6 +80,7 @@ class Frozen(nn.Module):
         return (f'{self.in_features}, {self.out_features}, {self.values.numel()} of '
             f'{self.in_features*self.out_features} weights')
 
+# %% ../../nbs/kernels/01_inference.ipynb #7040575f
 class FrozenCSR(Frozen):
     "Holds what is not zero, row by row"
     dtypes,layout = (torch.float32, torch.float64),staticmethod(torch.sparse_csr_tensor)
@@ -210,6 +211,7 @@ class Frozen24(Frozen):
     def __getstate__(self): return {k:v for k,v in vars(self).items() if k != '_packed'} # made anew
     def extra_repr(self): return f'{self.in_features}, {self.out_features}, 2 of 4 weights'
 
+# %% ../../nbs/kernels/01_inference.ipynb #1e8add4e
 def pack_24(
     w:torch.Tensor # [rows, columns], on CUDA
 ) -> torch.Tensor: # Stands for `w` in `F.linear`

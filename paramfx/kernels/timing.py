@@ -47,6 +47,7 @@ def _pattern(n_out, n_in, live, block):
     return (alive.repeat_interleave(block, 0).repeat_interleave(block, 1) if block > 1
         else alive).float()
 
+# %% ../../nbs/kernels/02_timing.ipynb #a8e35668
 @lru_cache(None)
 def time_infer(
     n_out:int, # Rows of the weight
@@ -124,6 +125,7 @@ def _why_bsr(layer):
     if not why and not torch.backends.mkl.is_available(): why = 'blocks need a torch with MKL'
     return why or ('' if fit_block(layer.weight) else 'no square block fits its zeros')
 
+# %% ../../nbs/kernels/02_timing.ipynb #06ef5a86
 def _why_24(layer):
     why = '' if isinstance(layer, CSR) else why_not_csr(layer, Frozen24.dtypes)
     if why or not is_24(layer.weight): return why or 'its weights are not 2:4'
@@ -156,6 +158,7 @@ def _block_kinds(w):
     b = fit_block(w)
     return [f'bsr {n}x{n}' for n in sorted({b, min(b, 8)})]
 
+# %% ../../nbs/kernels/02_timing.ipynb #57f5e774
 def _timed(layer, shape, able, must):
     "Time the layer in these formats"
     dense = layer.plain() if isinstance(layer, CSR) else layer
@@ -175,6 +178,7 @@ def _break_even(w, shape, kind):
     return break_even(*w.shape[:2], prod(shape)//w.shape[1]//prod(pixels), dtype=w.dtype, rounds=3,
         kind=kind, pixels=pixels)
 
+# %% ../../nbs/kernels/02_timing.ipynb #03c44f3c
 def plan_infer(
     model:nn.Module, # Network; it is not changed
     sample, # Input tensor, or a tuple of the positional inputs, as large as in use

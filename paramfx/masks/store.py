@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np, torch
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from ..core.optimizers import opt_state
 from .units import (check_sparsity, draw_positions, expand_units, from_groups, live_units,
     nm_groups, unit_scores, unit_shape, unit_view)
@@ -61,6 +61,7 @@ def param_name(layer, pname):
 
 def _version(t): return 0 if t.is_inference() else t._version
 
+# %% ../../nbs/masks/01_store.ipynb #ffcb9a08
 class Masked:
     "A parameter and its mask, kept exactly in step"
     masks = True # does it multiply by a mask, or hold nothing but what is live?
@@ -232,129 +233,167 @@ class MaskStore:
         "Parameter name -> bool tensor of the parameter's shape (a copy)"
         return {e.name: e.full.clone() for e in self.items}
 
-    def counts(self) -> dict: return {e.name: int(e.mask.sum()) for e in self.items}
-
-    def weights_(self):
-        "Zero what is masked in the weights"
-        if self.masked:
-            torch._foreach_mul_([e.weight.data for e in self.masked], [e.float for e in self.masked])
-
-    def grads_(self):
-        "Zero what is masked in the gradients"
-        pairs = [(g, e.float) for e,g in ((e, e.weight.grad) for e in self.masked) if g is not None]
-        if pairs: torch._foreach_mul_(*map(list, zip(*pairs)))
-
-    def state_(self, opt):
-        "Zero what is masked in the optimizer's per-weight state"
-        for e in self.items: e.clean_(opt)
-
-    def fade_(self, opt):
-        "Set what is next to nothing in the optimizer's state of dead weights to 0"
-        for e in self.masked: e.fade_(opt)
-
-    def reinit_(self, f):
-        "Replace the weights that are masked by those of `f(weight)`; kept ones do not change by a bit"
-        for e in self.masked: e.weight.data.copy_(torch.where(e.full, e.weight.data, f(e.weight)))
-
-    def checksum(self) -> int:
-        "One number for all masks, equal on two ranks only where they agree"
-        crc = 0
-        for e in self.items: crc = zlib.crc32(np.packbits(e.mask.cpu().numpy()).tobytes(), crc)
-        return crc
-
-    def sync_ranks(self):
-        "Take the masks of rank 0, in a distributed run"
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-        for e in self.items: e.sync()
-
-    def check_ranks(self):
-        "Raise where the ranks of a distributed run disagree about the masks"
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-        sums = [None]*torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(sums, self.checksum())
-        if len(set(sums)) > 1: raise RuntimeError(
-            f"Masks differ between ranks (checksums {sums}). Give all ranks the same seed and the same "
-            "initial weights.")
-
-    # what an `EffectState` asks of what it holds
-    def keys(self): return [param_name(e.layer, b) for e in self.items for b in e.bufs]
-    def unpack(self, opt=None):
-        "Make ordinary layers of sparse ones, and let `opt` train those"
-        for e in self.sparse: e.unpack(opt)
-    def plain_state(self, state_dict):
-        "A state dict under the keys of the plain network"
-        for e in self.sparse: state_dict = e.plain_state(state_dict)
-        return state_dict
-    def release(self):
-        for e in self.items: e.release()
-    def burn_in(self):
-        self.catch_up(strict=True)
-        self.weights_()
-    def catch_up(self,
-        strict=False # Raise where the masks keep more than they may? Else they are left alone
-    ):
-        "Put weights in step with masks that were written from outside, as those of an average are"
-        late = [e for e in self.items if e.late]
-        # `functional_call` lends others
-        if not late or not all(isinstance(e.param, nn.Parameter) for e in late): return
-        try: self.check_budget({e.name: e.mask for e in self.items})
-        except ValueError:
-            if strict: raise ValueError(self._averaged(late)) from None
-            return
-        for e in late: e.catch_up()
-
-    def _averaged(self, late):
-        n = sum(int(e.mask.sum()) for e in self.items)
-        return (f"{late[0].name}: its mask was changed from outside, and the masks now keep {n:,} of {self.units:,} units, which this run never does: "
-                "masks were averaged along with the weights. Average the weights only, as `AveragedModel(model)` and timm's `ModelEmaV3(model)` do: the masks then follow by themselves.")
-
-    def loose(self) -> str:
-        "Why masking would change the network, empty where it would not"
-        n,e = max(((e.loose(), e) for e in self.masked), key=lambda o: o[0], default=(0, None))
-        if not n: return ''
-        return (f"{e.name}: {n:,} weights outside of its mask are not 0. They were changed from outside, as by an average of the parameters "
-                "alone, whose mask stayed what it was. Average a network whose masks follow, as `AveragedModel(model)` has them, "
-                "or mask the weights for good: `for st in effects(model).values(): st.holder.weights_()`.")
-    def check(self, state_dict, prefix=''):
-        "Refuse masks of another shape or budget, before anything is copied"
-        found = {e.name: e.find(state_dict, prefix) for e in self.items}
-        lost = [n for n,m in found.items() if m is None]
-        if 0 < len(lost) < len(found): raise ValueError(
-            f"{lost[0]}: the file holds masks, but none for this parameter. Build the callback with "
-            "the include= and exclude= of the saved run.")
-        for e in self.items:
-            m = found[e.name]
-            if m is not None and m.shape != e.mask.shape: raise ValueError(
-                f"{e.name}: the file's mask has shape {tuple(m.shape)}, this one "
-                f"{tuple(e.mask.shape)}. Use the granularity of the saved run.")
-            if m is not None and e.groups and (nm_groups(m, *e.groups).sum(1)*e.units != e.live*e.groups[0]).any(): raise ValueError(
-                f"{e.name}: the file's mask is of another n:m pattern than this one. Use the "
-                "granularity of the saved run.")
-        if all(m is not None for m in found.values()): self.check_budget(found)
-
     each = None
-    def allow(self, each:list, total:range):
-        "Live units that a file may keep, by parameter and in all, where their number changes in training"
-        self.each,self.total = each,total
 
-    def check_budget(self, found):
-        "Refuse masks (parameter name -> tensor) that keep another number of units"
-        ns = {n: int(m.sum()) for n,m in found.items()}
-        n,bad = sum(ns.values()),[e for e,ok in zip(self.items, self.each or [])
-            if ns[e.name] not in ok]
-        if self.each is None and n != self.live: raise ValueError(
-            f"The file's masks keep {n} units, these {self.live} of {self.units}. Build the callback with the sparsity of the saved run, "
-            "or call `learn.release()` first.")
-        if self.each is None or not bad and n in self.total: return
-        what = (f"{bad[0].name}: the file's mask keeps {ns[bad[0].name]} of {bad[0].units} units" if bad
-            else f"The file's masks keep {n} of {self.units} units")
-        raise ValueError(f"{what}, which this schedule never does. Build the callback with the "
-            "settings of the saved run: sparsity, schedule and the number of steps.")
+# %% ../../nbs/masks/01_store.ipynb #621aa145
+@patch
+def counts(self:MaskStore) -> dict: return {e.name: int(e.mask.sum()) for e in self.items}
 
-    def move_(self, dropped, grown, values=None, opt=None, only=None):
-        "Apply a rewire: per parameter the units that go (weight 0) and come (`values`, or 0); state 0 at both if `opt` is given (`only`: these of its tensors)"
-        for i,(e,d,g) in enumerate(zip(self.items, dropped, grown)):
-            if len(d) or len(g): e.move_(d, g, None if values is None else values[i], opt, only)
+# %% ../../nbs/masks/01_store.ipynb #5496b38f
+@patch
+def weights_(self:MaskStore):
+    "Zero what is masked in the weights"
+    if self.masked:
+        torch._foreach_mul_([e.weight.data for e in self.masked], [e.float for e in self.masked])
+
+@patch
+def grads_(self:MaskStore):
+    "Zero what is masked in the gradients"
+    pairs = [(g, e.float) for e,g in ((e, e.weight.grad) for e in self.masked) if g is not None]
+    if pairs: torch._foreach_mul_(*map(list, zip(*pairs)))
+
+@patch
+def state_(self:MaskStore, opt):
+    "Zero what is masked in the optimizer's per-weight state"
+    for e in self.items: e.clean_(opt)
+
+@patch
+def fade_(self:MaskStore, opt):
+    "Set what is next to nothing in the optimizer's state of dead weights to 0"
+    for e in self.masked: e.fade_(opt)
+
+@patch
+def reinit_(self:MaskStore, f):
+    "Replace the weights that are masked by those of `f(weight)`; kept ones do not change by a bit"
+    for e in self.masked: e.weight.data.copy_(torch.where(e.full, e.weight.data, f(e.weight)))
+
+@patch
+def checksum(self:MaskStore) -> int:
+    "One number for all masks, equal on two ranks only where they agree"
+    crc = 0
+    for e in self.items: crc = zlib.crc32(np.packbits(e.mask.cpu().numpy()).tobytes(), crc)
+    return crc
+
+@patch
+def sync_ranks(self:MaskStore):
+    "Take the masks of rank 0, in a distributed run"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    for e in self.items: e.sync()
+
+# %% ../../nbs/masks/01_store.ipynb #0a3b0b7e
+@patch
+def check_ranks(self:MaskStore):
+    "Raise where the ranks of a distributed run disagree about the masks"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    sums = [None]*torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sums, self.checksum())
+    if len(set(sums)) > 1: raise RuntimeError(
+        f"Masks differ between ranks (checksums {sums}). Give all ranks the same seed and the same "
+        "initial weights.")
+
+# %% ../../nbs/masks/01_store.ipynb #8ea0bcd6
+# what an `EffectState` asks of what it holds
+@patch
+def keys(self:MaskStore): return [param_name(e.layer, b) for e in self.items for b in e.bufs]
+
+# %% ../../nbs/masks/01_store.ipynb #cab2d500
+@patch
+def unpack(self:MaskStore, opt=None):
+    "Make ordinary layers of sparse ones, and let `opt` train those"
+    for e in self.sparse: e.unpack(opt)
+
+@patch
+def plain_state(self:MaskStore, state_dict):
+    "A state dict under the keys of the plain network"
+    for e in self.sparse: state_dict = e.plain_state(state_dict)
+    return state_dict
+
+# %% ../../nbs/masks/01_store.ipynb #46424ae9
+@patch
+def release(self:MaskStore):
+    for e in self.items: e.release()
+
+@patch
+def burn_in(self:MaskStore):
+    self.catch_up(strict=True)
+    self.weights_()
+
+# %% ../../nbs/masks/01_store.ipynb #29c96cd7
+@patch
+def catch_up(self:MaskStore,
+    strict=False # Raise where the masks keep more than they may? Else they are left alone
+):
+    "Put weights in step with masks that were written from outside, as those of an average are"
+    late = [e for e in self.items if e.late]
+    # `functional_call` lends others
+    if not late or not all(isinstance(e.param, nn.Parameter) for e in late): return
+    try: self.check_budget({e.name: e.mask for e in self.items})
+    except ValueError:
+        if strict: raise ValueError(self._averaged(late)) from None
+        return
+    for e in late: e.catch_up()
+
+# %% ../../nbs/masks/01_store.ipynb #b41b13bd
+@patch
+def _averaged(self:MaskStore, late):
+    n = sum(int(e.mask.sum()) for e in self.items)
+    return (f"{late[0].name}: its mask was changed from outside, and the masks now keep {n:,} of {self.units:,} units, which this run never does: "
+            "masks were averaged along with the weights. Average the weights only, as `AveragedModel(model)` and timm's `ModelEmaV3(model)` do: the masks then follow by themselves.")
+
+# %% ../../nbs/masks/01_store.ipynb #5d805dff
+@patch
+def loose(self:MaskStore) -> str:
+    "Why masking would change the network, empty where it would not"
+    n,e = max(((e.loose(), e) for e in self.masked), key=lambda o: o[0], default=(0, None))
+    if not n: return ''
+    return (f"{e.name}: {n:,} weights outside of its mask are not 0. They were changed from outside, as by an average of the parameters "
+            "alone, whose mask stayed what it was. Average a network whose masks follow, as `AveragedModel(model)` has them, "
+            "or mask the weights for good: `for st in effects(model).values(): st.holder.weights_()`.")
+
+@patch
+def check(self:MaskStore, state_dict, prefix=''):
+    "Refuse masks of another shape or budget, before anything is copied"
+    found = {e.name: e.find(state_dict, prefix) for e in self.items}
+    lost = [n for n,m in found.items() if m is None]
+    if 0 < len(lost) < len(found): raise ValueError(
+        f"{lost[0]}: the file holds masks, but none for this parameter. Build the callback with "
+        "the include= and exclude= of the saved run.")
+    for e in self.items:
+        m = found[e.name]
+        if m is not None and m.shape != e.mask.shape: raise ValueError(
+            f"{e.name}: the file's mask has shape {tuple(m.shape)}, this one "
+            f"{tuple(e.mask.shape)}. Use the granularity of the saved run.")
+        if m is not None and e.groups and (nm_groups(m, *e.groups).sum(1)*e.units != e.live*e.groups[0]).any(): raise ValueError(
+            f"{e.name}: the file's mask is of another n:m pattern than this one. Use the "
+            "granularity of the saved run.")
+    if all(m is not None for m in found.values()): self.check_budget(found)
+
+@patch
+def allow(self:MaskStore, each:list, total:range):
+    "Live units that a file may keep, by parameter and in all, where their number changes in training"
+    self.each,self.total = each,total
+
+# %% ../../nbs/masks/01_store.ipynb #9e6055d2
+@patch
+def check_budget(self:MaskStore, found):
+    "Refuse masks (parameter name -> tensor) that keep another number of units"
+    ns = {n: int(m.sum()) for n,m in found.items()}
+    n,bad = sum(ns.values()),[e for e,ok in zip(self.items, self.each or [])
+        if ns[e.name] not in ok]
+    if self.each is None and n != self.live: raise ValueError(
+        f"The file's masks keep {n} units, these {self.live} of {self.units}. Build the callback with the sparsity of the saved run, "
+        "or call `learn.release()` first.")
+    if self.each is None or not bad and n in self.total: return
+    what = (f"{bad[0].name}: the file's mask keeps {ns[bad[0].name]} of {bad[0].units} units" if bad
+        else f"The file's masks keep {n} of {self.units} units")
+    raise ValueError(f"{what}, which this schedule never does. Build the callback with the "
+        "settings of the saved run: sparsity, schedule and the number of steps.")
+
+@patch
+def move_(self:MaskStore, dropped, grown, values=None, opt=None, only=None):
+    "Apply a rewire: per parameter the units that go (weight 0) and come (`values`, or 0); state 0 at both if `opt` is given (`only`: these of its tensors)"
+    for i,(e,d,g) in enumerate(zip(self.items, dropped, grown)):
+        if len(d) or len(g): e.move_(d, g, None if values is None else values[i], opt, only)
 
 # %% ../../nbs/masks/01_store.ipynb #ff257757
 def _nm_mask(score, n, m, transposed=False):

@@ -50,6 +50,7 @@ def _nm_shape(shape, m, outputs, granularity):
             f"of {m}.")
     return tuple(shape)
 
+# %% ../../nbs/masks/00_units.ipynb #b556b169
 def unit_shape(
     shape:tuple, # Shape of the weight
     granularity:str='weight', # 'weight', 'row', 'kernel', 'filter', a block 'RxC' or 'n:m'
@@ -117,6 +118,7 @@ def units_below(
         if len(hit): found.append(hit+i)
     return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.long)
 
+# %% ../../nbs/masks/00_units.ipynb #73016cdc
 def unit_scores(
     w:torch.Tensor, # Weight
     shape:tuple # Mask shape, from `unit_shape`

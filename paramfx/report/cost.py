@@ -97,6 +97,7 @@ def _formulas(flop_registry):
     if attention is not None: more[attention] = _attention_flops
     return {**flop_registry, **more}
 
+# %% ../../nbs/report/00_cost.ipynb #a044d129
 class _MacCount:
     "Running totals (dense, executed, nonzero), fed by the flop formulas and by modules that answer for themselves"
     def __init__(self, model):

@@ -61,6 +61,7 @@ def plan(self:Learner,
     what,model = _resolve(what, kwargs),root_module(self.model)
     with untouched(model, self.dls): return _planned(self, model, what, kwargs)
 
+# %% ../../nbs/report/02_plan.ipynb #9e4ee566
 def _planned(self, model, what, kwargs):
     old = effects(model).get(getattr(what, 'name', None))
     if old is not None: what._check_settings(old)

@@ -56,6 +56,7 @@ def _picture(ax, img, width, **kwargs):
     ax.set(xticks=[], yticks=[])
     return ax
 
+# %% ../../nbs/report/01_plots.ipynb #2284d97f
 def plot_mask(
     mask, # Two- or four-dimensional mask, true = kept
     shape:tuple|None=None, # Read the mask in this shape first
@@ -239,6 +240,7 @@ def _curves(ax, points):
             marker='D' if one else 'osv^<>P'[i%7], ms=7 if one else 5, label=str(k))
     ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
 
+# %% ../../nbs/report/01_plots.ipynb #c1ff0587
 def plot_tradeoff(
     points:dict, # Name -> (cost, quality), or a list of such pairs for a method with several settings
     *,
@@ -270,6 +272,7 @@ _PLACES = ([(7,0), (0,7), (0,-7), (-7,0), (7,9), (7,-9)]
     + [(x*r, y*r) for r in (20,32,44)
     for x,y in ((.7,.7), (.7,-.7), (-.7,.7), (-.7,-.7), (0,1), (0,-1))])
 
+# %% ../../nbs/report/01_plots.ipynb #11498f54
 def _name(ax, name, at, dx, dy):
     "Write `name` beside a point, with a line to it from further away; also its box"
     sides = ('center','left','right')[np.sign(dx).astype(int)],('center','bottom',

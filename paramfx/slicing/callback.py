@@ -12,7 +12,7 @@ from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from fastai.basics import AvgLoss, TrainEvalCallback, ValueMetric, to_float
 from ..core.clock import Clock
 from ..core.tables import Table
@@ -81,6 +81,7 @@ def _private(model, plan):
                 if p is not None and p.requires_grad: used.setdefault(p, set()).add(key)
     return used
 
+# %% ../../nbs/slicing/08_callback.ipynb #75d2c0e8
 class SliceTrain(EffectCallback):
     "Train at several widths in each step"
     # sees the model's output and the loss before anyone else
@@ -112,56 +113,10 @@ class SliceTrain(EffectCallback):
             raise ValueError(
                 f"distill={distill!r}: give True, False or a function f(pred, full_pred, *yb).")
 
-    def _schedule(self, rates):
-        return RateSchedule(self.schedule, rates, self.n_random, self.probs, self.seed)
-
     # -- slices
     def _check_settings(self, old):
         if self.rates is None: self.rates = old.settings['rates'] # those that it is sliced at
         super()._check_settings(old)
-
-    def _sample(self, learn):
-        if learn is None:
-            raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no "
-                "sample. Call `slice_model(model, x)` first.")
-        return sample_batch(learn.dls)
-
-    def _agree(self, model):
-        "Raise where the model is sliced in another way than the settings say"
-        plan = slice_plan(model)
-        rates = (plan.rates if self.rates is None
-            else sorted({check_rate(r) for r in self.rates}, reverse=True))
-        if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
-                                             f"Give these rates or none, or call `unslice({caller_model()})` first.")
-        for k,default in _CONVERT.items():
-            v = getattr(self, k)
-            if v != default and (k in _ONCE or v != getattr(plan, k)): raise ValueError(f"{k}={v!r}: this model is sliced already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
-                f"Leave {k} out, or call `unslice({caller_model()})` first.")
-        rows = [dict(rate=r, smallest=min(plan.keys[r].values(), default=None)) for r in plan.rates]
-        part = next(m for m in model.modules() if m.__dict__.get('_slicing') is plan)
-        return Table(rows+slice_rows(plan, part), note='sliced already')
-
-    def _convert_args(self):
-        return dict(rates=_RATES if self.rates is None else self.rates,
-            **{k: getattr(self, k) for k in _CONVERT})
-
-    def plan(self, model, learn=None):
-        "Rows of the rates; raises where the model cannot be sliced or trained like this"
-        if learn is not None: distiller(learn.loss_func, self.distill)
-        if _is_sliced(model): rows = self._agree(model)
-        else: rows = plan_slices(model, self._sample(learn), **self._convert_args())
-        self._schedule([r['rate'] for r in rows if 'rate' in r])
-        return rows
-
-    def convert(self, model, learn=None):
-        "Slice `model`, unless it is sliced already; everything is checked first"
-        rows,own = self.plan(model, learn),not _is_sliced(model)
-        if own:
-            slice_model(model, self._sample(learn), opt=getattr(learn, 'opt', None),
-                **self._convert_args())
-        rates = {f'rate_{i}': r for i,r in enumerate(slice_plan(model).rates)}
-        return EffectState(self.name, self.settings, Clock(),
-            SliceHolder(model, own, f'{self.name}_effect'), rows, **rates)
 
     @classmethod
     def without(cls, model):
@@ -192,103 +147,181 @@ class SliceTrain(EffectCallback):
     def _acts(self): # not a second instance, added by a cell run again
         return getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name) is self
 
-    def before_batch(self):
-        self._leave()
-        if not self.training or not self._acts: return
-        plan,d,rates = self.slices,self.__dict__,self.now
-        d.setdefault('_ran', set()).update(rates)
-        d.update(_rates=rates, _stack=ExitStack())
-        d['_stack'].enter_context(plan.at(rates[0], threads=True))
-        if rates[1:]: d['_stack'].enter_context(no_sync(self.learn.model))
+# %% ../../nbs/slicing/08_callback.ipynb #f773214f
+@patch
+def _schedule(self:SliceTrain, rates):
+    return RateSchedule(self.schedule, rates, self.n_random, self.probs, self.seed)
 
-    def after_pred(self): self.__dict__.update(_kinds=autocast_now(self.x), _raw=self.pred)
-    def after_loss(self):
-        d = self.__dict__
-        d['_pick'],rates = picked(d.pop('_raw', None), self.pred),d.get('_rates', [])
-        if rates[1:] and self.loss_grad.requires_grad:
-            # what accumulation, GradScaler and `reduce` make of it
-            d['_hook'] = self.loss_grad.register_hook(lambda g: d.update(_scale=g))
-            # they write into it
-            self.learn.loss_grad = (self.loss_grad/len(rates) if self.reduce == 'mean'
-                else self.loss_grad.clone())
-        if len(rates) == 1: self.learn.loss_grad = self._touch(self.loss_grad)
+@patch
+def _sample(self:SliceTrain, learn):
+    if learn is None:
+        raise ValueError("SliceTrain: this model is not sliced, and without a Learner there is no "
+            "sample. Call `slice_model(model, x)` first.")
+    return sample_batch(learn.dls)
 
-    def after_backward(self):
-        d = self.__dict__
-        rates,scale = d.get('_rates', []),d.get('_scale')
-        self._leave()
-        if scale is None: return # there is one pass only, or its backward was cancelled
-        teach = distiller(self.learn.loss_func, self.distill) if rates[0] == 1 else None
-        for r in rates[1:]: self._pass(r, teach, scale, r == rates[-1])
+@patch
+def _agree(self:SliceTrain, model):
+    "Raise where the model is sliced in another way than the settings say"
+    plan = slice_plan(model)
+    rates = (plan.rates if self.rates is None
+        else sorted({check_rate(r) for r in self.rates}, reverse=True))
+    if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
+                                         f"Give these rates or none, or call `unslice({caller_model()})` first.")
+    for k,default in _CONVERT.items():
+        v = getattr(self, k)
+        if v != default and (k in _ONCE or v != getattr(plan, k)): raise ValueError(f"{k}={v!r}: this model is sliced already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
+            f"Leave {k} out, or call `unslice({caller_model()})` first.")
+    rows = [dict(rate=r, smallest=min(plan.keys[r].values(), default=None)) for r in plan.rates]
+    part = next(m for m in model.modules() if m.__dict__.get('_slicing') is plan)
+    return Table(rows+slice_rows(plan, part), note='sliced already')
 
-    def _pass(self, rate, teach, scale, last):
-        "Forward and backward at another rate; processes exchange gradients in the last one"
-        with nullcontext() if last else no_sync(self.learn.model):
-            self._touch(self._forward(rate, teach)[1], last).backward(scale)
+@patch
+def _convert_args(self:SliceTrain):
+    return dict(rates=_RATES if self.rates is None else self.rates,
+        **{k: getattr(self, k) for k in _CONVERT})
 
-    def _forward(self, rate, teach=None):
-        "Prediction and loss, as the training loop would make them"
-        d = self.__dict__
-        with self.slices.at(rate, threads=True), autocast_as(d['_kinds']):
-            pred = self.learn.model(*self.xb)
-            if d['_pick'] is not None: pred = pred[d['_pick']]
-            pred = (pred.to(self.pred.dtype) if isinstance(self.pred, torch.Tensor) else to_float(pred)
-                if d['_kinds'] else pred)
-            return (pred,teach(pred, self.pred.detach(), *self.yb) if teach
-                else self.learn.loss_func(pred, *self.yb))
+# %% ../../nbs/slicing/08_callback.ipynb #68b00ae4
+@patch
+def plan(self:SliceTrain, model, learn=None):
+    "Rows of the rates; raises where the model cannot be sliced or trained like this"
+    if learn is not None: distiller(learn.loss_func, self.distill)
+    if _is_sliced(model): rows = self._agree(model)
+    else: rows = plan_slices(model, self._sample(learn), **self._convert_args())
+    self._schedule([r['rate'] for r in rows if 'rate' in r])
+    return rows
 
-    def run_at(self, rate):
-        "Prediction and loss of the batch at hand"
-        with torch.no_grad(): return self._forward(rate)
+@patch
+def convert(self:SliceTrain, model, learn=None):
+    "Slice `model`, unless it is sliced already; everything is checked first"
+    rows,own = self.plan(model, learn),not _is_sliced(model)
+    if own:
+        slice_model(model, self._sample(learn), opt=getattr(learn, 'opt', None),
+            **self._convert_args())
+    rates = {f'rate_{i}': r for i,r in enumerate(slice_plan(model).rates)}
+    return EffectState(self.name, self.settings, Clock(),
+        SliceHolder(model, own, f'{self.name}_effect'), rows, **rates)
 
-    def _touch(self, loss, last=True):
-        "Distributed training waits for each parameter: those of idle slices take part with 0"
-        idle = (_private(self.learn.model, self.slices) if last
-            and hasattr(self.learn.model, 'no_sync') else ())
-        return loss + 0*sum(p.sum() for p in idle) if idle else loss
+# %% ../../nbs/slicing/08_callback.ipynb #213eee6b
+@patch
+def before_batch(self:SliceTrain):
+    self._leave()
+    if not self.training or not self._acts: return
+    plan,d,rates = self.slices,self.__dict__,self.now
+    d.setdefault('_ran', set()).update(rates)
+    d.update(_rates=rates, _stack=ExitStack())
+    d['_stack'].enter_context(plan.at(rates[0], threads=True))
+    if rates[1:]: d['_stack'].enter_context(no_sync(self.learn.model))
 
-    def after_batch(self): self._leave()
-    def _leave(self):
-        "The rate in force is that before the batch again"
-        d = self.__dict__
-        if '_stack' in d: d.pop('_stack').close()
-        if '_hook' in d: d.pop('_hook').remove()
-        for k in ('_rates', '_scale', '_raw'): d.pop(k, None)
+@patch
+def after_pred(self:SliceTrain): self.__dict__.update(_kinds=autocast_now(self.x), _raw=self.pred)
 
-    # -- asked by the keeper
-    def on_start(self, learn):
-        distiller(learn.loss_func, self.distill)
-        check_norms(root_module(learn.model))
-        self.__dict__.pop('_sched', None)
-        self.__dict__['_looked'] = 0
+@patch
+def after_loss(self:SliceTrain):
+    d = self.__dict__
+    d['_pick'],rates = picked(d.pop('_raw', None), self.pred),d.get('_rates', [])
+    if rates[1:] and self.loss_grad.requires_grad:
+        # what accumulation, GradScaler and `reduce` make of it
+        d['_hook'] = self.loss_grad.register_hook(lambda g: d.update(_scale=g))
+        # they write into it
+        self.learn.loss_grad = (self.loss_grad/len(rates) if self.reduce == 'mean'
+            else self.loss_grad.clone())
+    if len(rates) == 1: self.learn.loss_grad = self._touch(self.loss_grad)
 
-    def on_grads(self, learn):
-        plan = slice_plan(learn.model)
-        ran = self.__dict__.pop('_ran', {plan.key})
-        for p,keys in _private(root_module(learn.model), plan).items():
-            if not keys & ran: p.grad = None # a zero would leave momentum and weight decay at work
+@patch
+def after_backward(self:SliceTrain):
+    d = self.__dict__
+    rates,scale = d.get('_rates', []),d.get('_scale')
+    self._leave()
+    if scale is None: return # there is one pass only, or its backward was cancelled
+    teach = distiller(self.learn.loss_func, self.distill) if rates[0] == 1 else None
+    for r in rates[1:]: self._pass(r, teach, scale, r == rates[-1])
 
-    def on_update(self, learn):
-        if finding_lr(learn): self.__dict__['_looked'] += 1
+@patch
+def _pass(self:SliceTrain, rate, teach, scale, last):
+    "Forward and backward at another rate; processes exchange gradients in the last one"
+    with nullcontext() if last else no_sync(self.learn.model):
+        self._touch(self._forward(rate, teach)[1], last).backward(scale)
 
-    def on_epoch_end(self):
-        plan,dls,model = self.slices,self.learn.dls,root_module(self.learn.model)
-        if plan.norm != 'recal' or not sliced_norms(model): return
-        with rng_guard(dls):
-            measure_norms(model, [r for r in plan.rates if r < 1],
-                (xb for xb,_ in read_batches(dls, dls.train, model, 10)))
+# %% ../../nbs/slicing/08_callback.ipynb #1174d3d3
+@patch
+def _forward(self:SliceTrain, rate, teach=None):
+    "Prediction and loss, as the training loop would make them"
+    d = self.__dict__
+    with self.slices.at(rate, threads=True), autocast_as(d['_kinds']):
+        pred = self.learn.model(*self.xb)
+        if d['_pick'] is not None: pred = pred[d['_pick']]
+        pred = (pred.to(self.pred.dtype) if isinstance(self.pred, torch.Tensor) else to_float(pred)
+            if d['_kinds'] else pred)
+        return (pred,teach(pred, self.pred.detach(), *self.yb) if teach
+            else self.learn.loss_func(pred, *self.yb))
 
-    def on_leave(self):
-        self._leave()
-        for k in ('_ran', '_kinds', '_pick'): self.__dict__.pop(k, None)
+# %% ../../nbs/slicing/08_callback.ipynb #c87f71e2
+@patch
+def run_at(self:SliceTrain, rate):
+    "Prediction and loss of the batch at hand"
+    with torch.no_grad(): return self._forward(rate)
 
-    def more_metrics(self, metrics):
-        "The loss and each metric of the Learner, at each rate below 1"
-        kinds = ({'valid_loss': AvgLoss()}
-            | {m.name: m for m in metrics if not isinstance(m, ValueMetric)})
-        return [RateMetric(m, at, f'{n}@{r:g}') for r in self.slices.rates if r < 1
-            for at in [AtRate(self, r)] for n,m in kinds.items()]
+# %% ../../nbs/slicing/08_callback.ipynb #4a480c18
+@patch
+def _touch(self:SliceTrain, loss, last=True):
+    "Distributed training waits for each parameter: those of idle slices take part with 0"
+    idle = (_private(self.learn.model, self.slices) if last
+        and hasattr(self.learn.model, 'no_sync') else ())
+    return loss + 0*sum(p.sum() for p in idle) if idle else loss
 
+@patch
+def after_batch(self:SliceTrain): self._leave()
+
+@patch
+def _leave(self:SliceTrain):
+    "The rate in force is that before the batch again"
+    d = self.__dict__
+    if '_stack' in d: d.pop('_stack').close()
+    if '_hook' in d: d.pop('_hook').remove()
+    for k in ('_rates', '_scale', '_raw'): d.pop(k, None)
+
+# %% ../../nbs/slicing/08_callback.ipynb #e380b245
+@patch
+def on_start(self:SliceTrain, learn):
+    distiller(learn.loss_func, self.distill)
+    check_norms(root_module(learn.model))
+    self.__dict__.pop('_sched', None)
+    self.__dict__['_looked'] = 0
+
+@patch
+def on_grads(self:SliceTrain, learn):
+    plan = slice_plan(learn.model)
+    ran = self.__dict__.pop('_ran', {plan.key})
+    for p,keys in _private(root_module(learn.model), plan).items():
+        if not keys & ran: p.grad = None # a zero would leave momentum and weight decay at work
+
+@patch
+def on_update(self:SliceTrain, learn):
+    if finding_lr(learn): self.__dict__['_looked'] += 1
+
+@patch
+def on_epoch_end(self:SliceTrain):
+    plan,dls,model = self.slices,self.learn.dls,root_module(self.learn.model)
+    if plan.norm != 'recal' or not sliced_norms(model): return
+    with rng_guard(dls):
+        measure_norms(model, [r for r in plan.rates if r < 1],
+            (xb for xb,_ in read_batches(dls, dls.train, model, 10)))
+
+@patch
+def on_leave(self:SliceTrain):
+    self._leave()
+    for k in ('_ran', '_kinds', '_pick'): self.__dict__.pop(k, None)
+
+# %% ../../nbs/slicing/08_callback.ipynb #0c881101
+@patch
+def more_metrics(self:SliceTrain, metrics):
+    "The loss and each metric of the Learner, at each rate below 1"
+    kinds = ({'valid_loss': AvgLoss()}
+        | {m.name: m for m in metrics if not isinstance(m, ValueMetric)})
+    return [RateMetric(m, at, f'{n}@{r:g}') for r in self.slices.rates if r < 1
+        for at in [AtRate(self, r)] for n,m in kinds.items()]
+
+# %% ../../nbs/slicing/08_callback.ipynb #8526bea8
 def _again_args(st):
     "Plain arguments that continue on a model which the recipe has sliced"
     return ({k:v for k,v in st.settings.items() if k not in _CONVERT and k != 'rates'}

@@ -201,6 +201,7 @@ def _find_slice(index, rate, file):
             f'Call `recalibrate(model, {key!r}, dls=dls)`, then save again')
     return keys[key]
 
+# %% ../../nbs/slicing/11_files.ipynb #1afa9082
 def _read(f, file, index, places, e, name):
     "What slice `e` takes of a tensor, as it stands in the file"
     stored = _where(index, e, name)
@@ -235,6 +236,7 @@ def load_slice(
     for k,s in e['scale'].items(): state[k] = state[k]*s
     return state if model is None else _built(file, index, e['key'], root_module(model), state)
 
+# %% ../../nbs/slicing/11_files.ipynb #d04b8590
 def _built(file, index, key, model, state):
     "The plain subnet, built of `model` by the recipe, with these weights"
     step = dict(verb='plain', args=dict(rate=key), note='')
@@ -282,6 +284,7 @@ def _export_onnx(learn, model, sample, file):
 _EXPORTS = {'.pth': _export_weights, '.pt': _export_weights, '.safetensors': _export_tensors,
     '.pkl': _export_learner, '.onnx': _export_onnx}
 
+# %% ../../nbs/slicing/11_files.ipynb #ae9383c7
 @patch
 def export_slice(self:Learner,
     rate, # Rate, or name of a slice

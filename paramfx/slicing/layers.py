@@ -85,6 +85,7 @@ class _Prefix(torch.autograd.Function):
 # %% ../../nbs/slicing/02_layers.ipynb #6d2771ce
 def _stamp(t): return t.data_ptr(),-1 if t.is_inference() else t._version
 
+# %% ../../nbs/slicing/02_layers.ipynb #b55a7a86
 class Sliced:
     "Mixin: a layer that uses the part of its tensors that is in force"
     def part(self):
@@ -230,6 +231,7 @@ class _QuickNorm(_SlicedNorm):
         return F.batch_norm(x, self._stat('running_mean', f'running_mean_{no}', p),
             self._stat('running_var', f'running_var_{no}', p), *self._pair(p), False, 0., self.eps)
 
+# %% ../../nbs/slicing/02_layers.ipynb #6624a721
 class _QuickConv:
     "A convolution that asks for its weight and bias once"
     def forward(self, x):
@@ -267,6 +269,7 @@ def _blank(base, *names):
     cls = sliced_class(base, *names)
     return cls.__new__(cls)
 
+# %% ../../nbs/slicing/02_layers.ipynb #bbc6fdc2
 def make_sliced(
     layer:nn.Module, # Changed in place; its parameters stay the same objects
     switch:Switch, # Of the network

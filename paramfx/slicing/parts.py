@@ -89,6 +89,7 @@ def _own_norm(m, p, plan, source=None):
 def _mark_ready(model, plan, *keys):
     if plan.norm != 'recal' or not sliced_norms(model): plan.ready |= {*keys}
 
+# %% ../../nbs/slicing/05_parts.ipynb #29f1f8c3
 def put_slices(
     model:nn.Module, # Network, changed in place
     plan:SlicePlan # Its plan
@@ -123,6 +124,7 @@ def add_slice(
 
 def _width(p, m): return p.sizes.get('num_features', 0) or len(m._buffers.get('running_mean', ()))
 
+# %% ../../nbs/slicing/05_parts.ipynb #8c7e48cf
 def drop_slice(
     model:nn.Module, # Sliced network
     plan:SlicePlan, # Its plan

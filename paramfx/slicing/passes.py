@@ -93,6 +93,7 @@ def _at_all(plan, keys, f):
     for k in keys:
         with plan.at(k): f()
 
+# %% ../../nbs/slicing/07_passes.ipynb #6ef8f595
 @torch.no_grad()
 def measure_norms(
     model:nn.Module, # Sliced network

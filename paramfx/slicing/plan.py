@@ -13,7 +13,7 @@ from numbers import Integral, Real
 
 import numpy as np, torch
 from torch import nn
-from fastcore.basics import listify, store_attr
+from fastcore.basics import listify, patch, store_attr
 from ..core.optimizers import caller_model, for_caller, opt_state
 from ..core.layers import match_layers, tell_unknown
 from ..channels.cuts import Cut, tell_stale
@@ -62,6 +62,7 @@ def slice_count(
 # %% ../../nbs/slicing/03_plan.ipynb #e3fe7d88
 def _name_call(name, more=''): return f'`name_slice({caller_model()}, {name!r}{more})`'
 
+# %% ../../nbs/slicing/03_plan.ipynb #6fc2e20d
 class SlicePlan(Switch):
     "The slices of a network, and which of them is in force"
     until_plain = True # `materialize` takes it out
@@ -92,51 +93,59 @@ class SlicePlan(Switch):
         "The `Cut` that a slice stands for"
         return Cut(self.cmap, {n: np.arange(k) for n,k in counts.items()})
 
-    def follow(self, rate=None):
-        "For `materialize`: a function that lets attributes of the plain network tell the widths of this slice"
-        cut = self.cut(self.keys[self.find(rate)])
-        return lambda new: tell_stale(cut.follow(new))
-
-    def counts(self, rate): return {n: self.units(self.cmap[n], rate) for n in self.spaces}
-
-    def check_low(self, rate, where=''):
-        "Raise where `rate` lies below what the network is trained for"
-        if rate < self.lowest: raise ValueError(f"{where}rate={rate:g}: the narrowest that was prepared is {self.lowest:g}. "
-                                           f"Go no lower, or call `unslice({caller_model()})` and slice it anew with this rate.")
-
-    def find(self, rate=None):
-        "The key of a prepared slice, or an error that tells how to prepare it"
-        if rate is None: return self.key
-        if isinstance(rate, str) and rate in self.keys: return rate
-        if isinstance(rate, str): raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. "
-                                               f"Add it with {_name_call(rate, ', {layer: rate}')}.")
-        if isinstance(rate, dict):
-            raise ValueError(f"rate={rate}: several rates go by a name here. Give them one, as with "
-                f"{_name_call('uneven', f', {rate!r}')}, and use that.")
-        key = check_rate(rate)
-        if key in self.keys: return key
-        self.check_low(key)
-        raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Add "
-            f"it with {_name_call(key)}.")
-
-    def unfinished(self, model, effects=(), rate=None) -> str:
-        "What is lost with a slice that is narrower than any that was trained, for `materialize`"
-        key,st = self.find(rate),dict(effects).get('slice_train')
-        ran = {k for m in model.modules() if isinstance(m, Sliced) for k,p in m._parts.items()
-            if p.trained}
-        known = {1., *ran, *(self.rates if st is not None
-            and st.clock.steps else ())} & self.keys.keys()
-        least = lambda n: min(self.keys[k].get(n, self.cmap[n].size) for k in known)
-        if all(k >= least(n) for n,k in self.keys[key].items()): return None
-        with self.at(1.): share = self.cut(self.keys[key]).lost(model)
-        return told_loss(share, f"Slice {key} was never trained, nor a narrower one: train with "
-            "cbs=SliceTrain() before, or this network afterwards.")
-
     def __getstate__(self): return super().__getstate__()|dict(measuring=False)
     def __repr__(self):
         return (f"SlicePlan(rates {', '.join(f'{r:g}' for r in self.rates)}; norm {self.norm}; "
             f"{len(self.spaces)} spaces; now {self.current})")
 
+# %% ../../nbs/slicing/03_plan.ipynb #db7e0114
+@patch
+def follow(self:SlicePlan, rate=None):
+    "For `materialize`: a function that lets attributes of the plain network tell the widths of this slice"
+    cut = self.cut(self.keys[self.find(rate)])
+    return lambda new: tell_stale(cut.follow(new))
+
+@patch
+def counts(self:SlicePlan, rate): return {n: self.units(self.cmap[n], rate) for n in self.spaces}
+
+@patch
+def check_low(self:SlicePlan, rate, where=''):
+    "Raise where `rate` lies below what the network is trained for"
+    if rate < self.lowest: raise ValueError(f"{where}rate={rate:g}: the narrowest that was prepared is {self.lowest:g}. "
+                                       f"Go no lower, or call `unslice({caller_model()})` and slice it anew with this rate.")
+
+@patch
+def find(self:SlicePlan, rate=None):
+    "The key of a prepared slice, or an error that tells how to prepare it"
+    if rate is None: return self.key
+    if isinstance(rate, str) and rate in self.keys: return rate
+    if isinstance(rate, str): raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. "
+                                           f"Add it with {_name_call(rate, ', {layer: rate}')}.")
+    if isinstance(rate, dict):
+        raise ValueError(f"rate={rate}: several rates go by a name here. Give them one, as with "
+            f"{_name_call('uneven', f', {rate!r}')}, and use that.")
+    key = check_rate(rate)
+    if key in self.keys: return key
+    self.check_low(key)
+    raise ValueError(f"rate={rate}: not prepared. There are: {', '.join(map(str, self.keys))}. Add "
+        f"it with {_name_call(key)}.")
+
+# %% ../../nbs/slicing/03_plan.ipynb #4fc4f2bf
+@patch
+def unfinished(self:SlicePlan, model, effects=(), rate=None) -> str:
+    "What is lost with a slice that is narrower than any that was trained, for `materialize`"
+    key,st = self.find(rate),dict(effects).get('slice_train')
+    ran = {k for m in model.modules() if isinstance(m, Sliced) for k,p in m._parts.items()
+        if p.trained}
+    known = {1., *ran, *(self.rates if st is not None
+        and st.clock.steps else ())} & self.keys.keys()
+    least = lambda n: min(self.keys[k].get(n, self.cmap[n].size) for k in known)
+    if all(k >= least(n) for n,k in self.keys[key].items()): return None
+    with self.at(1.): share = self.cut(self.keys[key]).lost(model)
+    return told_loss(share, f"Slice {key} was never trained, nor a narrower one: train with "
+        "cbs=SliceTrain() before, or this network afterwards.")
+
+# %% ../../nbs/slicing/03_plan.ipynb #8a08c1a6
 def slice_rows(
     plan:SlicePlan, # Of the network
     model:nn.Module # The network
@@ -185,6 +194,7 @@ def _nothing(cmap, model, only, out):
     return ('the model has no layer whose channels could go' if only is None
         else f'only={only!r} names none here')
 
+# %% ../../nbs/slicing/03_plan.ipynb #dbdd337c
 def choose_spaces(
     cmap, # `ChannelMap` of the model
     model:nn.Module, # Network
@@ -249,6 +259,7 @@ def check_grads(
         "sort='taylor': all gradients are zero, as a Learner leaves them after each step. Run a loss "
         "backward first, or use sort='l1'.")
 
+# %% ../../nbs/slicing/03_plan.ipynb #3ffa6e2b
 @torch.no_grad()
 def sort_channels(
     model:nn.Module, # Network, changed in place; what it computes stays, up to the order of sums

@@ -38,6 +38,7 @@ def _borders(plan, layer, name, d, size):
     ends = {len(pos) for p in parts if (pos := _positions(p, name, d, size))[-1] == len(pos)-1}
     return np.diff([0, *sorted(ends | {size})]).tolist()
 
+# %% ../../nbs/slicing/12_plots.ipynb #9db86d15
 def plot_slices(
     model:nn.Module, # Sliced network
     layer:str, # Name of a layer
@@ -112,6 +113,7 @@ def _first_metric(row):
 
 def _is_number(v): return isinstance(v, (int, float))
 
+# %% ../../nbs/slicing/12_plots.ipynb #2754871d
 def _panel_axes(n):
     import matplotlib.pyplot as plt
     return list(np.ravel(plt.subplots(1, n, figsize=(3.1*n+1.8, 3), sharey=True,

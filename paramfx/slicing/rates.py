@@ -20,6 +20,7 @@ from ..core.samples import generator
 RATE_SCHEDULES = dict(random='', random_min='min', random_max='max', random_min_max='min max', sandwich='min max', # what is in each step
                       static=None, round_robin=None, cycle=None, normal=None, fixed=None)
 
+# %% ../../nbs/slicing/04_rates.ipynb #2575270f
 class RateSchedule:
     "Rates of each training step, from the seed and the number of the step"
     def __init__(self,
@@ -94,6 +95,7 @@ class RateSchedule:
     def __iter__(self): return map(self.at, count())
     def __repr__(self): return f"RateSchedule({self.name}: {', '.join(f'{r:g}' for r in self.rates)})"
 
+# %% ../../nbs/slicing/04_rates.ipynb #c5f8b20c
 def check_schedule(
     name:str # Of a schedule
 ) -> None:

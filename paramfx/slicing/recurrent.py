@@ -40,6 +40,7 @@ def state_property(name:str) -> property:
     "An attribute that each slice has for itself"
     return property(lambda self: self._state(name), lambda self, v: self._put_state(name, v))
 
+# %% ../../nbs/slicing/00_recurrent.ipynb #78e9877c
 class Stateful:
     "Mixin for models that keep states from batch to batch: each slice goes on where it has stopped itself; a reset is one for all of them"
     def _begun(self, key):

@@ -61,6 +61,7 @@ def _steps(plan, rates):
             "no lower.")
     return rates
 
+# %% ../../nbs/slicing/10_search.ipynb #65c2c04c
 def _levels(plan, rates):
     "{space: [(units, rate)]}, widest first"
     res = {}
@@ -70,6 +71,7 @@ def _levels(plan, rates):
         res[n] = [*steps.items()]
     return res
 
+# %% ../../nbs/slicing/10_search.ipynb #61840aad
 class _Search:
     "Trials of slices: what one costs, and its validation loss"
     def __init__(self, learn, model, rates, by, n_batches, n_valid):
@@ -161,6 +163,7 @@ def search_rates(
     table.name = name
     return table
 
+# %% ../../nbs/slicing/10_search.ipynb #fa8da04d
 def _run(search, use, budget, swaps):
     "Cut until the budget is met; then the better of this and of one rate everywhere, improved by exchanges"
     at,col = dict.fromkeys(search.levels, 0),COSTS[search.by]

@@ -12,7 +12,7 @@ from math import floor, inf
 from numbers import Real
 
 import numpy as np
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from ..core.tables import Table
 from .plan import check_rate
 
@@ -75,6 +75,7 @@ def _times(arrivals, duration, seed):
 
 _FITS = 1+1e-9 # for sums of floating point numbers
 
+# %% ../../nbs/slicing/13_serve.ipynb #9eb5fc43
 def _batches(at, secs, sla, reject):
     "(beginning, end, requests waiting, taken, served, rate) of each batch"
     i,free,half,(narrow,least) = 0,0.,sla/2,[*secs.items()][-1]
@@ -111,6 +112,7 @@ def simulate_load(
     at = _times(arrivals, duration, seed)
     return LoadRun(at, [*_batches(at, _useful(secs), sla, overload == 'reject')], secs, sla)
 
+# %% ../../nbs/slicing/13_serve.ipynb #ae279fd6
 def _useful(secs):
     "Without rates that a wider one beats: measured times need not fall with the rate"
     res = {}
@@ -147,13 +149,6 @@ class LoadRun:
         "Which requests were turned away"
         return np.isnan(self.done)
 
-    def queue(self,
-        t # Times in seconds
-    ) -> np.ndarray: # Numbers of requests
-        "How many requests wait to be served, just before each of these times"
-        return np.searchsorted(self.arrived,
-            t)-np.concatenate([[0], self.taken.cumsum()])[np.searchsorted(self.start, t)]
-
     @property
     def row(self) -> dict:
         "The run in one row; shares are of all requests, those per rate of the answered ones"
@@ -170,47 +165,63 @@ class LoadRun:
         "The run as a table of one row"
         return Table([self.row], note=f'{len(self.start)} batches; bound {self.sla:g} s')
     def __repr__(self): return repr(self.table)
-    def _repr_markdown_(self): return self.table._repr_markdown_()
 
-    def plot(self,
-        *,
-        axs=None, # Two axes, one above the other; default: a new figure
-        title:str|None=None # Text above
-    ): # The axes
-        "Queue and chosen rate over time"
-        if not len(self.start):
-            raise ValueError('No request came in this run, so there is nothing to draw.')
-        top,low = _two_axes() if axs is None else np.ravel(axs)
-        self._plot_queue(top)
-        self._plot_rates(low)
-        if title: top.set_title(title, fontsize='medium')
-        return top,low
+# %% ../../nbs/slicing/13_serve.ipynb #abea3fa7
+@patch
+def queue(self:LoadRun,
+    t # Times in seconds
+) -> np.ndarray: # Numbers of requests
+    "How many requests wait to be served, just before each of these times"
+    return np.searchsorted(self.arrived,
+        t)-np.concatenate([[0], self.taken.cumsum()])[np.searchsorted(self.start, t)]
 
-    def _plot_queue(self, ax):
-        t = np.sort(np.concatenate([self.start, np.nextafter(self.start, np.inf),
-            np.linspace(0, self.end[-1], 1000)]))
-        ax.fill_between(t, self.queue(t), color=_BLUE, lw=0, alpha=.6)
-        top,last = self.queue(t).max(),-inf
-        for r,s in self.seconds.items():
-            n = self.sla/2/s
-            if n > 1.1*top: continue
-            ax.axhline(n, color='#808080', lw=.8, ls=':')
-            if n-last > .08*top:
-                ax.text(1.01, last := n, f'rate {r:g}', transform=ax.get_yaxis_transform(), va='center',
-                    fontsize='small', color='#606060')
-        ax.set(ylabel='requests waiting', ylim=(0, None))
+@patch
+def _repr_markdown_(self:LoadRun): return self.table._repr_markdown_()
 
-    def _plot_rates(self, ax):
-        late = np.array([v.any() for v in np.split(self.late | self.rejected,
-            self.taken.cumsum().astype(int)[:-1])])
-        for mine,color,label in ((~late, _BLUE, 'all in time'), (late, _RED, 'some late or rejected')):
-            if mine.any():
-                ax.plot(self.start[mine], self.rates[mine], '.', ms=4, color=color, label=label,
-                    alpha=.7)
-        ax.set(xlabel='seconds', ylabel='rate of each batch', yticks=[*self.seconds],
-            ylim=(0, 1.1*max(self.seconds)))
-        if late.any(): ax.legend(frameon=False, fontsize='small', loc='lower left')
+@patch
+def plot(self:LoadRun,
+    *,
+    axs=None, # Two axes, one above the other; default: a new figure
+    title:str|None=None # Text above
+): # The axes
+    "Queue and chosen rate over time"
+    if not len(self.start):
+        raise ValueError('No request came in this run, so there is nothing to draw.')
+    top,low = _two_axes() if axs is None else np.ravel(axs)
+    self._plot_queue(top)
+    self._plot_rates(low)
+    if title: top.set_title(title, fontsize='medium')
+    return top,low
 
+@patch
+def _plot_queue(self:LoadRun, ax):
+    t = np.sort(np.concatenate([self.start, np.nextafter(self.start, np.inf),
+        np.linspace(0, self.end[-1], 1000)]))
+    ax.fill_between(t, self.queue(t), color=_BLUE, lw=0, alpha=.6)
+    top,last = self.queue(t).max(),-inf
+    for r,s in self.seconds.items():
+        n = self.sla/2/s
+        if n > 1.1*top: continue
+        ax.axhline(n, color='#808080', lw=.8, ls=':')
+        if n-last > .08*top:
+            ax.text(1.01, last := n, f'rate {r:g}', transform=ax.get_yaxis_transform(), va='center',
+                fontsize='small', color='#606060')
+    ax.set(ylabel='requests waiting', ylim=(0, None))
+
+# %% ../../nbs/slicing/13_serve.ipynb #09e76bbe
+@patch
+def _plot_rates(self:LoadRun, ax):
+    late = np.array([v.any() for v in np.split(self.late | self.rejected,
+        self.taken.cumsum().astype(int)[:-1])])
+    for mine,color,label in ((~late, _BLUE, 'all in time'), (late, _RED, 'some late or rejected')):
+        if mine.any():
+            ax.plot(self.start[mine], self.rates[mine], '.', ms=4, color=color, label=label,
+                alpha=.7)
+    ax.set(xlabel='seconds', ylabel='rate of each batch', yticks=[*self.seconds],
+        ylim=(0, 1.1*max(self.seconds)))
+    if late.any(): ax.legend(frameon=False, fontsize='small', loc='lower left')
+
+# %% ../../nbs/slicing/13_serve.ipynb #607edec9
 _BLUE,_RED = '#0072B2','#D55E00'
 
 def _two_axes():

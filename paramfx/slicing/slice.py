@@ -67,6 +67,7 @@ def _keepers(model):
         if all(torch.equal(t, old) for t,old in tensors): keep[n] = m
     return keep
 
+# %% ../../nbs/slicing/06_slice.ipynb #ef0cbd09
 def _carried(model, sample):
     "What modules of a model, which is a copy, leave for their next forward pass, those that can be reset: name -> attributes. The number of texts may be one"
     keep,res,xs = _keepers(model),{},model_inputs(model, sample)
@@ -101,6 +102,7 @@ def _check(model, groups, norm, divisor, rescale, sort):
     check_whole('divisor', divisor)
     if not isinstance(rescale, bool): raise ValueError(f"rescale={rescale!r}: say True or False.")
 
+# %% ../../nbs/slicing/06_slice.ipynb #e3bf690c
 def _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale, sort, embeddings, pin):
     "Plan and report, worked out on a copy"
     model = root_module(model)
@@ -133,6 +135,7 @@ def _planned(model, sample, rates, groups, norm, only, exclude, divisor, rescale
     return plan,Table(rows+slice_rows(plan, trial), note=f"{len(plan.spaces)} of {len(cmap)} spaces "
         "are sliced")
 
+# %% ../../nbs/slicing/06_slice.ipynb #788170b0
 def plan_slices(
     model:nn.Module, # Network; it is not changed
     sample, # Input tensor, or a tuple of the positional inputs
@@ -189,6 +192,7 @@ def slice_model(
 
 slice_model.plan = plan_slices
 
+# %% ../../nbs/slicing/06_slice.ipynb #ee46b3fd
 @recipe_verb('slice')
 def _slice_again(model, sample, **kw):
     slice_model(model, unpack_sample(model, sample), **kw)
@@ -254,6 +258,7 @@ def _counts(model, plan, rates):
             res[n] = plan.units(plan.cmap[n], r)
     return res
 
+# %% ../../nbs/slicing/06_slice.ipynb #bd939812
 def _uneven(model, rates):
     "The slice that a dict of rates stands for, prepared if it is new"
     plan = slice_plan(model)

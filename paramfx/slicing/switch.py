@@ -23,6 +23,7 @@ _here = ContextVar('paramfx_slices', default=None) # {id of a plan: key}
 _mine = local()
 _node_no = torch._C._autograd._get_sequence_nr
 
+# %% ../../nbs/slicing/01_switch.ipynb #e2c7e652
 class Switch:
     "Which slice of a network is in force"
     current = 1. # everything

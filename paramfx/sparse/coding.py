@@ -51,6 +51,7 @@ def encode_mask(
     return np.concatenate([np.packbits(unary),
         *(np.packbits((gaps >> j & 1).astype(np.uint8)) for j in range(k))])
 
+# %% ../../nbs/sparse/11_coding.ipynb #ece12fd5
 def decode_mask(
     code:np.ndarray, # Bytes
     live:int, # Live units

@@ -163,6 +163,7 @@ def _items(model, learn, names):
         for h in hooks: h.remove()
     return {n: k*(getattr(learn.dls.train, 'bs', None) or 1) for n,k in seen.items()}
 
+# %% ../../nbs/sparse/00_compute.ipynb #942c86f5
 def _try(model, rows, learn):
     "Time each of these layers, or guess"
     items = ({} if getattr(learn, 'dls', None) is None
@@ -214,6 +215,7 @@ def use_csr(
         for e in state.holder.items])
     return state
 
+# %% ../../nbs/sparse/00_compute.ipynb #65c0b58e
 class Compute:
     "Mixin of `Exchange`: layers that are sparse in fact"
     def check_compute(self):

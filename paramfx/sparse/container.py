@@ -95,6 +95,7 @@ def are_sizes(o) -> bool:
     "Is this a list of whole numbers that can be sizes?"
     return isinstance(o, list) and all(type(i) is int and 0 <= i < 1 << 62 for i in o)
 
+# %% ../../nbs/sparse/12_container.ipynb #9ca735b3
 def _entry_ok(name, e, at):
     kind = name.rpartition('.')[2] if name.startswith('values.') else 'U8'
     if (kind not in DTYPES or not isinstance(e, dict) or e.get('dtype') != kind
@@ -102,6 +103,7 @@ def _entry_ok(name, e, at):
         return False
     return len(e['shape']) == 1 and e['data_offsets'] == [at, at+e['shape'][0]*DTYPES[kind].itemsize]
 
+# %% ../../nbs/sparse/12_container.ipynb #55689160
 class SealedFile:
     "An open file whose checksum is right: where its regions are, and what stands there"
     def __init__(self,

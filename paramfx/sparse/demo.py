@@ -64,6 +64,7 @@ def _filters(new, fit):
         period=12, n_realloc=2, threshold=.02, grow_init='random', stop_pct=.6))
     return learn.materialize()
 
+# %% ../../nbs/sparse/15_demo.ipynb #a1583877
 def wide_mlp() -> nn.Sequential:
     "A network of matrices that are large enough for sparse products to pay, 1,126,410 parameters"
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),

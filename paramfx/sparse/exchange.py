@@ -23,6 +23,7 @@ from .sparsify import MaskedEffect, check_options, mask_state, plan_masks
 from ..core.state import has_trained, told_loss
 from ..masks.units import check_sparsity, unit_scores
 from ..core.samples import generator
+from fastcore.basics import patch
 
 # %% ../../nbs/sparse/03_exchange.ipynb #9d9b48e0
 def has_momentum(
@@ -96,46 +97,10 @@ def steps_per_epoch(learn) -> int:
     n = len(dl)
     return n if acc is None else max(1, n//ceil(acc.n_acc/(getattr(dl, 'bs', None) or 1)))
 
+# %% ../../nbs/sparse/03_exchange.ipynb #099d46b6
 class Exchange(Compute, MaskedEffect):
     "Mixin of `DynamicSparse`: `how` is its `Rewirer`, or None"
     _stateattrs = 'dense','momentum','lists' # of the steps at hand: fastai leaves them out of an export
-    # -- settings
-    def check_settings(self, methods):
-        "Raise where a setting, or two of them together, make no sense"
-        check_options(self.granularity, self.distribution, self.init_mask)
-        for k,v in (self.sparsity.items() if isinstance(self.sparsity, dict)
-            else [('sparsity', self.sparsity)]):
-            check_sparsity(v, k)
-        check_sparsity(self.start_sparsity, 'start_sparsity')
-        for k,ok in dict(method=methods, grow_init=('zero','random'), state=('zero','keep'),
-            noise=('grad','weight'), sign=('first_step','random')).items():
-            if getattr(self, k) not in ok:
-                raise ValueError(f"{k}={getattr(self, k)!r}: choose one of {', '.join(ok)}.")
-        check_sched('drop_frac', self.drop_frac, lambda f: 0 <= f < 1 and self.drop_frac != 0,
-            "give a share of the live units in (0, 1), or a schedule of such shares")
-        check_sched('period', self.period, lambda n: n >= 1 and (n == int(n) or callable(self.period)),
-            "give at least 1 optimizer step, as a whole number")
-        check_sched('temperature', self.temperature, lambda t: t >= 0, "give 0 or more")
-        if self.two_ended and (self.method != 'set' or self.granularity != 'weight'): raise ValueError(
-            "two_ended=True looks at the signs of weights: use method='set' and granularity='weight', "
-            f"not {self.method!r} and {self.granularity!r}.")
-        for k in ('n_realloc', 'threshold', 'tol', 'stop_pct'):
-            if not isinstance(getattr(self, k), Real) or not getattr(self, k) > 0:
-                raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
-        if self.group_lasso and not self.l1:
-            raise ValueError("group_lasso=True needs its weight: give l1=, such as 1e-4.")
-        if self.n_realloc >= 1 and self.n_realloc != int(self.n_realloc): raise ValueError(
-            f"n_realloc={self.n_realloc!r}: give a share of the live units in (0, 1), or a whole "
-            "number of units.")
-        if (self.stop_epoch is not None
-            and (isinstance(self.stop_epoch, bool) or not self.stop_epoch >= 0)):
-            raise ValueError(f"stop_epoch={self.stop_epoch!r}: give the first epoch without a rewire, "
-                "0 or more.")
-        for k in ('l1', 'eta'):
-            if not getattr(self, k) >= 0: raise ValueError(f"{k}={getattr(self, k)!r}: give 0 or more.")
-        Clock(self.span, self.epochs)
-        self.check_compute()
-        if self.how is not None: self.how.check(self)
 
     # -- masks
     def first_masks(self) -> dict:
@@ -167,67 +132,10 @@ class Exchange(Compute, MaskedEffect):
                 f"{r['layer']}: {what} goes by the signs of weights, and these are complex. Use "
                 f"method='set', or leave the layer dense (exclude={r['layer'].rpartition('.')[0]!r}).")
 
-    def convert(self, model, learn=None):
-        "Mask `model`; everything is checked first"
-        table = self.plan(model, learn)
-        # a shared tensor under each of its names
-        params = dict(model.named_parameters(remove_duplicate=False))
-        frozen = [r['layer'] for r in table if 'live' in r and not params[r['layer']].requires_grad]
-        if frozen and self.init_mask == 'random' and any(r.get('sparsity') for r in table): warn(
-            f"DynamicSparse: {len(frozen)} frozen parameters ({frozen[0]}, ...) are masked at random, which ruins pretrained weights. "
-            "Use init_mask='magnitude', or exclude them.")
-        squares = lambda ns: sum(float(params[n].detach().double().square().sum()) for n in ns)
-        names = ([r['layer'] for r in table if 'live' in r] if learn is not None and not frozen
-            and has_trained(learn) else [])
-        before = squares(names)
-        st = mask_state(model, self.settings, Clock(self.span, self.epochs), **self.first_masks())
-        lost = told_loss(1-squares(names)/before if before else 0., "Masks act at once: " + (
-            "init_mask='magnitude' keeps the largest weights, and " if self.init_mask == 'random'
-            else '') + "`learn.prune` takes weights out step by step.")
-        if lost: warn(f"DynamicSparse: {lost}")
-        use_csr(st, [r['layer'].rpartition('.')[0] for r in table if r.get('compute') == 'csr'],
-            getattr(learn, 'opt', None))
-        st.report,store = table,st.holder
-        if self.how is not None and self.how.shrinks:
-            store.allow([range(1, e.units+1) for e in store.items],
-                range(sum(r.get('end', 0) for r in table), store.live+1))
-        if self.explored:
-            for e in store.items: e.follow()
-        return st
-
-    def final(self, model, learn=None):
-        "As `convert`, with as many units as there are at the end"
-        st = self.convert(model, learn)
-        if self.how is not None and self.how.shrinks:
-            items = st.holder.items
-            keep = keep_global(items, [r['end'] for r in st.report if 'end' in r])
-            gone = [(e.mask & ~k).flatten().nonzero().flatten() for e,k in zip(items, keep)]
-            st.holder.move_(gone, [d[:0] for d in gone])
-        return st
-
-    def target(self, live):
-        return max(1, round(self.n_realloc*live)) if self.n_realloc < 1 else int(self.n_realloc)
-
     # -- when
     def on_start(self, learn):
         super().on_start(learn)
         if self.how is not None: self.how.ready(self, learn)
-
-    def on_epoch(self):
-        v = self.effect.values
-        if not v['threshold']: v['threshold'] = self.threshold
-        v['rewired'] = 0.
-        self.__dict__['auto'] = _every(self.learn)
-
-    def value(self, sched) -> float:
-        "What a schedule says now: a step table by the epoch, whose keys may lie within one, all else by the position"
-        pos = self.effect.clock.step_pos
-        # 29/100*100 is 28.999...
-        return float(sched.at(pos*self._epochs + 1e-9) if isinstance(sched, SchedSteps) else sched(pos))
-
-    def _period(self):
-        return (max(1, int(self.value(self.steps))) if self.steps is not None else self.how.period
-            or self.auto)
 
     @property
     def _epochs(self):
@@ -248,17 +156,6 @@ class Exchange(Compute, MaskedEffect):
         return (self.how is not None and c.step_pos < self.stop_pct
             and (self.stop_epoch is None or c.span_epoch < self.stop_epoch))
 
-    def due(self):
-        "Is a rewire due after the optimizer step that was just made?"
-        if self.how is None or self.how.idle(self): return False
-        if self.how.late(self): return True
-        n = self.effect.clock.steps
-        return self.moving and n%self._period() == 0 and (n > 0 or self.how.period == 1)
-
-    def on_step(self):
-        if self.due(): self.rewire(self.learn.opt)
-        if self.store.sparse: self.__dict__.pop('dense', None) # it would be the largest tensor of all
-
     def on_grads(self, learn):
         "On a step of a method that goes by gradients: note them before they are masked; True: no optimizer step"
         swap = self.how is not None and self.how.by_grads and not finding_lr(learn) and self.due()
@@ -277,80 +174,210 @@ class Exchange(Compute, MaskedEffect):
             self.how.after_step(self, learn)
         super().on_update(learn)
 
-    # -- what
-    def rewire(self, opt=None):
-        "Drop, allocate, grow: once, now; `opt` loses its state at the units that move"
-        part = MaskStore([e for e in self.store.items if e.trainable])
-        if not len(part): return
-        how,v,items,live = self.how,self.effect.values,part.items,part.live
-        how.start(self, items, live)
-        dropped,grow,n_dropped = self._choose(items)
-        if any(map(len, dropped)):
-            gens = [generator(self.seed, 'rewire', int(v['rewires']), e.name) for e in items]
-            grown = how.grow(self, items, dropped, grow, gens)
-            if how.comes_back: dropped,grown = map(list, zip(*map(unmoved, dropped, grown)))
-            values = ([grow_values(e, g) for e,g in zip(items, gens)] if self.grow_init == 'random'
-                else None)
-            part.move_(dropped, grown, values, None if self.state == 'keep' else opt, ('slow_weights',
-                ) if how.dense_state else None)
-        else: grown = dropped
-        self._record(items, dropped, grown)
-        how.done(self, items, grown, n_dropped, live)
-        v.update(rewires=v['rewires']+1, rewired=v['rewired']+sum(map(len, grown)))
-        # talks to all ranks
-        if how.period != 1 or self.effect.clock.steps%self.__dict__.get('auto', 1) == 0:
-            self.store.check_ranks()
-
-    def _choose(self, items):
-        "Units to drop in each layer, how many to grow, and how many were to be dropped"
-        chosen = self.how.drop(self, items)
-        dropped = [drop_in_groups(e.weight, e.mask, d, *e.groups) if e.groups else d
-            for e,d in zip(items, chosen)]
-        grow = self.how.allocate(self, items, dropped)
-        return self.how.settle(self, items, dropped, grow),grow,sum(map(len, chosen))
-
-    def _record(self, items, dropped, grown):
-        c,h,w = self.effect.clock,self.effect.history,self.__dict__.get('auto', 1)
-        new = dict(step=c.steps, epoch=c.epoch, **self.how.notes(self), dropped={e.name: len(d) for e,d in zip(items, dropped)},
-            grown={e.name: len(g) for e,g in zip(items, grown)},
-            sparsity={e.name: 1-e.live/e.units for e in self.store.items})
-        # a rewire per step: one entry for many
-        if self.how.period == 1 and h and h[-1]['step']//w == c.steps//w:
-            for k in ('dropped', 'grown'): new[k] = {n: m+h[-1][k].get(n, 0) for n,m in new[k].items()}
-            h.pop()
-        h.append(new)
-
-    def _sooner(self, clock):
-        "What would make room for a rewire in a fit as long as this one"
-        acc,per = self.learn.__dict__.get('gradient_accumulation'),max(1, (clock.steps-1)//2)
-        if 1 < clock.steps and per < self._period(): return f", or set period={per}"
-        n = len(self.learn.dls.train)*(getattr(self.learn.dls.train, 'bs', None)
-            or 1)*self.learn.n_epoch
-        return (f", or accumulate less, as with `GradientAccumulation({max(1, n//4)})`"
-            if acc is not None and n//4 < acc.n_acc else '')
-
-    def on_fit_start(self): # after the span, all is done
-        self.__dict__['at_start'] = self.effect.values['rewires'] if self.moving else None
-    def on_fit_end(self):
-        c,idle = self.effect.clock,self.effect.values['rewires'] == self.__dict__.get('at_start')
-        if self.how is None: return
-        if idle and self.store.live < self.store.units and any(e.trainable for e in self.store.items): warn(
-            f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period "
-            f"{self._period()}). Train longer{self._sooner(c)}.")
-        self.how.finish(self)
-        for k in self._stateattrs: self.__dict__.pop(k, None)
-
     # -- what is seen
     dense_state = property(lambda self: self.how is not None and self.how.dense_state)
     penalizes = property(lambda self: bool(self.l1)) # else no loss is touched
-    def penalty(self): return self.sparse_penalty(self.l1, self.group_lasso)
-    def columns(self):
-        cols = {'density': self.store.density}
-        if self.how is not None:
-            cols |= {'rewired': int(self.effect.values['rewired']), **self.how.columns(self)}
-        return cols | ({'explored': self.store.explored} if self.explored else {})
 
     @property
     def traces(self) -> dict:
         "For plots: lists over the rewires of step, threshold, fraction or temperature, moved units and the sparsity of each parameter"
         return self.over_time(('step','threshold','fraction','temperature'), moved='grown')
+
+# %% ../../nbs/sparse/03_exchange.ipynb #a4f283b1
+@patch
+def check_settings(self:Exchange, methods):
+    "Raise where a setting, or two of them together, make no sense"
+    check_options(self.granularity, self.distribution, self.init_mask)
+    for k,v in (self.sparsity.items() if isinstance(self.sparsity, dict)
+        else [('sparsity', self.sparsity)]):
+        check_sparsity(v, k)
+    check_sparsity(self.start_sparsity, 'start_sparsity')
+    for k,ok in dict(method=methods, grow_init=('zero','random'), state=('zero','keep'),
+        noise=('grad','weight'), sign=('first_step','random')).items():
+        if getattr(self, k) not in ok:
+            raise ValueError(f"{k}={getattr(self, k)!r}: choose one of {', '.join(ok)}.")
+    check_sched('drop_frac', self.drop_frac, lambda f: 0 <= f < 1 and self.drop_frac != 0,
+        "give a share of the live units in (0, 1), or a schedule of such shares")
+    check_sched('period', self.period, lambda n: n >= 1 and (n == int(n) or callable(self.period)),
+        "give at least 1 optimizer step, as a whole number")
+    check_sched('temperature', self.temperature, lambda t: t >= 0, "give 0 or more")
+    if self.two_ended and (self.method != 'set' or self.granularity != 'weight'): raise ValueError(
+        "two_ended=True looks at the signs of weights: use method='set' and granularity='weight', "
+        f"not {self.method!r} and {self.granularity!r}.")
+    for k in ('n_realloc', 'threshold', 'tol', 'stop_pct'):
+        if not isinstance(getattr(self, k), Real) or not getattr(self, k) > 0:
+            raise ValueError(f"{k}={getattr(self, k)!r}: give a number above 0.")
+    if self.group_lasso and not self.l1:
+        raise ValueError("group_lasso=True needs its weight: give l1=, such as 1e-4.")
+    if self.n_realloc >= 1 and self.n_realloc != int(self.n_realloc): raise ValueError(
+        f"n_realloc={self.n_realloc!r}: give a share of the live units in (0, 1), or a whole "
+        "number of units.")
+    if (self.stop_epoch is not None
+        and (isinstance(self.stop_epoch, bool) or not self.stop_epoch >= 0)):
+        raise ValueError(f"stop_epoch={self.stop_epoch!r}: give the first epoch without a rewire, "
+            "0 or more.")
+    for k in ('l1', 'eta'):
+        if not getattr(self, k) >= 0: raise ValueError(f"{k}={getattr(self, k)!r}: give 0 or more.")
+    Clock(self.span, self.epochs)
+    self.check_compute()
+    if self.how is not None: self.how.check(self)
+
+# %% ../../nbs/sparse/03_exchange.ipynb #0cc38eef
+@patch
+def convert(self:Exchange, model, learn=None):
+    "Mask `model`; everything is checked first"
+    table = self.plan(model, learn)
+    # a shared tensor under each of its names
+    params = dict(model.named_parameters(remove_duplicate=False))
+    frozen = [r['layer'] for r in table if 'live' in r and not params[r['layer']].requires_grad]
+    if frozen and self.init_mask == 'random' and any(r.get('sparsity') for r in table): warn(
+        f"DynamicSparse: {len(frozen)} frozen parameters ({frozen[0]}, ...) are masked at random, which ruins pretrained weights. "
+        "Use init_mask='magnitude', or exclude them.")
+    squares = lambda ns: sum(float(params[n].detach().double().square().sum()) for n in ns)
+    names = ([r['layer'] for r in table if 'live' in r] if learn is not None and not frozen
+        and has_trained(learn) else [])
+    before = squares(names)
+    st = mask_state(model, self.settings, Clock(self.span, self.epochs), **self.first_masks())
+    lost = told_loss(1-squares(names)/before if before else 0., "Masks act at once: " + (
+        "init_mask='magnitude' keeps the largest weights, and " if self.init_mask == 'random'
+        else '') + "`learn.prune` takes weights out step by step.")
+    if lost: warn(f"DynamicSparse: {lost}")
+    use_csr(st, [r['layer'].rpartition('.')[0] for r in table if r.get('compute') == 'csr'],
+        getattr(learn, 'opt', None))
+    st.report,store = table,st.holder
+    if self.how is not None and self.how.shrinks:
+        store.allow([range(1, e.units+1) for e in store.items],
+            range(sum(r.get('end', 0) for r in table), store.live+1))
+    if self.explored:
+        for e in store.items: e.follow()
+    return st
+
+@patch
+def final(self:Exchange, model, learn=None):
+    "As `convert`, with as many units as there are at the end"
+    st = self.convert(model, learn)
+    if self.how is not None and self.how.shrinks:
+        items = st.holder.items
+        keep = keep_global(items, [r['end'] for r in st.report if 'end' in r])
+        gone = [(e.mask & ~k).flatten().nonzero().flatten() for e,k in zip(items, keep)]
+        st.holder.move_(gone, [d[:0] for d in gone])
+    return st
+
+# %% ../../nbs/sparse/03_exchange.ipynb #60551780
+@patch
+def target(self:Exchange, live):
+    return max(1, round(self.n_realloc*live)) if self.n_realloc < 1 else int(self.n_realloc)
+
+@patch
+def on_epoch(self:Exchange):
+    v = self.effect.values
+    if not v['threshold']: v['threshold'] = self.threshold
+    v['rewired'] = 0.
+    self.__dict__['auto'] = _every(self.learn)
+
+@patch
+def value(self:Exchange, sched) -> float:
+    "What a schedule says now: a step table by the epoch, whose keys may lie within one, all else by the position"
+    pos = self.effect.clock.step_pos
+    # 29/100*100 is 28.999...
+    return float(sched.at(pos*self._epochs + 1e-9) if isinstance(sched, SchedSteps) else sched(pos))
+
+@patch
+def _period(self:Exchange):
+    return (max(1, int(self.value(self.steps))) if self.steps is not None else self.how.period
+        or self.auto)
+
+@patch
+def due(self:Exchange):
+    "Is a rewire due after the optimizer step that was just made?"
+    if self.how is None or self.how.idle(self): return False
+    if self.how.late(self): return True
+    n = self.effect.clock.steps
+    return self.moving and n%self._period() == 0 and (n > 0 or self.how.period == 1)
+
+@patch
+def on_step(self:Exchange):
+    if self.due(): self.rewire(self.learn.opt)
+    if self.store.sparse: self.__dict__.pop('dense', None) # it would be the largest tensor of all
+
+# %% ../../nbs/sparse/03_exchange.ipynb #2d997cc1
+@patch
+def rewire(self:Exchange, opt=None):
+    "Drop, allocate, grow: once, now; `opt` loses its state at the units that move"
+    part = MaskStore([e for e in self.store.items if e.trainable])
+    if not len(part): return
+    how,v,items,live = self.how,self.effect.values,part.items,part.live
+    how.start(self, items, live)
+    dropped,grow,n_dropped = self._choose(items)
+    if any(map(len, dropped)):
+        gens = [generator(self.seed, 'rewire', int(v['rewires']), e.name) for e in items]
+        grown = how.grow(self, items, dropped, grow, gens)
+        if how.comes_back: dropped,grown = map(list, zip(*map(unmoved, dropped, grown)))
+        values = ([grow_values(e, g) for e,g in zip(items, gens)] if self.grow_init == 'random'
+            else None)
+        part.move_(dropped, grown, values, None if self.state == 'keep' else opt, ('slow_weights',
+            ) if how.dense_state else None)
+    else: grown = dropped
+    self._record(items, dropped, grown)
+    how.done(self, items, grown, n_dropped, live)
+    v.update(rewires=v['rewires']+1, rewired=v['rewired']+sum(map(len, grown)))
+    # talks to all ranks
+    if how.period != 1 or self.effect.clock.steps%self.__dict__.get('auto', 1) == 0:
+        self.store.check_ranks()
+
+@patch
+def _choose(self:Exchange, items):
+    "Units to drop in each layer, how many to grow, and how many were to be dropped"
+    chosen = self.how.drop(self, items)
+    dropped = [drop_in_groups(e.weight, e.mask, d, *e.groups) if e.groups else d
+        for e,d in zip(items, chosen)]
+    grow = self.how.allocate(self, items, dropped)
+    return self.how.settle(self, items, dropped, grow),grow,sum(map(len, chosen))
+
+# %% ../../nbs/sparse/03_exchange.ipynb #16ca4c87
+@patch
+def _record(self:Exchange, items, dropped, grown):
+    c,h,w = self.effect.clock,self.effect.history,self.__dict__.get('auto', 1)
+    new = dict(step=c.steps, epoch=c.epoch, **self.how.notes(self), dropped={e.name: len(d) for e,d in zip(items, dropped)},
+        grown={e.name: len(g) for e,g in zip(items, grown)},
+        sparsity={e.name: 1-e.live/e.units for e in self.store.items})
+    # a rewire per step: one entry for many
+    if self.how.period == 1 and h and h[-1]['step']//w == c.steps//w:
+        for k in ('dropped', 'grown'): new[k] = {n: m+h[-1][k].get(n, 0) for n,m in new[k].items()}
+        h.pop()
+    h.append(new)
+
+@patch
+def _sooner(self:Exchange, clock):
+    "What would make room for a rewire in a fit as long as this one"
+    acc,per = self.learn.__dict__.get('gradient_accumulation'),max(1, (clock.steps-1)//2)
+    if 1 < clock.steps and per < self._period(): return f", or set period={per}"
+    n = len(self.learn.dls.train)*(getattr(self.learn.dls.train, 'bs', None)
+        or 1)*self.learn.n_epoch
+    return (f", or accumulate less, as with `GradientAccumulation({max(1, n//4)})`"
+        if acc is not None and n//4 < acc.n_acc else '')
+
+@patch
+def on_fit_start(self:Exchange): # after the span, all is done
+    self.__dict__['at_start'] = self.effect.values['rewires'] if self.moving else None
+
+@patch
+def on_fit_end(self:Exchange):
+    c,idle = self.effect.clock,self.effect.values['rewires'] == self.__dict__.get('at_start')
+    if self.how is None: return
+    if idle and self.store.live < self.store.units and any(e.trainable for e in self.store.items): warn(
+        f"DynamicSparse: this fit ended without one rewire ({c.steps} steps in all, period "
+        f"{self._period()}). Train longer{self._sooner(c)}.")
+    self.how.finish(self)
+    for k in self._stateattrs: self.__dict__.pop(k, None)
+
+@patch
+def penalty(self:Exchange): return self.sparse_penalty(self.l1, self.group_lasso)
+
+# %% ../../nbs/sparse/03_exchange.ipynb #e9230734
+@patch
+def columns(self:Exchange):
+    cols = {'density': self.store.density}
+    if self.how is not None:
+        cols |= {'rewired': int(self.effect.values['rewired']), **self.how.columns(self)}
+    return cols | ({'explored': self.store.explored} if self.explored else {})

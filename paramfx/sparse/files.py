@@ -34,6 +34,7 @@ _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 def _typed(a, dtype): return torch.from_numpy(a).view(dtype) if len(a) else torch.empty(0, dtype=dtype)
 
+# %% ../../nbs/sparse/14_files.ipynb #afa2a01e
 class _Part:
     "A `Stored` on its way into a file, with a function that gives its mask, if it has one"
     def __init__(self, t, given=None, dtype=None, may=False):
@@ -119,6 +120,7 @@ def _parts(model, dtype, masks):
     may = lambda t: t.id in params and len(t.shape) > 1 and t.n > 0 and _KIND.get(t.dtype) in _FLOATS
     return [_Part(t, given.get(t.id), dtype, may(t)) for t in tensors]
 
+# %% ../../nbs/sparse/14_files.ipynb #79559060
 def _regions(parts):
     "What stands in the file: name, dtype, bytes, and a function that yields them"
     index = packed([p.row for p in parts])
@@ -193,6 +195,7 @@ class _Row:
             at,total = at+len(v)*v.element_size(),total-BLOCK
             yield v,live
 
+# %% ../../nbs/sparse/14_files.ipynb #b3a6f89f
 def _row_ok(r):
     "Has a line of the index the form it should have?"
     ok = (isinstance(r, list) and 3 <= len(r) <= 5 and isinstance(r[0], str) and r[1] in [*DTYPES]
@@ -227,6 +230,7 @@ def _fitted(src, tensors):
                 'Build the network of the saved run')
     return _placed(src, [_Row(src, tensors[r[0]], *r) for r in rows])
 
+# %% ../../nbs/sparse/14_files.ipynb #0377479a
 def _placed(src, rows):
     "Tell each line where its values and its code begin"
     at = {k: a for k,(a,_) in src.regions.items()}
@@ -272,6 +276,7 @@ def _fill(row, e):
     e.mask.copy_(_mask_for(row, e))
     if e.ever is not None: e.ever.logical_or_(e.mask)
 
+# %% ../../nbs/sparse/14_files.ipynb #405c5979
 @torch.no_grad()
 def load_sparse(
     file, # Path of a file of `save_sparse`

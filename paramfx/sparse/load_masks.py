@@ -64,6 +64,7 @@ def _shapes(model):
     return dict(csr.get(n, (n, tuple(p.shape)))
         for n,p in model.named_parameters(remove_duplicate=False))
 
+# %% ../../nbs/sparse/07_load_masks.ipynb #c7046daf
 def _fits(crow, col, values, shape):
     "Are these the parts of a sparse matrix of that shape?"
     if ({crow.ndim, col.ndim, values.ndim} != {1} or len(crow) != shape[0]+1
@@ -96,6 +97,7 @@ def _unpacked(state, shapes):
 def _called(source):
     return f'this {type(source).__name__}' if isinstance(source, (dict, nn.Module)) else source
 
+# %% ../../nbs/sparse/07_load_masks.ipynb #1243c126
 def _whole(mask, w, name):
     "A mask of units, or of numbers, as a bool tensor of the weight's shape"
     soft = mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all()
@@ -191,6 +193,7 @@ def _selected(model, masks, include, exclude):
         exclude)[0]}
     return {n: m for n,m in masks.items() if n in names}
 
+# %% ../../nbs/sparse/07_load_masks.ipynb #956bfe2f
 def _check_free(model, masks):
     "Raise where masks are in force already"
     for n in masks:

@@ -9,7 +9,7 @@ __all__ = ['plot_rewiring', 'MaskRecorder']
 
 # %% ../../nbs/sparse/10_plots.ipynb #9c81c4f0
 import numpy as np
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from ..core.callback import LeanCallback, finding_lr, in_fit
 from ..masks.store import MaskStore
 from ..report.plots import plot_shares, plot_survival, plot_traces
@@ -82,86 +82,101 @@ class MaskRecorder(LeanCallback):
     def after_fit(self):
         if self.snaps and in_fit(self.learn): self._look(last=True)
 
-    def _look(self, first=False, last=False):
-        if finding_lr(self.learn) or (st := self._held()) is None: return
-        n = int(st.values.get('rewires', st.values.get('prunes', 0)))
-        # a file was loaded: the rest has not happened
-        if self.snaps and self.snaps[-1]['rewire'] > n:
-            self.snaps = [s for s in self.snaps if s['rewire'] <= n]
-        # masked anew: another run
-        if first and self.snaps and self.snaps[-1]['rewire'] == n and self._differ(st): self.snaps = []
-        if self.snaps and (n == self.snaps[-1]['rewire'] or not (last or n%self.gap == 0)): return
-        self._record(st, n)
-
-    def _differ(self, st):
-        return any(not np.array_equal(np.packbits(e.mask.cpu().numpy()),
-            self.snaps[-1]['bits'].get(e.name)) for e in st.holder.items)
-
-    def _record(self, st, n):
-        units = {e.name: (e.units, e.size) for e in st.holder.items}
-        if units != self.units: self.units,self.snaps = units,[] # the model was masked anew
-        self.snaps.append(dict(rewire=n, step=st.clock.steps,
-            bits={e.name: np.packbits(e.mask.cpu().numpy()) for e in st.holder.items}))
-        while len(self.snaps) > self.limit:
-            self.gap *= 2
-            self.snaps = ([s for s in self.snaps[:-1] if s['rewire']%self.gap == 0
-                or s is self.snaps[0]] + self.snaps[-1:])
-
-    def masks(self,
-        i:int=-1 # Which snapshot
-    ) -> dict: # Parameter name -> flat bool array, a unit each
-        "The masks of one snapshot"
-        return {n: np.unpackbits(b, count=self.units[n][0]).astype(bool)
-            for n,b in self.snaps[i]['bits'].items()}
-
     @property
     def steps(self) -> list:
         "Optimizer steps made before each snapshot"
         return [s['step'] for s in self.snaps]
 
-    def shares(self) -> dict: # Parameter name -> its share at each snapshot
-        "Part of the live weights that each parameter has, over time"
-        live = [{n: int(m.sum())*self.units[n][1] for n,m in self.masks(i).items()}
-            for i in range(len(self.snaps))]
-        return {n: [o[n]/sum(o.values()) for o in live] for n in self.units}
+# %% ../../nbs/sparse/10_plots.ipynb #3feebceb
+@patch
+def _look(self:MaskRecorder, first=False, last=False):
+    if finding_lr(self.learn) or (st := self._held()) is None: return
+    n = int(st.values.get('rewires', st.values.get('prunes', 0)))
+    # a file was loaded: the rest has not happened
+    if self.snaps and self.snaps[-1]['rewire'] > n:
+        self.snaps = [s for s in self.snaps if s['rewire'] <= n]
+    # masked anew: another run
+    if first and self.snaps and self.snaps[-1]['rewire'] == n and self._differ(st): self.snaps = []
+    if self.snaps and (n == self.snaps[-1]['rewire'] or not (last or n%self.gap == 0)): return
+    self._record(st, n)
 
-    def _flat(self, i): return np.concatenate([*self.masks(i).values()])
+@patch
+def _differ(self:MaskRecorder, st):
+    return any(not np.array_equal(np.packbits(e.mask.cpu().numpy()),
+        self.snaps[-1]['bits'].get(e.name)) for e in st.holder.items)
 
-    def survival(self) -> list: # As `plot_survival` takes it
-        "Per snapshot after the first: units that grew since the one before, and how many of them are live after each later one"
-        if not self.snaps: return []
-        res,alive,old = [],[],self._flat(0)
-        for i in range(1, len(self.snaps)):
-            new = self._flat(i)
-            # once dropped is dead, though it may grow again
-            alive = [a[new[a]] for a in alive] + [np.flatnonzero(new & ~old)]
-            for counts,a in zip(res+[[]], alive): counts.append(len(a))
-            if len(res) < len(alive): res.append([len(alive[-1])])
-            old = new
-        return res
+@patch
+def _record(self:MaskRecorder, st, n):
+    units = {e.name: (e.units, e.size) for e in st.holder.items}
+    if units != self.units: self.units,self.snaps = units,[] # the model was masked anew
+    self.snaps.append(dict(rewire=n, step=st.clock.steps,
+        bits={e.name: np.packbits(e.mask.cpu().numpy()) for e in st.holder.items}))
+    while len(self.snaps) > self.limit:
+        self.gap *= 2
+        self.snaps = ([s for s in self.snaps[:-1] if s['rewire']%self.gap == 0
+            or s is self.snaps[0]] + self.snaps[-1:])
 
-    # A share per snapshot; the last one is the `R_s` of In-Time Over-Parameterization
-    def explored(self) -> list:
-        "Share of the weights that were live in this or an earlier snapshot"
-        size,ever,res = (np.concatenate([np.full(u, s) for u,s in self.units.values()]) if self.units
-            else 0,False,[])
-        for i in range(len(self.snaps)):
-            ever = ever | self._flat(i)
-            res.append(float(size[ever].sum()/size.sum()))
-        return res
+# %% ../../nbs/sparse/10_plots.ipynb #0027263d
+@patch
+def masks(self:MaskRecorder,
+    i:int=-1 # Which snapshot
+) -> dict: # Parameter name -> flat bool array, a unit each
+    "The masks of one snapshot"
+    return {n: np.unpackbits(b, count=self.units[n][0]).astype(bool)
+        for n,b in self.snaps[i]['bits'].items()}
 
-    def pictures(self): # Pairs (file stem, draw), where `draw(ax)` draws on matplotlib axes
-        "Pictures of what was recorded: shares, survival of what grew, and what was ever explored"
-        sh = self.shares()
-        if len(self.snaps) < 2: return
-        yield 'shares', lambda ax, title=None: plot_shares({n: s[0] for n,s in sh.items()},
-            {n: s[-1] for n,s in sh.items()}, ax=ax, title=title)
-        counts = self.survival()
-        if any(len(c) > 1 and c[0] for c in counts): yield 'survival', lambda ax, title=None: plot_survival(counts, ax=ax, title=title,
-            xlabel='further rewires' if self.gap == 1 else f'further {self.gap} rewires')
-        yield 'explored', lambda ax, title=None: plot_traces({'ever live': self.explored(), 'live now': self._density()}, x=self.steps, ax=ax,
-            xlabel='optimizer step', ylabel='share of the weights', title=title).set_ylim(bottom=0)
+@patch
+def shares(self:MaskRecorder) -> dict: # Parameter name -> its share at each snapshot
+    "Part of the live weights that each parameter has, over time"
+    live = [{n: int(m.sum())*self.units[n][1] for n,m in self.masks(i).items()}
+        for i in range(len(self.snaps))]
+    return {n: [o[n]/sum(o.values()) for o in live] for n in self.units}
 
-    def _density(self):
-        return [sum(m.sum()*self.units[n][1] for n,m in self.masks(i).items())/sum(u*s
-            for u,s in self.units.values()) for i in range(len(self.snaps))]
+# %% ../../nbs/sparse/10_plots.ipynb #dadb8c81
+@patch
+def _flat(self:MaskRecorder, i): return np.concatenate([*self.masks(i).values()])
+
+# %% ../../nbs/sparse/10_plots.ipynb #84016726
+@patch
+def survival(self:MaskRecorder) -> list: # As `plot_survival` takes it
+    "Per snapshot after the first: units that grew since the one before, and how many of them are live after each later one"
+    if not self.snaps: return []
+    res,alive,old = [],[],self._flat(0)
+    for i in range(1, len(self.snaps)):
+        new = self._flat(i)
+        # once dropped is dead, though it may grow again
+        alive = [a[new[a]] for a in alive] + [np.flatnonzero(new & ~old)]
+        for counts,a in zip(res+[[]], alive): counts.append(len(a))
+        if len(res) < len(alive): res.append([len(alive[-1])])
+        old = new
+    return res
+
+# A share per snapshot; the last one is the `R_s` of In-Time Over-Parameterization
+@patch
+def explored(self:MaskRecorder) -> list:
+    "Share of the weights that were live in this or an earlier snapshot"
+    size,ever,res = (np.concatenate([np.full(u, s) for u,s in self.units.values()]) if self.units
+        else 0,False,[])
+    for i in range(len(self.snaps)):
+        ever = ever | self._flat(i)
+        res.append(float(size[ever].sum()/size.sum()))
+    return res
+
+@patch
+def pictures(self:MaskRecorder): # Pairs (file stem, draw), where `draw(ax)` draws on matplotlib axes
+    "Pictures of what was recorded: shares, survival of what grew, and what was ever explored"
+    sh = self.shares()
+    if len(self.snaps) < 2: return
+    yield 'shares', lambda ax, title=None: plot_shares({n: s[0] for n,s in sh.items()},
+        {n: s[-1] for n,s in sh.items()}, ax=ax, title=title)
+    counts = self.survival()
+    if any(len(c) > 1 and c[0] for c in counts): yield 'survival', lambda ax, title=None: plot_survival(counts, ax=ax, title=title,
+        xlabel='further rewires' if self.gap == 1 else f'further {self.gap} rewires')
+    yield 'explored', lambda ax, title=None: plot_traces({'ever live': self.explored(), 'live now': self._density()}, x=self.steps, ax=ax,
+        xlabel='optimizer step', ylabel='share of the weights', title=title).set_ylim(bottom=0)
+
+# %% ../../nbs/sparse/10_plots.ipynb #7d198dff
+@patch
+def _density(self:MaskRecorder):
+    return [sum(m.sum()*self.units[n][1] for n,m in self.masks(i).items())/sum(u*s
+        for u,s in self.units.values()) for i in range(len(self.snaps))]

@@ -91,93 +91,15 @@ class IterativePrune(MaskedEffect, EffectCallback):
         store_attr()
         self._check()
 
-    def _check(self):
-        prune_fractions(0., self.n_prunes, self.schedule)
-        for k,v in (self.target.items() if isinstance(self.target, dict)
-            else [('target', self.target)]):
-            check_sparsity(v, k)
-        for k,least in (('start', 0), ('every', 1), ('post', 0)):
-            _check_whole(k, getattr(self, k), least)
-        for k,ok in (('criterion', CRITERIA), ('init_mask', ('full','current')),
-            ('state', ('zero','keep'))):
-            v = getattr(self, k)
-            if not (k == 'init_mask' and isinstance(v, dict)) and v not in ok:
-                raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
-        check_granularity(self.granularity)
-        if ':' in self.granularity:
-            raise ValueError(f"granularity={self.granularity!r} leaves no steps in between. Choose "
-                "weight, row, kernel, filter or a block such as '4x4'.")
-        if not isinstance(self.l1, Real) or not self.l1 >= 0:
-            raise ValueError(f"l1={self.l1!r}: give 0 or more.")
-        Clock(self.span, self.epochs)
-
     # -- masks, see `MaskedEffect`
     def _where(self):
         return dict(granularity=self.granularity, include=self.include, exclude=self.exclude)
-    def _begin_masks(self, model, rows):
-        "Masks to begin with: parameter name -> bool tensor of the mask's shape"
-        res,given = {},dict(self.init_mask) if isinstance(self.init_mask, dict) else {}
-        for name in (r['layer'] for r in rows if 'live' in r):
-            n,_,p = name.rpartition('.')
-            m = model.get_submodule(n)
-            w,shape = m._parameters[p],layer_units(name, m, self.granularity)
-            if name in given: res[name] = given_mask(given.pop(name), w, shape, name)
-            else:
-                res[name] = (unit_scores(w, shape) > 0 if self.init_mask == 'current'
-                    else torch.ones(shape, dtype=torch.bool))
-        if given:
-            raise ValueError(f"init_mask: no pruned parameter is called {', '.join(map(repr, given))}. "
-                f"There are: {', '.join(res)}.")
-        return res
-
-    def plan(self, model, learn=None):
-        "What this callback would prune, to the unit: live units now and at the end"
-        table = plan_masks(model, self.target, **self._where())
-        masks,rows = self._begin_masks(model, table),[r for r in table if 'live' in r]
-        for r in rows:
-            r['now'] = int(masks[r['layer']].sum())
-            try: prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
-            except ValueError as e:
-                raise ValueError(f"{r['layer']}: target {e} Or leave it out "
-                    f"(exclude={r['layer'].rpartition('.')[0]!r}).") from None
-        now,end,units = (sum(r[k] for r in rows) for k in ('now','live','units'))
-        table.note = (f"{now:,} -> {end:,} of {units:,} units live in {self.n_prunes} "
-            f"prune{'s' if self.n_prunes > 1 else ''}")
-        return table
-
-    def convert(self, model, learn=None):
-        "Put masks into `model`, full or as `init_mask` says; everything is checked first"
-        table = self.plan(model)
-        rows = [r for r in table if 'live' in r]
-        values = ({'prunes': 0., 'pruned': 0.}
-            | {k: v for i,r in enumerate(rows)
-            for k,v in ((f'start_{i}', float(r['now'])), (f'done_{i}', 0.))})
-        st = mask_state(model, self.settings, Clock(self.span, self.epochs), self.name, values=values,
-            init_mask=self._begin_masks(model, table), **self._where())
-        st.report = table
-        ways = [prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
-            for r in rows]
-        lows,highs = [1 if self.criterion == 'global' else w[-1] for w in ways],[r['units']
-            for r in rows]
-        # else a file tells where it began
-        exact = self.criterion == 'local' and self.init_mask != 'current'
-        st.holder.allow([set(w) for w in ways] if exact
-            else [range(a, b+1) for a,b in zip(lows, highs)],
-            range(sum(w[-1] for w in ways), sum(highs)+1))
-        return st
 
     def final(self, model, learn=None):
         "As `convert`, pruned to the end"
         st = self.convert(model, learn)
         self._drop(st.holder.items, [r['live'] for r in st.report if 'live' in r])
         return st
-
-    def _drop(self, items, goals, opt=None):
-        "Keep `goals` units of `items`; returns how many went, by parameter"
-        keep = CRITERIA[self.criterion](items, goals)
-        gone = [(e.mask & ~k).flatten().nonzero().flatten() for e,k in zip(items, keep)]
-        MaskStore(items).move_(gone, [g[:0] for g in gone], opt=opt)
-        return {e.name: len(g) for e,g in zip(items, gone)}
 
     @classmethod
     def unfinished(cls, model):
@@ -203,66 +125,169 @@ class IterativePrune(MaskedEffect, EffectCallback):
         "Epochs to train: all prunes, and `post`"
         return self.start + self.every*(self.n_prunes-1) + self.post
 
-    def falls_on(self, epoch) -> bool: return epoch >= self.start and (epoch-self.start)%self.every == 0
-
-    def _way(self, i):
-        "Live units that parameter `i` is to have after each prune"
-        row = [r for r in self.effect.report if 'live' in r][i]
-        return prune_counts(row['units'], row['sparsity'], self.n_prunes, self.schedule,
-            int(self.effect.values[f'start_{i}']))
-
-    def _left(self):
-        "Prunes to come: of all trainable parameters, the most"
-        v = self.effect.values
-        return max((self.n_prunes-int(v[f'done_{i}']) for i,e in enumerate(self.store.items)
-            if e.trainable), default=0)
-
-    def on_fit_start(self):
-        c,left = self.effect.clock,self._left()
-        if not all(e.trainable for e in self.store.items): return # `fine_tune`: another fit will follow
-        end = self.epochs if self.span == 'total' else c.planned//c.per_epoch
-        room = sum(map(self.falls_on, range(c.span_epoch, end)))
-        if room < left: warn(f"IterativePrune: {end} epochs have room for {room} of {left} prunes (start={self.start}, every={self.every}), so the target is not reached. "
-                             f"Train {self.start+self.every*(left-1)+1} or more, or set a smaller every=, start= or n_prunes=.")
-
-    def on_epoch(self):
-        self.effect.values['pruned'] = 0.
-        self.__dict__['now'] = self.effect.clock.span_epoch
-
-    def on_epoch_end(self):
-        if self.falls_on(self.now) and self._left(): self.prune(self.learn.opt)
-
-    # -- what
-    def prune(self, opt=None):
-        "Prune once, now; `opt` loses its state at the units that go"
-        v = self.effect.values
-        todo = [i for i,e in enumerate(self.store.items) if e.trainable
-            and v[f'done_{i}'] < self.n_prunes]
-        for i in todo: v[f'done_{i}'] += 1
-        items,goals = [self.store.items[i] for i in todo],[self._way(i)[int(v[f'done_{i}'])]
-            for i in todo]
-        if not items: return
-        dropped = self._drop(items, goals, None if self.state == 'keep' else opt)
-        self._record(dropped)
-        v.update(prunes=v['prunes']+1, pruned=v['pruned']+sum(dropped.values()))
-        self.store.check_ranks()
-
-    def _record(self, dropped):
-        c = self.effect.clock
-        self.effect.history.append(dict(prune=int(self.effect.values['prunes']), step=c.steps-1, epoch=c.epoch, dropped=dropped, # step: the one before it
-            sparsity={e.name: 1-e.live/e.units for e in self.store.items}))
-
     # -- what is seen
     penalizes = property(lambda self: bool(self.l1)) # else no loss is touched
-    def penalty(self): return self.sparse_penalty(self.l1, False)
-    def columns(self):
-        return {'density': self.store.density, 'pruned': int(self.effect.values['pruned'])}
 
     @property
     def traces(self) -> dict:
         "For plots: lists over the prunes of step, epoch, units dropped and the sparsity of each parameter"
         return self.over_time(('step','epoch'), pruned='dropped')
 
+# %% ../../nbs/sparse/06_prune.ipynb #b4408ba4
+@patch
+def _check(self:IterativePrune):
+    prune_fractions(0., self.n_prunes, self.schedule)
+    for k,v in (self.target.items() if isinstance(self.target, dict)
+        else [('target', self.target)]):
+        check_sparsity(v, k)
+    for k,least in (('start', 0), ('every', 1), ('post', 0)):
+        _check_whole(k, getattr(self, k), least)
+    for k,ok in (('criterion', CRITERIA), ('init_mask', ('full','current')),
+        ('state', ('zero','keep'))):
+        v = getattr(self, k)
+        if not (k == 'init_mask' and isinstance(v, dict)) and v not in ok:
+            raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}.")
+    check_granularity(self.granularity)
+    if ':' in self.granularity:
+        raise ValueError(f"granularity={self.granularity!r} leaves no steps in between. Choose "
+            "weight, row, kernel, filter or a block such as '4x4'.")
+    if not isinstance(self.l1, Real) or not self.l1 >= 0:
+        raise ValueError(f"l1={self.l1!r}: give 0 or more.")
+    Clock(self.span, self.epochs)
+
+@patch
+def _begin_masks(self:IterativePrune, model, rows):
+    "Masks to begin with: parameter name -> bool tensor of the mask's shape"
+    res,given = {},dict(self.init_mask) if isinstance(self.init_mask, dict) else {}
+    for name in (r['layer'] for r in rows if 'live' in r):
+        n,_,p = name.rpartition('.')
+        m = model.get_submodule(n)
+        w,shape = m._parameters[p],layer_units(name, m, self.granularity)
+        if name in given: res[name] = given_mask(given.pop(name), w, shape, name)
+        else:
+            res[name] = (unit_scores(w, shape) > 0 if self.init_mask == 'current'
+                else torch.ones(shape, dtype=torch.bool))
+    if given:
+        raise ValueError(f"init_mask: no pruned parameter is called {', '.join(map(repr, given))}. "
+            f"There are: {', '.join(res)}.")
+    return res
+
+# %% ../../nbs/sparse/06_prune.ipynb #3bf8f93b
+@patch
+def plan(self:IterativePrune, model, learn=None):
+    "What this callback would prune, to the unit: live units now and at the end"
+    table = plan_masks(model, self.target, **self._where())
+    masks,rows = self._begin_masks(model, table),[r for r in table if 'live' in r]
+    for r in rows:
+        r['now'] = int(masks[r['layer']].sum())
+        try: prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
+        except ValueError as e:
+            raise ValueError(f"{r['layer']}: target {e} Or leave it out "
+                f"(exclude={r['layer'].rpartition('.')[0]!r}).") from None
+    now,end,units = (sum(r[k] for r in rows) for k in ('now','live','units'))
+    table.note = (f"{now:,} -> {end:,} of {units:,} units live in {self.n_prunes} "
+        f"prune{'s' if self.n_prunes > 1 else ''}")
+    return table
+
+@patch
+def convert(self:IterativePrune, model, learn=None):
+    "Put masks into `model`, full or as `init_mask` says; everything is checked first"
+    table = self.plan(model)
+    rows = [r for r in table if 'live' in r]
+    values = ({'prunes': 0., 'pruned': 0.}
+        | {k: v for i,r in enumerate(rows)
+        for k,v in ((f'start_{i}', float(r['now'])), (f'done_{i}', 0.))})
+    st = mask_state(model, self.settings, Clock(self.span, self.epochs), self.name, values=values,
+        init_mask=self._begin_masks(model, table), **self._where())
+    st.report = table
+    ways = [prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
+        for r in rows]
+    lows,highs = [1 if self.criterion == 'global' else w[-1] for w in ways],[r['units']
+        for r in rows]
+    # else a file tells where it began
+    exact = self.criterion == 'local' and self.init_mask != 'current'
+    st.holder.allow([set(w) for w in ways] if exact
+        else [range(a, b+1) for a,b in zip(lows, highs)],
+        range(sum(w[-1] for w in ways), sum(highs)+1))
+    return st
+
+# %% ../../nbs/sparse/06_prune.ipynb #82ab09fd
+@patch
+def _drop(self:IterativePrune, items, goals, opt=None):
+    "Keep `goals` units of `items`; returns how many went, by parameter"
+    keep = CRITERIA[self.criterion](items, goals)
+    gone = [(e.mask & ~k).flatten().nonzero().flatten() for e,k in zip(items, keep)]
+    MaskStore(items).move_(gone, [g[:0] for g in gone], opt=opt)
+    return {e.name: len(g) for e,g in zip(items, gone)}
+
+@patch
+def falls_on(self:IterativePrune, epoch) -> bool:
+    return epoch >= self.start and (epoch-self.start)%self.every == 0
+
+@patch
+def _way(self:IterativePrune, i):
+    "Live units that parameter `i` is to have after each prune"
+    row = [r for r in self.effect.report if 'live' in r][i]
+    return prune_counts(row['units'], row['sparsity'], self.n_prunes, self.schedule,
+        int(self.effect.values[f'start_{i}']))
+
+@patch
+def _left(self:IterativePrune):
+    "Prunes to come: of all trainable parameters, the most"
+    v = self.effect.values
+    return max((self.n_prunes-int(v[f'done_{i}']) for i,e in enumerate(self.store.items)
+        if e.trainable), default=0)
+
+@patch
+def on_fit_start(self:IterativePrune):
+    c,left = self.effect.clock,self._left()
+    if not all(e.trainable for e in self.store.items): return # `fine_tune`: another fit will follow
+    end = self.epochs if self.span == 'total' else c.planned//c.per_epoch
+    room = sum(map(self.falls_on, range(c.span_epoch, end)))
+    if room < left: warn(f"IterativePrune: {end} epochs have room for {room} of {left} prunes (start={self.start}, every={self.every}), so the target is not reached. "
+                         f"Train {self.start+self.every*(left-1)+1} or more, or set a smaller every=, start= or n_prunes=.")
+
+@patch
+def on_epoch(self:IterativePrune):
+    self.effect.values['pruned'] = 0.
+    self.__dict__['now'] = self.effect.clock.span_epoch
+
+# %% ../../nbs/sparse/06_prune.ipynb #4f4cf45b
+@patch
+def on_epoch_end(self:IterativePrune):
+    if self.falls_on(self.now) and self._left(): self.prune(self.learn.opt)
+
+# %% ../../nbs/sparse/06_prune.ipynb #87ab7e90
+@patch
+def prune(self:IterativePrune, opt=None):
+    "Prune once, now; `opt` loses its state at the units that go"
+    v = self.effect.values
+    todo = [i for i,e in enumerate(self.store.items) if e.trainable
+        and v[f'done_{i}'] < self.n_prunes]
+    for i in todo: v[f'done_{i}'] += 1
+    items,goals = [self.store.items[i] for i in todo],[self._way(i)[int(v[f'done_{i}'])]
+        for i in todo]
+    if not items: return
+    dropped = self._drop(items, goals, None if self.state == 'keep' else opt)
+    self._record(dropped)
+    v.update(prunes=v['prunes']+1, pruned=v['pruned']+sum(dropped.values()))
+    self.store.check_ranks()
+
+# %% ../../nbs/sparse/06_prune.ipynb #82f6c4cb
+@patch
+def _record(self:IterativePrune, dropped):
+    c = self.effect.clock
+    self.effect.history.append(dict(prune=int(self.effect.values['prunes']), step=c.steps-1, epoch=c.epoch, dropped=dropped, # step: the one before it
+        sparsity={e.name: 1-e.live/e.units for e in self.store.items}))
+
+@patch
+def penalty(self:IterativePrune): return self.sparse_penalty(self.l1, False)
+
+@patch
+def columns(self:IterativePrune):
+    return {'density': self.store.density, 'pruned': int(self.effect.values['pruned'])}
+
+# %% ../../nbs/sparse/06_prune.ipynb #91ab663b
 @patch
 def prune(self:Learner,
     target=.9, # Share of zeros after the last prune in [0, 1), or a dict by kind or layer

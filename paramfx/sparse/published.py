@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 
 import torch
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.basics import Learner, OptimWrapper, accuracy
 from fastai.callback.schedule import ParamScheduler
@@ -43,6 +43,7 @@ _quarters,_wrn,_wrn_moves,_resnet,_pruning = (0,25,50,75),(0,60,120,160),(0,25,8
     1,15,25,35)
 _cold = 1e-5,1e-8,1e-12,1e-15
 
+# %% ../../nbs/sparse/09_published.ipynb #b5c9ea92
 PUBLISHED_RECIPES = {
     'mnist/lenet_300_100': dict(weights=266_200, loader=dict(bs=100),
         train=dict(epochs=100, wd=1e-4, lr=_steps(_quarters, .1, .02, .004, .0008)), long={}, thin={},
@@ -133,27 +134,6 @@ class SparseRecipe:
         "The published data; `kwargs` as for `zoo.dls`"
         return zoo.dls(self.network.partition('/')[0], **(self.loader | kwargs))
 
-    def learner(self,
-        dls, # Data
-        model=None, # In the place of the published network; to prune, a trained one
-        **kwargs # For the `Learner`
-    ) -> Learner:
-        "A Learner with the published network, masks and optimizer"
-        if model is None and self.method == 'prune':
-            raise ValueError("method='prune' begins with a trained network. Give it as model=, trained "
-                "by the recipe of 'dense'.")
-        if model is None: model = zoo.build(n_out=dls.c, **self.build)
-        kw = dict(opt_func=self.opt_func, metrics=accuracy, wd=self.wd, wd_bn_bias=True)
-        return Learner(dls, model, cbs=self.cbs()[:-1], **(kw | kwargs))
-
-    def fit(self,
-        learn:Learner, # With any network
-        cbs=None # Further callbacks
-    ) -> Learner:
-        "Train `learn` as published; returns it"
-        learn.fit(self.epochs, wd=self.wd, cbs=[*self.cbs(), *L(cbs)])
-        return learn
-
     @property
     def published(self) -> dict:
         "What was printed for it, a row of `zoo.published`; empty if nothing was"
@@ -162,16 +142,43 @@ class SparseRecipe:
             + ('' if self.method == 'dense' else f' {self.sparsity:g}'))
         rows = zoo.published('dynamic_sparse', dataset, count=False).to_dict('records')
         return next((r for r in rows if r['row'] == name), {})
-
-    def table(self) -> Table:
-        "What it says"
-        rows = dict(epochs=self.epochs, lr=self.lr, wd=self.wd) | self.loader | self.settings
-        return Table([dict(what=k, value=str(v)) for k,v in rows.items()],
-            title=f"**{self.network}, {self.method}{f' {self.sparsity:g}' if self.sparsity else ''}**")
-    def _repr_markdown_(self): return self.table()._repr_markdown_()
     def __repr__(self):
         return (f'SparseRecipe({self.network!r}, {self.method!r}, {self.sparsity:g}: {self.epochs} '
             f'epochs, wd {self.wd:g})')
+
+# %% ../../nbs/sparse/09_published.ipynb #611471d5
+@patch
+def learner(self:SparseRecipe,
+    dls, # Data
+    model=None, # In the place of the published network; to prune, a trained one
+    **kwargs # For the `Learner`
+) -> Learner:
+    "A Learner with the published network, masks and optimizer"
+    if model is None and self.method == 'prune':
+        raise ValueError("method='prune' begins with a trained network. Give it as model=, trained "
+            "by the recipe of 'dense'.")
+    if model is None: model = zoo.build(n_out=dls.c, **self.build)
+    kw = dict(opt_func=self.opt_func, metrics=accuracy, wd=self.wd, wd_bn_bias=True)
+    return Learner(dls, model, cbs=self.cbs()[:-1], **(kw | kwargs))
+
+@patch
+def fit(self:SparseRecipe,
+    learn:Learner, # With any network
+    cbs=None # Further callbacks
+) -> Learner:
+    "Train `learn` as published; returns it"
+    learn.fit(self.epochs, wd=self.wd, cbs=[*self.cbs(), *L(cbs)])
+    return learn
+
+@patch
+def table(self:SparseRecipe) -> Table:
+    "What it says"
+    rows = dict(epochs=self.epochs, lr=self.lr, wd=self.wd) | self.loader | self.settings
+    return Table([dict(what=k, value=str(v)) for k,v in rows.items()],
+        title=f"**{self.network}, {self.method}{f' {self.sparsity:g}' if self.sparsity else ''}**")
+
+@patch
+def _repr_markdown_(self:SparseRecipe): return self.table()._repr_markdown_()
 
 # %% ../../nbs/sparse/09_published.ipynb #cff47449
 def _one_of(name, value, known):
@@ -201,6 +208,7 @@ def _changed(method, values, steps, changes):
     if 'epochs' in changes: values = _stretch(values, changes['epochs'])
     return values | changes
 
+# %% ../../nbs/sparse/09_published.ipynb #f5b54ad6
 def sparse_recipe(
     network:str='mnist/lenet_300_100', # One of `PUBLISHED_RECIPES`
     method:str='dsr', # One of `RECIPE_METHODS`

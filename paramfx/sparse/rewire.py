@@ -60,6 +60,7 @@ class DSR(Rewirer):
     def notes(self, cb): return dict(threshold=cb.effect.values['threshold'])
     def columns(self, cb): return dict(threshold=cb.effect.values['threshold'] or cb.threshold)
 
+# %% ../../nbs/sparse/05_rewire.ipynb #e2c07ff9
 @rewirer('set')
 class SET(Rewirer):
     "The smallest share of each layer, regrown in it at random (Mocanu and others 2018)"
@@ -309,6 +310,7 @@ class DynamicSparse(Exchange, EffectCallback):
         if e.groups: return grow_in_groups(mask, dropped, *e.groups, score, generator)
         return grow_random(mask, n, generator) if score is None else grow_top(score, mask, n)
 
+# %% ../../nbs/sparse/05_rewire.ipynb #cf19e600
 @patch
 def sparsify(self:Learner,
     sparsity=.9, # Share of zeros in [0, 1), or a dict by kind or layer

@@ -139,6 +139,7 @@ def plan_masks(
     return Table(rows+skip, note=f"{sum(r['live'] for r in rows):,} of "
         f"{sum(r['units'] for r in rows):,} units live")
 
+# %% ../../nbs/sparse/01_sparsify.ipynb #647f0e8e
 def _rows(model, take, skip, sparsity, granularity, distribution):
     rates,rows = _by_layer(model, take, sparsity),[]
     if distribution == 'erk' and take: rates = _erk(take, rates)
@@ -163,6 +164,7 @@ def _live(n, p, units, s, granularity):
         f"one. Lower the sparsity or leave it dense (exclude={n!r}).")
     return live
 
+# %% ../../nbs/sparse/01_sparsify.ipynb #c8741618
 def _given_rows(take, skip, masks, granularity):
     rows,left = [],dict(masks)
     for n,m,p in take:

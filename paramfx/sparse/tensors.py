@@ -50,6 +50,7 @@ def _spread(v, live):
     as_ints(new)[live] = as_ints(v)
     return new
 
+# %% ../../nbs/sparse/13_tensors.ipynb #de462794
 class Stored:
     "A parameter or buffer, as a file sees it"
     sparse = False # does it hold live values only?
@@ -79,6 +80,7 @@ class Stored:
         for i,p in enumerate(pieces): flat[i*BLOCK:(i+1)*BLOCK].copy_(_spread(*p))
         if not t.is_contiguous(): t.copy_(flat.view(t.shape))
 
+# %% ../../nbs/sparse/13_tensors.ipynb #0b8a5438
 class StoredCSR(Stored):
     "The weight of a CSR layer; the dense one is made piece by piece"
     sparse = True

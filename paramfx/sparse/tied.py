@@ -81,6 +81,7 @@ def _remade(old, cls, **params):
     new._parameters = params | {k:p for k,p in old._parameters.items() if k not in ('weight', 'bank')}
     return new
 
+# %% ../../nbs/sparse/08_tied.ipynb #7615f095
 class Tied(ComputedWeight):
     "Mixin of layers whose weight is read from a bank"
     label = property(lambda self: self.key)
@@ -172,6 +173,7 @@ class Tied(ComputedWeight):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
                 unexpected, errors)
 
+# %% ../../nbs/sparse/08_tied.ipynb #586a5737
 class TiedLinear(Tied, nn.Linear): "`nn.Linear` that reads its weight from a bank"
 class TiedConv1d(Tied, nn.Conv1d): "`nn.Conv1d` that reads its weight from a bank"
 class TiedConv2d(Tied, nn.Conv2d): "`nn.Conv2d` that reads its weight from a bank"
@@ -204,6 +206,7 @@ def _choose(model, include, exclude):
     return ([n for n,_,r in reasons if r is None],
         rows+[dict(layer=n, shape=s, note=r) for n,s,r in reasons if r])
 
+# %% ../../nbs/sparse/08_tied.ipynb #9fea0709
 def plan_tied(
     model:nn.Module, # Network; it is not changed
     sparsity=.9, # Share of the parameters saved, in [0, 1), or a dict by kind ('conv', 'fc') or layer

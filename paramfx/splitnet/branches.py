@@ -92,6 +92,7 @@ class Trunk(nn.Module):
         for t in self.taps: t.value = None
         return tuple(next(got) if n else xs[0] for n in self.names)
 
+# %% ../../nbs/splitnet/05_branches.ipynb #2059b87a
 def _tops(model, inner, prefix=''):
     "Names of the largest modules with tensors, but without split channels"
     res = []
@@ -101,6 +102,7 @@ def _tops(model, inner, prefix=''):
         res += _tops(m, inner, n) if any(i.startswith(n+'.') for i in inner) else [n]
     return res
 
+# %% ../../nbs/splitnet/05_branches.ipynb #d4ced9ba
 class Branch(nn.Module):
     "What reads one group of features, and nothing else: features of the trunk -> logits of `classes`"
     def __init__(self,
@@ -169,6 +171,7 @@ def _channels(model, xs, tops, pin):
             'several tensors, so it cannot be handed to the branches. Take the network apart by hand.')
     return {n: o[0].shape for n,o in outs.items()},{n: labels(o[0]) for n,o in outs.items()}
 
+# %% ../../nbs/splitnet/05_branches.ipynb #b72a918b
 def _needed(model, xs, shapes):
     "The modules of the trunk whose numbers reach the split part: without them the output is lost"
     res,feats = [],{'': xs[0]}
@@ -207,6 +210,7 @@ def _narrow(dense, s, b, low):
         swap_module(net, l.name, new)
     return net,cut,mine[plan.classes].nonzero().flatten()
 
+# %% ../../nbs/splitnet/05_branches.ipynb #12534952
 class Branches(nn.Module):
     "Trunk and branches, run one after another or on a device each"
     def __init__(self,
@@ -237,6 +241,7 @@ class Branches(nn.Module):
         feats = self.trunk(*xs)
         return self.join([b(*(f.to(b.classes.device) for f in b.select(feats))) for b in self.branches])
 
+# %% ../../nbs/splitnet/05_branches.ipynb #840360de
 def branches(
     model:nn.Module # From `split_model`, or `learn.model` after `learn.split()`; it is left alone
 ) -> Branches: # `.trunk` and `.branches`, copies, with the same outputs
@@ -250,6 +255,7 @@ def branches(
     if zero: _branches(awake(model, zero)) # what they hide is compared as well
     return res
 
+# %% ../../nbs/splitnet/05_branches.ipynb #09e14826
 def _branches(model):
     dense,s = _dense(model)
     xs,low = s.plan.cmap.sample,min(s.plan.levels)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from ..core.samples import sample_batch
 from ..core.callback import EffectCallback, finding_lr
 from ..core.registry import recipe_verb
@@ -57,6 +57,7 @@ def _columns(soft, parts, done):
         cols.append(t if whole else t[:,p.index.to(t.device)])
     return cols[0] if len(cols) == 1 else torch.cat(cols, 1)
 
+# %% ../../nbs/splitnet/07_callback.ipynb #0160e439
 class SplitHolder:
     "Assignments of a network's units to groups, as buffers of the network"
     logits_key,moments_key = 'split_net_logits','split_net_moments'
@@ -85,28 +86,6 @@ class SplitHolder:
         return float(zlib.crc32(repr(([(l.name, l.groups) for l in self.layers],
             list(self.free.items()))).encode()))
 
-    def check(self, state_dict, prefix=''):
-        "Raise where a file holds other assignments; one without any keeps these"
-        num = state_dict.get(f'{prefix}split_net_effect')
-        mine = {k: self.model._buffers[k] for k in self.keys()}
-        if any(prefix+k in state_dict and state_dict[prefix+k].shape != t.shape for k,t in mine.items()) or num is not None and float(num.detach().cpu().view(torch.float64)[-1]) != self.mark: raise ValueError(
-            f"{type(self.model).__name__}: the file's units are assigned to other groups than "
-            f"{', '.join(f'{g} of {s}' for s,(_,g) in self.free.items())}. Give `SplitNet` the splits "
-            "it was saved with.")
-        for k,t in mine.items(): state_dict.setdefault(prefix+k, t.clone())
-
-    def refresh(self):
-        "Single precision at least: small steps would be lost"
-        for k in self.keys():
-            t = self.model._buffers[k]
-            if t.dtype.itemsize < 4: self.model._buffers[k] = t.float()
-
-    def soft(self, flat=None) -> dict:
-        "Space -> soft assignment [groups, units]"
-        flat = self.flat if flat is None else flat
-        return {s: t.view(g, u).softmax(0)
-            for t,(s,(u,g)) in zip(flat.split([u*g for u,g in self.free.values()]), self.free.items())}
-
     @property
     def plan(self): # with `groups`, what `learn.split` asks for
         return SimpleNamespace(splits={l.name: l.groups for l in self.layers}, free=self.free)
@@ -116,12 +95,6 @@ class SplitHolder:
         return {s: hard_groups(p, self.equal if equal is None else equal)
             for s,p in self.soft().items()}
 
-    def weights(self, soft) -> list:
-        "`SplitWeight`s of the layers"
-        done = {}
-        return [(self.model.get_submodule(l.name)._parameters['weight'], _columns(soft, l.inputs, done),
-            _columns(soft, l.outputs, done)) for l in self.layers]
-
     @torch.no_grad()
     def step(self, grad, lr, n):
         "Step `n` of Adam, from 1 on"
@@ -129,11 +102,47 @@ class SplitHolder:
         avg.lerp_(grad, .1)
         sqr.lerp_(grad.square(), .001)
         self.flat.addcdiv_(avg/(1-.9**n), (sqr/(1-.999**n)).sqrt_().add_(1e-8), value=-lr)
-
-    def burn_in(self): pass # the groups are no part of what the network computes
-    def release(self):
-        for k in self.keys(): self.model._buffers.pop(k, None)
     def __repr__(self): return 'groups of units, which go: `learn.split()` cuts along them'
+
+# %% ../../nbs/splitnet/07_callback.ipynb #b100fdbf
+@patch
+def check(self:SplitHolder, state_dict, prefix=''):
+    "Raise where a file holds other assignments; one without any keeps these"
+    num = state_dict.get(f'{prefix}split_net_effect')
+    mine = {k: self.model._buffers[k] for k in self.keys()}
+    if any(prefix+k in state_dict and state_dict[prefix+k].shape != t.shape for k,t in mine.items()) or num is not None and float(num.detach().cpu().view(torch.float64)[-1]) != self.mark: raise ValueError(
+        f"{type(self.model).__name__}: the file's units are assigned to other groups than "
+        f"{', '.join(f'{g} of {s}' for s,(_,g) in self.free.items())}. Give `SplitNet` the splits "
+        "it was saved with.")
+    for k,t in mine.items(): state_dict.setdefault(prefix+k, t.clone())
+
+@patch
+def refresh(self:SplitHolder):
+    "Single precision at least: small steps would be lost"
+    for k in self.keys():
+        t = self.model._buffers[k]
+        if t.dtype.itemsize < 4: self.model._buffers[k] = t.float()
+
+@patch
+def soft(self:SplitHolder, flat=None) -> dict:
+    "Space -> soft assignment [groups, units]"
+    flat = self.flat if flat is None else flat
+    return {s: t.view(g, u).softmax(0)
+        for t,(s,(u,g)) in zip(flat.split([u*g for u,g in self.free.values()]), self.free.items())}
+
+@patch
+def weights(self:SplitHolder, soft) -> list:
+    "`SplitWeight`s of the layers"
+    done = {}
+    return [(self.model.get_submodule(l.name)._parameters['weight'], _columns(soft, l.inputs, done),
+        _columns(soft, l.outputs, done)) for l in self.layers]
+
+@patch
+def burn_in(self:SplitHolder): pass # the groups are no part of what the network computes
+
+@patch
+def release(self:SplitHolder):
+    for k in self.keys(): self.model._buffers.pop(k, None)
 
 # %% ../../nbs/splitnet/07_callback.ipynb #badceb02
 def _check_number(name, v, low, strict, what):
@@ -149,6 +158,7 @@ def _norms(model, plan):
     return [m for (m,t,_),(_,lab) in plan.cmap.bindings.items() if t == 'weight' and of(m)
         and set(plan.cmap.space_of[lab]) <= set(mine)]
 
+# %% ../../nbs/splitnet/07_callback.ipynb #cdaaeaab
 class SplitNet(EffectCallback):
     "Learn groups of features and classes while a network trains, and thin out the weights between them"
     def __init__(self,
@@ -179,33 +189,6 @@ class SplitNet(EffectCallback):
             "or None.")
         check_weighting(layer_weighting)
 
-    # -- the effect
-    def _plan(self, model, learn):
-        if learn is None:
-            raise ValueError("SplitNet: without a Learner there is no sample to find the channels "
-                "with. Add it to a Learner, or call `split_plan(model, x, splits)` yourself.")
-        plan = split_plan(model, sample_batch(learn.dls), self.splits, self.pin)
-        for l in plan.layers:
-            if model.get_submodule(l.name)._parameters.get('weight') is None:
-                raise ValueError(f"{l.name}: its weight is computed or packed, so the penalty has "
-                    "nothing to act on. Make it an ordinary layer first, or leave it out.")
-        return plan
-
-    def plan(self, model, learn=None):
-        "Rows of the assignments; raises where the network cannot be split"
-        return self._plan(model, learn).table
-
-    def convert(self, model, learn=None):
-        "Give each unit of the split part logits; the network computes what it did"
-        plan = self._plan(model, learn)
-        return self._begin(model, plan.layers, plan.free, plan.classes, _norms(model, plan), plan.table)
-
-    def _begin(self, model, layers, free, classes, norms, report=None):
-        logits = {s: torch.randn(g, u, generator=generator(self.seed, 'split', i))*self.init_std
-            for i,(s,(u,g)) in enumerate(free.items())}
-        holder = SplitHolder(model, layers, free, classes, norms, logits, self.equal_groups)
-        return EffectState(self.name, self.settings, None, holder, report, updates=0., mark=holder.mark)
-
     @classmethod
     def unfinished(cls, model):
         return ("the groups that were learned end here, and the network stays whole. Call "
@@ -221,24 +204,6 @@ class SplitNet(EffectCallback):
         return ("this fit is without its penalty, so weights grow again between the groups, where `learn.split()` cuts. "
                 "Fit with cbs=learn.split_net, or split first.")
 
-    # -- asked by the keeper
-    def on_start(self, learn):
-        h,d = self.effect.holder,self.__dict__
-        h.refresh()
-        d.update(_looked=0, _grad=None)
-        for l in h.layers: self._check_layer(l)
-        for n in h.norms if self.freeze_bn_scale and self.learn is not None else ():
-            h.model.get_submodule(n).weight.data.fill_(1)
-
-    def _check_layer(self, l):
-        h = self.effect.holder
-        try: w = h.model.get_submodule(l.name)._parameters.get('weight')
-        except AttributeError: w = None
-        want = tuple(sum(len(p.index) for p in side) for side in (l.outputs, l.inputs))
-        if w is None or tuple(w.shape[:2]) != want: raise ValueError(
-            f"{l.name}: the layer was replaced after its units were "
-            f"assigned{'' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'}. Call `learn.release()`, then add the callback anew.")
-
     @property
     def gammas(self) -> Penalties:
         "The factors now"
@@ -246,47 +211,6 @@ class SplitNet(EffectCallback):
         pos = self.effect.clock.step_pos
         ramp = 1. if pos >= b else 0. if pos <= a else (pos-a)/(b-a)
         return Penalties(self.gamma_weight, self.gamma_disjoint*ramp, self.gamma_balance)
-
-    def on_grads(self, learn):
-        d,h = self.__dict__,self.effect.holder
-        d['_grad'] = None
-        # it ended with its fit: the groups stay, and nothing pulls at them
-        if self.learn is None: return
-        if self.freeze_bn_scale:
-            for n in h.norms: h.model.get_submodule(n).weight.grad = None
-        if (self.effect.clock.steps+d['_looked'])%self.every or not any(self.gammas): return
-        leaf = h.flat.detach().requires_grad_()
-        soft = h.soft(leaf)
-        d['_grad'] = add_split_grads(h.weights(soft), soft, [leaf], self.gammas, self.layer_weighting,
-            self.every)[1][0]
-
-    def on_update(self, learn):
-        if finding_lr(learn): self.__dict__['_looked'] += 1
-
-    def on_step(self):
-        grad,v = self.__dict__.get('_grad'),self.effect.values
-        if grad is None: return
-        v['updates'] += 1
-        self.effect.holder.step(grad, self.assign_lr*self.every, v['updates'])
-
-    def on_epoch_end(self):
-        t = {k: float(v) for k,v in self.terms._asdict().items()}
-        sizes = {s: n.bincount(minlength=self.effect.holder.free[s][1]).tolist()
-            for s,n in self.groups().items()}
-        self.history.append(dict(step=self.effect.clock.steps-1, epoch=self.effect.clock.epoch, **t,
-            sizes=sizes))
-
-    def on_leave(self):
-        for k in ('_grad', '_looked'): self.__dict__.pop(k, None)
-
-    def columns(self):
-        h,last = self.effect.holder,self.history[-1] if self.history else None
-        keys = ([f'split_{k}' for k in Penalties._fields]+['split_smallest']+[f'classes_{i+1}'
-            for i in range(h.free[h.classes][1])])
-        if last is None: return dict.fromkeys(keys, float('nan'))
-        small = min(min(n)*len(n)/sum(n) for n in last['sizes'].values())
-        return dict(zip(keys, [*(last[k] for k in Penalties._fields), small,
-            *map(float, last['sizes'][h.classes])]))
 
     # -- what has been learned
     @property
@@ -302,11 +226,115 @@ class SplitNet(EffectCallback):
     def assignments(self) -> dict:
         "Space -> soft assignment of its units [groups, units]"
         return self.effect.holder.soft()
-    def groups(self,
-        equal_groups:bool=None # Of the same size? None: as the callback was told
-    ) -> dict:
-        "Space -> group of each unit, for `split_model`; coarser groups are those of these merged"
-        return self.effect.holder.groups(equal_groups)
+
+# %% ../../nbs/splitnet/07_callback.ipynb #70661f5b
+@patch
+def _plan(self:SplitNet, model, learn):
+    if learn is None:
+        raise ValueError("SplitNet: without a Learner there is no sample to find the channels "
+            "with. Add it to a Learner, or call `split_plan(model, x, splits)` yourself.")
+    plan = split_plan(model, sample_batch(learn.dls), self.splits, self.pin)
+    for l in plan.layers:
+        if model.get_submodule(l.name)._parameters.get('weight') is None:
+            raise ValueError(f"{l.name}: its weight is computed or packed, so the penalty has "
+                "nothing to act on. Make it an ordinary layer first, or leave it out.")
+    return plan
+
+# %% ../../nbs/splitnet/07_callback.ipynb #ba8bb295
+@patch
+def plan(self:SplitNet, model, learn=None):
+    "Rows of the assignments; raises where the network cannot be split"
+    return self._plan(model, learn).table
+
+@patch
+def convert(self:SplitNet, model, learn=None):
+    "Give each unit of the split part logits; the network computes what it did"
+    plan = self._plan(model, learn)
+    return self._begin(model, plan.layers, plan.free, plan.classes, _norms(model, plan), plan.table)
+
+# %% ../../nbs/splitnet/07_callback.ipynb #4603784a
+@patch
+def _begin(self:SplitNet, model, layers, free, classes, norms, report=None):
+    logits = {s: torch.randn(g, u, generator=generator(self.seed, 'split', i))*self.init_std
+        for i,(s,(u,g)) in enumerate(free.items())}
+    holder = SplitHolder(model, layers, free, classes, norms, logits, self.equal_groups)
+    return EffectState(self.name, self.settings, None, holder, report, updates=0., mark=holder.mark)
+
+# %% ../../nbs/splitnet/07_callback.ipynb #9086327c
+@patch
+def on_start(self:SplitNet, learn):
+    h,d = self.effect.holder,self.__dict__
+    h.refresh()
+    d.update(_looked=0, _grad=None)
+    for l in h.layers: self._check_layer(l)
+    for n in h.norms if self.freeze_bn_scale and self.learn is not None else ():
+        h.model.get_submodule(n).weight.data.fill_(1)
+
+@patch
+def _check_layer(self:SplitNet, l):
+    h = self.effect.holder
+    try: w = h.model.get_submodule(l.name)._parameters.get('weight')
+    except AttributeError: w = None
+    want = tuple(sum(len(p.index) for p in side) for side in (l.outputs, l.inputs))
+    if w is None or tuple(w.shape[:2]) != want: raise ValueError(
+        f"{l.name}: the layer was replaced after its units were "
+        f"assigned{'' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'}. Call `learn.release()`, then add the callback anew.")
+
+@patch
+def on_grads(self:SplitNet, learn):
+    d,h = self.__dict__,self.effect.holder
+    d['_grad'] = None
+    # it ended with its fit: the groups stay, and nothing pulls at them
+    if self.learn is None: return
+    if self.freeze_bn_scale:
+        for n in h.norms: h.model.get_submodule(n).weight.grad = None
+    if (self.effect.clock.steps+d['_looked'])%self.every or not any(self.gammas): return
+    leaf = h.flat.detach().requires_grad_()
+    soft = h.soft(leaf)
+    d['_grad'] = add_split_grads(h.weights(soft), soft, [leaf], self.gammas, self.layer_weighting,
+        self.every)[1][0]
+
+@patch
+def on_update(self:SplitNet, learn):
+    if finding_lr(learn): self.__dict__['_looked'] += 1
+
+# %% ../../nbs/splitnet/07_callback.ipynb #a5186ab1
+@patch
+def on_step(self:SplitNet):
+    grad,v = self.__dict__.get('_grad'),self.effect.values
+    if grad is None: return
+    v['updates'] += 1
+    self.effect.holder.step(grad, self.assign_lr*self.every, v['updates'])
+
+@patch
+def on_epoch_end(self:SplitNet):
+    t = {k: float(v) for k,v in self.terms._asdict().items()}
+    sizes = {s: n.bincount(minlength=self.effect.holder.free[s][1]).tolist()
+        for s,n in self.groups().items()}
+    self.history.append(dict(step=self.effect.clock.steps-1, epoch=self.effect.clock.epoch, **t,
+        sizes=sizes))
+
+@patch
+def on_leave(self:SplitNet):
+    for k in ('_grad', '_looked'): self.__dict__.pop(k, None)
+
+@patch
+def columns(self:SplitNet):
+    h,last = self.effect.holder,self.history[-1] if self.history else None
+    keys = ([f'split_{k}' for k in Penalties._fields]+['split_smallest']+[f'classes_{i+1}'
+        for i in range(h.free[h.classes][1])])
+    if last is None: return dict.fromkeys(keys, float('nan'))
+    small = min(min(n)*len(n)/sum(n) for n in last['sizes'].values())
+    return dict(zip(keys, [*(last[k] for k in Penalties._fields), small,
+        *map(float, last['sizes'][h.classes])]))
+
+# %% ../../nbs/splitnet/07_callback.ipynb #bef34bee
+@patch
+def groups(self:SplitNet,
+    equal_groups:bool=None # Of the same size? None: as the callback was told
+) -> dict:
+    "Space -> group of each unit, for `split_model`; coarser groups are those of these merged"
+    return self.effect.holder.groups(equal_groups)
 
 # %% ../../nbs/splitnet/07_callback.ipynb #6abee8cf
 def _again_args(st):

@@ -45,6 +45,7 @@ def _half_over_root(x, rest, scale):
     on = x > 0
     return torch.where(on, rest*(scale/2)/torch.where(on, x, 1).sqrt(), 0)
 
+# %% ../../nbs/splitnet/01_gradients.ipynb #db333c48
 class LayerTerm:
     "The weight term of a layer, and all of its derivatives"
     @torch.no_grad()
@@ -102,6 +103,7 @@ def _collect(grads, tensors, values, factor):
         v = (v*factor).to(t)
         grads[id(t)] = (t, grads[id(t)][1]+v if id(t) in grads else v)
 
+# %% ../../nbs/splitnet/01_gradients.ipynb #0e2044f4
 def add_split_grads(
     layers, # `SplitWeight`s, or tuples of their fields; assignments made from `leaves`
     free, # The assignments that are learned, each once: a list or a dict

@@ -47,6 +47,7 @@ def _named_classes(given, units, n):
         raise ValueError(f'classes: {bad[0]!r} is no group. There are {n}, numbered from 0 to {n-1}.')
     return torch.tensor([int(given[c]) for c in range(units)])
 
+# %% ../../nbs/splitnet/03_groups.ipynb #2f22237d
 def class_groups(
     model:nn.Module, # The network
     plan:SplitPlan, # Of that network
@@ -92,6 +93,7 @@ def side_groups(plan, groups, part, n) -> torch.Tensor:
     "Group, of `n`, of each channel of a `Part`"
     return plan.coarse(groups[part.space], plan.free[part.space][1], n)[part.index]
 
+# %% ../../nbs/splitnet/03_groups.ipynb #d0f0770b
 def feature_groups(
     model:nn.Module, # The network
     plan:SplitPlan, # Of that network

@@ -50,6 +50,7 @@ class SplitLayer(NamedTuple):
     outputs:list # The same for its q
     groups:int
 
+# %% ../../nbs/splitnet/02_plan.ipynb #32f0d27c
 class SplitPlan:
     "What is split, and what has to be assigned for it"
     matrices = () # of plans that an older version has written
@@ -186,6 +187,7 @@ def _own_weight(n):
     at = caller_model() + f'.get_submodule({n!r})'
     return f'`{at}.weight = nn.Parameter({at}.weight.detach().clone())`'
 
+# %% ../../nbs/splitnet/02_plan.ipynb #caf865ec
 def _check_layers(model, names, cmap, order):
     "Each layer by itself"
     places = {}
@@ -209,6 +211,7 @@ def _check_layers(model, names, cmap, order):
             raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so '
                 f'it has no rows to split. Call {way_out()} first, or leave it out.')
 
+# %% ../../nbs/splitnet/02_plan.ipynb #9fa70600
 def _check_output(cmap, names, model, out):
     "The classifier's output space"
     found,out = out,only_tensor(out)
@@ -257,6 +260,7 @@ def _binds(model, cmap, s):
         else 'they are reshaped or dealt out')
         + f' ({s.channels} channels, {s.size} independent units)')
 
+# %% ../../nbs/splitnet/02_plan.ipynb #af380427
 def _check_order(model, cmap, splits, order):
     "Nothing unsplit between split layers, and group counts that grow towards the output"
     for s in cmap:
@@ -318,6 +322,7 @@ def _free(model, cmap, sides, splits):
                 f"{'unit' if u == 1 else 'units'}{f' (its {cmap[s].channels} channels are bound to each other)' if s != 'input' and cmap[s].channels > u else ''}. Use at most {u}.")
     return res
 
+# %% ../../nbs/splitnet/02_plan.ipynb #7b2f7908
 def _matrix_rows(model, splits, alone):
     "Every matrix: its groups, or why it is not split"
     taken = [x for x in all_matrices(model) if x.layer in splits and not x.note]

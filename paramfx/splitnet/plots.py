@@ -81,6 +81,7 @@ def _sizes(n):
     return (' + '.join(map(str, n)) if len(n) < 4 else f'{len(n)} x {n[0]}' if len({*n}) == 1
         else f'{len(n)} groups of {min(n)} to {max(n)}')
 
+# %% ../../nbs/splitnet/08_plots.ipynb #d52f0f2e
 def _blocks(ax, w, rows, cols, title, top):
     for o in ax.images: # drawn again
         if o.colorbar is not None: o.colorbar.remove()
@@ -189,6 +190,7 @@ def _image(w):
     "A filter [1 or 3, height, width] as a picture in [0, 1], zero in the middle"
     return .5+.5*w.transpose(1, 2, 0)/(np.abs(w).max() or 1)
 
+# %% ../../nbs/splitnet/08_plots.ipynb #f3ac362a
 def plot_group_filters(
     weight, # [outputs, inputs, height, width]; or linear, with `shape`
     outputs, # Group of each output
@@ -225,6 +227,7 @@ def _filters(ax, tiles, sizes, title):
         [f'group {i+1}\n{n} filters' for i,n in enumerate(sizes)], fontsize='small')
     return _bare(ax, title)
 
+# %% ../../nbs/splitnet/08_plots.ipynb #307893e2
 def _kernels(ax, w, rows, cols, title):
     out,ins = np.concatenate(rows).astype(int),np.concatenate(cols).astype(int)
     big = _tiles([[w[o,i][...,None] for i in ins] for o in out])[...,0]
@@ -292,6 +295,7 @@ class SplitPlots(LeanCallback):
         if self.shown is None: self.shown = display(fig, display_id=True)
         else: self.shown.update(fig)
 
+# %% ../../nbs/splitnet/08_plots.ipynb #3a024146
 def _shell():
     import sys
     return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None

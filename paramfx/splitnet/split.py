@@ -72,6 +72,8 @@ def sub_layer(m, w, b, n_in, n_out, groups=1) -> nn.Module:
 def _is_last(t):
     return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 def _order(groups): return torch.argsort(groups, stable=True)
+
+# %% ../../nbs/splitnet/04_split.ipynb #26f4ce9c
 def _is_sorted(groups): return bool((groups.diff() >= 0).all())
 
 def split_layer(
@@ -127,51 +129,58 @@ class Splitting:
             memo[id(w)] = nn.Parameter(w.detach()*self.mask(l, w), requires_grad=w.requires_grad)
         return copy_model(model, memo)
 
-    def sorted(self, l):
-        "Groups of a layer's inputs and outputs as they lie in the sorted network"
-        res = []
-        for d,g in zip((1, 0), self.sides(l)):
-            idx = self.cut.index(self.plan.cmap.bindings[l.name, 'weight', d][1])
-            res.append(g if idx is None else g[torch.from_numpy(idx)])
-        return res
+# %% ../../nbs/splitnet/04_split.ipynb #17758bb6
+@patch
+def sorted(self:Splitting, l):
+    "Groups of a layer's inputs and outputs as they lie in the sorted network"
+    res = []
+    for d,g in zip((1, 0), self.sides(l)):
+        idx = self.cut.index(self.plan.cmap.bindings[l.name, 'weight', d][1])
+        res.append(g if idx is None else g[torch.from_numpy(idx)])
+    return res
 
-    def split(self, model):
-        "A copy of `model`, sorted and in blocks"
-        steps = model.__dict__.get('_recipe', [])
-        new = self.cut.apply(model, check=False)
-        new.__dict__['_recipe'] = [*steps]
-        for l in self.plan.layers:
-            m = split_layer(new.get_submodule(l.name), *self.sorted(l))
-            if l.name: swap_module(new, l.name, m)
-            else: m.__dict__['_recipe'] = new.__dict__['_recipe']; new = m
-        new.__dict__['_split'] = dict(splits=dict(self.plan.splits),
-            groups={s: g.tolist() for s,g in self.groups.items()},
-            sample=pack_sample(self.plan.cmap.sample), pin=list(self.plan.cmap.pin))
-        return add_step(new, 'split', new.__dict__['_split'],
-            ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}"
-            for s,g in self.groups.items()))
+@patch
+def split(self:Splitting, model):
+    "A copy of `model`, sorted and in blocks"
+    steps = model.__dict__.get('_recipe', [])
+    new = self.cut.apply(model, check=False)
+    new.__dict__['_recipe'] = [*steps]
+    for l in self.plan.layers:
+        m = split_layer(new.get_submodule(l.name), *self.sorted(l))
+        if l.name: swap_module(new, l.name, m)
+        else: m.__dict__['_recipe'] = new.__dict__['_recipe']; new = m
+    new.__dict__['_split'] = dict(splits=dict(self.plan.splits),
+        groups={s: g.tolist() for s,g in self.groups.items()},
+        sample=pack_sample(self.plan.cmap.sample), pin=list(self.plan.cmap.pin))
+    return add_step(new, 'split', new.__dict__['_split'],
+        ', '.join(f"{s}: {' + '.join(map(str, g.bincount().tolist()))}"
+        for s,g in self.groups.items()))
 
-    def check(self, new, model):
-        "Raise where the split network is not the masked one"
-        p = next(model.parameters())
-        xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.plan.cmap.sample)
-        self.compare(new, model, xs)
-        zero,ys = asleep(model),lit(xs)
-        if zero or any(y is not x for x,y in zip(xs, ys)):
-            self.compare(self.split(full := awake(model, zero)), full, ys, hidden=True)
+@patch
+def check(self:Splitting, new, model):
+    "Raise where the split network is not the masked one"
+    p = next(model.parameters())
+    xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.plan.cmap.sample)
+    self.compare(new, model, xs)
+    zero,ys = asleep(model),lit(xs)
+    if zero or any(y is not x for x,y in zip(xs, ys)):
+        self.compare(self.split(full := awake(model, zero)), full, ys, hidden=True)
 
-    def compare(self, new, model, xs, hidden=False):
-        "In evaluation, and in training where other modules run then; `hidden`: there are random numbers in place of zeros"
-        twin = self.masked(model, share=True)
-        for mode in (still, practising) if self.plan.cmap.late else (still,):
-            try:
-                check_same(new, twin, xs, 1e-5 if next(model.parameters()).dtype == torch.float32
-                    else None, mode)
-            except ValueError: # of rounding, or of a fault? float64 tells
-                if (hidden or mode is practising) and not tells(twin, xs, mode): continue
-                check_same(copy_model(new).double(), copy_model(twin).double(),
-                    tuple(x.double() if x.is_floating_point() else x for x in xs), mode=mode)
+# %% ../../nbs/splitnet/04_split.ipynb #cb3b28fd
+@patch
+def compare(self:Splitting, new, model, xs, hidden=False):
+    "In evaluation, and in training where other modules run then; `hidden`: there are random numbers in place of zeros"
+    twin = self.masked(model, share=True)
+    for mode in (still, practising) if self.plan.cmap.late else (still,):
+        try:
+            check_same(new, twin, xs, 1e-5 if next(model.parameters()).dtype == torch.float32
+                else None, mode)
+        except ValueError: # of rounding, or of a fault? float64 tells
+            if (hidden or mode is practising) and not tells(twin, xs, mode): continue
+            check_same(copy_model(new).double(), copy_model(twin).double(),
+                tuple(x.double() if x.is_floating_point() else x for x in xs), mode=mode)
 
+# %% ../../nbs/splitnet/04_split.ipynb #0be2aa42
 def _splits_of(model, sample, groups, pin):
     "Layers whose inputs and outputs have groups, and how many"
     cmap = trace_channels(model, sample, pin_names(model, pin))
@@ -209,6 +218,7 @@ def _groups_for(model, plan, groups, classes, seed):
     return check_groups(plan, feature_groups(model, plan, check_groups_of_classes(plan, top),
         'random' if isinstance(classes, str) and classes == 'random' else 'weight', seed))
 
+# %% ../../nbs/splitnet/04_split.ipynb #0f09fb7e
 def check_groups_of_classes(plan, top):
     "An empty group of classes is found before features are dealt out"
     n = plan.free[plan.classes][1]
@@ -309,6 +319,7 @@ def _rows(s, old, new):
     return (rows + [dict(what='parameters', units=size(old), groups=f'{size(new)} after the split '
         f'({100*size(new)/size(old):.1f} %)')])
 
+# %% ../../nbs/splitnet/04_split.ipynb #3ab8ecb1
 def _ordinary(model, sample):
     "The network without effects; that the groups of one end is what a split is for"
     with warnings.catch_warnings():

@@ -65,6 +65,7 @@ def weight_term(
     row,col = scales(weight.shape, len(p))
     return row*(root0(q.square()@sq)*(1-p)).sum() + col*(root0(p.square()@sq.T)*(1-q)).sum()
 
+# %% ../../nbs/splitnet/00_terms.ipynb #1c1642dc
 def disjoint_term(p:torch.Tensor) -> torch.Tensor:
     "How undecided the units are, in [0, 1]"
     g,d = p.shape

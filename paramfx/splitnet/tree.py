@@ -76,6 +76,7 @@ def _fit_names(names, room=3, width=34):
         if len(text) <= room: return '\n'.join(text)
     return f'{len(names)} classes'
 
+# %% ../../nbs/splitnet/09_tree.ipynb #930846fd
 def plot_split_tree(
     widths:dict, # Space -> units of each group, from the trunk to the classes, as `split_widths` makes it
     names:list=None, # For each group at the end: names of its classes
@@ -113,6 +114,7 @@ def _ends(counts):
     return {m: np.bincount(_coarse(np.arange(levels[0]), levels[0], m, levels), minlength=m)
         for m in levels}
 
+# %% ../../nbs/splitnet/09_tree.ipynb #4dcacb97
 def _column(ax, x, sizes, leaves, trunk):
     "Boxes of one assignment, group 1 on top: (middle, height, color) each"
     from matplotlib.patches import Rectangle

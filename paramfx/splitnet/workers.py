@@ -21,6 +21,7 @@ def _work(pipe, branch, threads):
             pipe.send(out.clone())
         except Exception as e: pipe.send(f'{type(e).__name__}: {e}')
 
+# %% ../../nbs/splitnet/06_workers.ipynb #0c835045
 class BranchProcesses:
     "Runs each branch in a process; a context manager, called like the network"
     def __init__(self,

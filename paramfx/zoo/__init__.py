@@ -69,6 +69,7 @@ def _vgg(n_out, depth, **kw): return nets.vgg_cifar(int(depth), n_out, **kw)
 @_network(_small, 'densenet121', 'densenet121')
 def _densenet(n_out, **kw): return nets.densenet_cifar(n_out=n_out, **kw)
 
+# %% ../../nbs/zoo/01_names.ipynb #71182e8b
 @_network(_small, 'mobilenet_v2', 'mobilenet_v2')
 def _mobilenet_small(n_out, **kw): return nets.mobilenet_v2(n_out, small=True, **kw)
 
@@ -241,6 +242,7 @@ def _bare(r):
 
 def _passed(x): return x
 
+# %% ../../nbs/zoo/01_names.ipynb #3bc1496f
 def _start_counts(r, made):
     "Counts of the network that a row starts from, once per network"
     key = r['network'],r['width']

@@ -106,6 +106,7 @@ def _finish(m, n_in, n_out, **before):
     return init_convs(nn.Sequential(OrderedDict(**m, **before, avgpool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(), fc=nn.Linear(n_in, n_out))))
 
+# %% ../../nbs/zoo/00_networks.ipynb #3326ef81
 def resnet(
     depths:tuple, # Blocks per stage
     n_out:int=1000, # Classes
@@ -265,6 +266,7 @@ class Inverted(nn.Module):
         h = self.conv3(self.conv2(self.conv1(x)))
         return h if self.shortcut is None else h + self.shortcut(x)
 
+# %% ../../nbs/zoo/00_networks.ipynb #1ca87511
 def mobilenet_v2(
     n_out:int=1000, # Classes
     width:float=1., # Factor of all channels
