@@ -113,13 +113,20 @@ def in_class_body(mod):
             for f in c.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
 
+def public_names():
+    "Names in an `__all__`: what modules share among themselves (`exporti`) has no heading, and a link to it leads to its page"
+    for path in (ROOT/'paramfx').rglob('*.py'):
+        for n in ast.parse(path.read_text(encoding='utf8')).body:
+            if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__': yield from ast.literal_eval(n.value)
+
+
 def test_every_name_has_its_heading(pages, modidx):
-    by_html, missing = {p.html: p for p in pages}, []
+    by_html, missing, public = {p.html: p for p in pages}, [], set(public_names())
     for mod, syms in modidx['syms'].items():
         inner = in_class_body(mod)
         for full, (link, _) in syms.items():
             name = full[len(mod)+1:]
-            if any(part.startswith('_') for part in name.split('.')) or name in inner: continue
+            if any(part.startswith('_') for part in name.split('.')) or name in inner or name.split('.')[0] not in public: continue
             html, anchor = link.split('#')
             if html not in by_html or anchor not in by_html[html].shown_anchors: missing.append(full)
     assert not missing, f'no documentation shown for {missing}'
@@ -127,11 +134,15 @@ def test_every_name_has_its_heading(pages, modidx):
 
 def test_links(pages, modidx):
     base = modidx['settings']['doc_host'] + modidx['settings']['doc_baseurl']
+    known = {link for syms in modidx['syms'].values() for link, _ in syms.values()}
     by_name, by_html, dead = {p.name: p for p in pages}, {p.html: p for p in pages}, []
     for p in pages:
         for link in p.links():
             path, _, anchor = link.partition('#')
-            if link.startswith(base): target = by_html.get(path[len(base):].strip('/').removesuffix('.md') or 'index.html')
+            if link.startswith(base):
+                html = path[len(base):].strip('/').removesuffix('.md') or 'index.html'
+                target = by_html.get(html)
+                if f'{html}#{anchor}' in known: anchor = ''
             elif re.match(r'[a-z][a-z0-9+.-]*:', link): continue
             elif not path: target = p
             else:

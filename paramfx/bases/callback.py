@@ -210,6 +210,7 @@ def on_start(self:OrthoReg, learn):
     d['_parts'] = basis_groups(model, self.joint)
     self._free(learn.opt)
 
+# %% ../../nbs/bases/04_callback.ipynb #7ea466f2
 @patch
 def _held(self:OrthoReg):
     return list({id(t): t for g in self.parts for s,u in g
@@ -226,6 +227,7 @@ def _free(self:OrthoReg, opt):
     if self.basis_wd: return self.effect.holder.unpack(opt)
     for p in held: opt.state.setdefault(p, {})['do_wd'] = False
 
+# %% ../../nbs/bases/04_callback.ipynb #00138014
 @patch
 def on_fit_start(self:OrthoReg):
     low = self._balance() if self.basis_wd and self.ortho_lambda else 1.
@@ -246,6 +248,7 @@ def _balance(self:OrthoReg):
                 for t in s+u*self.unique)])
     return low
 
+# %% ../../nbs/bases/04_callback.ipynb #33ed145f
 @patch
 def on_leave(self:OrthoReg):
     self.__dict__.pop('_parts', None)

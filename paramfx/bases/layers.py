@@ -166,17 +166,20 @@ def reset_parameters(self:BasisConv2d):
     if self.bias is not None: nn.init.zeros_(self.bias)
     if self.norm is not None: self.norm.reset_parameters()
 
+# %% ../../nbs/bases/01_layers.ipynb #2e80975a
 @patch
 def _live(self:BasisConv2d):
     "Does the norm take the statistics of each batch?"
     n = self.norm
     return n is not None and (n.training or n.running_mean is None)
 
+# %% ../../nbs/bases/01_layers.ipynb #178f63bf
 @patch
 def responses(self:BasisConv2d, x:torch.Tensor) -> torch.Tensor:
     "What the filters say to `x`, before norm and coefficients"
     return self._conv_forward(x, self.filters, None)
 
+# %% ../../nbs/bases/01_layers.ipynb #fafefb3e
 @patch
 def _in_two(self:BasisConv2d, x):
     "Is it much less work to convolve with the filters and combine than to combine the kernel first?"
@@ -185,6 +188,7 @@ def _in_two(self:BasisConv2d, x):
     n = x.numel()//(c*prod(self.stride)) # pixels of the output, about
     return min(t, c) >= 32*self.groups and 2*n*r*(k*self.groups+t) <= t*k*(n+r)
 
+# %% ../../nbs/bases/01_layers.ipynb #e17779f9
 @patch
 def forward(self:BasisConv2d, x):
     tell_export('Shared filters and their norms are')
@@ -206,6 +210,7 @@ def _in_layers(self:BasisConv2d, x):
     out = F.conv2d(self.norm(z), self.coeff, self.bias, groups=self.groups)
     return out.contiguous() if inside else out
 
+# %% ../../nbs/bases/01_layers.ipynb #27149eaa
 @patch
 def scaled(self:BasisConv2d) -> tuple: # (outputs, filters per group), and bias
     "Coefficients and bias with what the norm does in evaluation mode"
@@ -218,6 +223,7 @@ def scaled(self:BasisConv2d) -> tuple: # (outputs, filters per group), and bias
     c = (c.unflatten(0, (self.groups, -1))*scale.to(c.dtype).view(self.groups, 1, -1)).flatten(0, 1)
     return c,more if bias is None else bias+more
 
+# %% ../../nbs/bases/01_layers.ipynb #92854c05
 @patch
 def _kernel(self:BasisConv2d, c):
     f = self.filters

@@ -156,6 +156,7 @@ def convert(self:KnowledgeEvolution, model, learn=None):
     rows = self.plan(model, learn)
     return self._effect_state(self._forgetting(), rows)
 
+# %% ../../nbs/evolution/05_callback.ipynb #92bda5d8
 @patch
 def _effect_state(self:KnowledgeEvolution, forget, rows=None):
     return EffectState(self.name, self.settings, Clock(), Lineage(forget), rows, generation=0.,
@@ -216,10 +217,12 @@ def on_start(self:KnowledgeEvolution, learn):
         # `lr_find` puts the weights back
         d['_looked'] = forget.reset_(learn, int(v['generation'])+1)
 
+# %% ../../nbs/evolution/05_callback.ipynb #b0e855e2
 @patch
 def _due(self:KnowledgeEvolution, learn):
     return self.effect.values['due'] and self._trainable(learn) <= self.effect.values['trained']
 
+# %% ../../nbs/evolution/05_callback.ipynb #c0ec612a
 @patch
 def on_fit_start(self:KnowledgeEvolution):
     v,learn = self.effect.values,self.learn
@@ -279,6 +282,7 @@ def columns(self:KnowledgeEvolution):
     return (res | dict(reset_norm=self._ratio())
         if getattr(self.lineage.forget.policy, 'static', False) else res)
 
+# %% ../../nbs/evolution/05_callback.ipynb #ba49d972
 @patch
 def _ratio(self:KnowledgeEvolution):
     "Norm of what will be reset over that of what is kept; the log asks for each column anew, so it is kept for a step"

@@ -236,6 +236,7 @@ def after_backward(self:SliceTrain):
     teach = distiller(self.learn.loss_func, self.distill) if rates[0] == 1 else None
     for r in rates[1:]: self._pass(r, teach, scale, r == rates[-1])
 
+# %% ../../nbs/slicing/08_callback.ipynb #61d82125
 @patch
 def _pass(self:SliceTrain, rate, teach, scale, last):
     "Forward and backward at another rate; processes exchange gradients in the last one"
@@ -269,9 +270,11 @@ def _touch(self:SliceTrain, loss, last=True):
         and hasattr(self.learn.model, 'no_sync') else ())
     return loss + 0*sum(p.sum() for p in idle) if idle else loss
 
+# %% ../../nbs/slicing/08_callback.ipynb #d338b22f
 @patch
 def after_batch(self:SliceTrain): self._leave()
 
+# %% ../../nbs/slicing/08_callback.ipynb #2c07b4a9
 @patch
 def _leave(self:SliceTrain):
     "The rate in force is that before the batch again"

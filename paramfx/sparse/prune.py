@@ -220,10 +220,12 @@ def _drop(self:IterativePrune, items, goals, opt=None):
     MaskStore(items).move_(gone, [g[:0] for g in gone], opt=opt)
     return {e.name: len(g) for e,g in zip(items, gone)}
 
+# %% ../../nbs/sparse/06_prune.ipynb #d177c48d
 @patch
 def falls_on(self:IterativePrune, epoch) -> bool:
     return epoch >= self.start and (epoch-self.start)%self.every == 0
 
+# %% ../../nbs/sparse/06_prune.ipynb #69890351
 @patch
 def _way(self:IterativePrune, i):
     "Live units that parameter `i` is to have after each prune"
@@ -238,6 +240,7 @@ def _left(self:IterativePrune):
     return max((self.n_prunes-int(v[f'done_{i}']) for i,e in enumerate(self.store.items)
         if e.trainable), default=0)
 
+# %% ../../nbs/sparse/06_prune.ipynb #cf5148f6
 @patch
 def on_fit_start(self:IterativePrune):
     c,left = self.effect.clock,self._left()
@@ -280,6 +283,7 @@ def _record(self:IterativePrune, dropped):
     self.effect.history.append(dict(prune=int(self.effect.values['prunes']), step=c.steps-1, epoch=c.epoch, dropped=dropped, # step: the one before it
         sparsity={e.name: 1-e.live/e.units for e in self.store.items}))
 
+# %% ../../nbs/sparse/06_prune.ipynb #97830faa
 @patch
 def penalty(self:IterativePrune): return self.sparse_penalty(self.l1, False)
 

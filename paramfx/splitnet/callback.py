@@ -270,6 +270,7 @@ def on_start(self:SplitNet, learn):
     for n in h.norms if self.freeze_bn_scale and self.learn is not None else ():
         h.model.get_submodule(n).weight.data.fill_(1)
 
+# %% ../../nbs/splitnet/07_callback.ipynb #f2d5a0d9
 @patch
 def _check_layer(self:SplitNet, l):
     h = self.effect.holder
@@ -280,6 +281,7 @@ def _check_layer(self:SplitNet, l):
         f"{l.name}: the layer was replaced after its units were "
         f"assigned{'' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'}. Call `learn.release()`, then add the callback anew.")
 
+# %% ../../nbs/splitnet/07_callback.ipynb #45bf14de
 @patch
 def on_grads(self:SplitNet, learn):
     d,h = self.__dict__,self.effect.holder
