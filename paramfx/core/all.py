@@ -9,3 +9,4 @@ from .callback import *
 from .runs import *
 from .forward import *
 from .registry import *
+from .arguments import *
