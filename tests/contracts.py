@@ -16,7 +16,6 @@ from torch import nn
 from paramfx.bases.layers import BasisConv2d
 from paramfx.bases.callback import OrthoReg
 from paramfx.bases.share import share_bases
-from paramfx.core.clock import SchedConst
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.core.state import effects, root_module

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 
 torch.set_num_threads(1)
 from contracts import METHODS, Probe, build, snapshot, tiny_dls
-import paramfx.core.runs  # brings `learn.save_plain`
+import paramfx.core.runs # brings `learn.save_plain`  # noqa: F401
 
 
 @patch

@@ -28,7 +28,7 @@ from paramfx.core.clock import SchedCubic
 from paramfx.core.samples import rng_state, sample_batch, set_rng_state
 from paramfx.core.state import effects
 from paramfx.core.runs import RunState
-import paramfx.report.cost
+import paramfx.report.cost # gives Learner cost  # noqa: F401
 from paramfx.sparse.rewire import DynamicSparse
 
 HERE = Path(__file__).resolve().parent

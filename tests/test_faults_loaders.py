@@ -5,7 +5,7 @@ from fastai.basics import DataLoaders, Datasets, L
 from torch.utils.data import DataLoader, TensorDataset
 
 from contracts import METHODS, build, digit, footprint, label, same, small_net, snapshot, tiny_dls, two_groups
-import paramfx.all  # gives the Learner its verbs
+import paramfx.all # gives the Learner its verbs  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -12,18 +12,17 @@ from nets import Net, numbers
 from paramfx.bases.share import share_bases
 from paramfx.channels.trace import trace_channels
 from paramfx.core.layers import all_matrices, pick_layers
-import paramfx.report.plan # gives Learner plan
+import paramfx.report.plan # gives Learner plan  # noqa: F401
 from paramfx.evolution.masks import extract_slim, kels_masks, wels_masks
 from paramfx.core.forward import check_same
 from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
-from paramfx.evolution.policies import LLF, Head, LayerWise, Magnitude
+from paramfx.evolution.policies import LLF, Head, Magnitude
 from paramfx.sparse.prune import IterativePrune
 from paramfx.sparse.rewire import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.slice import set_rate, slice_model
 from paramfx.sparse.sparsify import sparsify
-from paramfx.splitnet.callback import SplitNet
 from paramfx.splitnet.plan import split_plan
 from paramfx.sparse.tied import tie_weights
 

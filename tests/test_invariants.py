@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, Learner, OptimWrapper, SGD
-from fastai.callback.schedule import *
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from fastai.callback.training import GradientAccumulation
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -23,8 +23,8 @@ from torch import nn
 
 from contracts import Stop, opt_state_of, quiet, same, seed_all, snapshot, sparse_facts
 from paramfx.data.memory import tensor_dls
-from paramfx.core.runs import *
-from paramfx.export.materialize import *
+from paramfx.core.runs import RunState
+import paramfx.export.materialize # gives Learner materialize  # noqa: F401
 from paramfx.sparse.rewire import DynamicSparse
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule

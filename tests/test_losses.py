@@ -5,12 +5,12 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts import build, digit, label, quiet, same, small_net, snapshot, tiny_dls
+from contracts import build, digit, label, same, small_net, snapshot, tiny_dls
 from functools import partial
 from fastai.basics import (CancelFitException, CancelTrainException, Callback, CrossEntropyLossFlat, DataLoader, Datasets, L, MSELossFlat, SGD, load_learner, nn)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
-import fastai.callback.schedule  # brings `fit_one_cycle` and `lr_find`
+import fastai.callback.schedule # brings `fit_one_cycle` and `lr_find`  # noqa: F401
 from fastai.callback.training import GradientAccumulation
 
 from paramfx.losses import CSKD, Distill, PairedDL, bare_loss, class_labels, distill_each, distill_loss, same_class_partners

@@ -3,7 +3,6 @@
 `files/before_packages.zip` holds, per method of the contracts, a file of `learn.save`, one of `RunState` after the first of two
 epochs, a recipe, and what the network said; besides, recipes of each verb, sparse files and all slices in one file."""
 import zipfile
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 from fastai.basics import SGD
 from functools import partial
 
-import paramfx.all
-from contracts import METHODS, based_net, build, small_net, seed_all
+import paramfx.all # gives Learner the verbs  # noqa: F401
+from contracts import METHODS, based_net, build, small_net
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe
 from paramfx.slicing.files import load_slice
-from paramfx.slicing.slice import set_rate
 from paramfx.sparse.files import load_sparse
 
 OLD = Path(__file__).parent/'files'/'before_packages.zip'

@@ -9,7 +9,7 @@ from functools import partial
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import fastai.callback.schedule  # gives Learner fit_one_cycle
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 import torch
 from fastai.basics import SGD, Callback, CancelValidException, CrossEntropyLossFlat, Learner, set_seed
 from fastai.callback.progress import ProgressCallback

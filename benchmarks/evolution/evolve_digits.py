@@ -9,8 +9,8 @@ import time
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import fastai.callback.schedule  # gives Learner fit_one_cycle
-import paramfx.evolution.evolve  # gives Learner evolve
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
+import paramfx.evolution.evolve # gives Learner evolve  # noqa: F401
 import torch
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback.progress import ProgressCallback

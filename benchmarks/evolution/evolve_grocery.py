@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import paramfx.evolution.evolve  # gives Learner evolve
+import paramfx.evolution.evolve # gives Learner evolve  # noqa: F401
 import torch
 from fastai.basics import set_seed
 from benchmarks.evolution.evolve_digits import RATE, Timed, learner

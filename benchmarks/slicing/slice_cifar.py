@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import fastai.callback.schedule  # gives Learner fit_one_cycle
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback.progress import ProgressCallback

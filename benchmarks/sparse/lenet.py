@@ -9,7 +9,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
-import fastai.callback.schedule  # gives Learner fit_one_cycle
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from fastai.callback.progress import ProgressCallback
 from benchmarks.timing import write_table
 from paramfx import zoo

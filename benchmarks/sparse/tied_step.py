@@ -9,7 +9,7 @@ from benchmarks.sparse.masked_step import Runner, make_learner
 from benchmarks.timing import paired, quartiles, table, write_table
 
 import torch
-import paramfx.sparse.tied  # brings `learn.tie`
+import paramfx.sparse.tied # brings `learn.tie`  # noqa: F401
 
 NET, SPARSITY = 'LeNet-300-100', .98
 TIED = {  # candidate -> (settings of `learn.tie`, target)

@@ -9,7 +9,7 @@ import time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
-import fastai.callback.schedule  # gives Learner fit_one_cycle
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 import torch
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback.progress import ProgressCallback

@@ -12,7 +12,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 from fastai.basics import CrossEntropyLossFlat, F, Learner, Perplexity, set_seed
 from fastai.callback.rnn import ModelResetter
-import fastai.callback.schedule  # brings fit_one_cycle
+import fastai.callback.schedule # brings fit_one_cycle  # noqa: F401
 from fastai.callback.training import GradientClip
 from benchmarks.timing import write_table
 from paramfx import zoo

@@ -32,7 +32,7 @@ def ortho_filters(
 ) -> tuple: # Shared tensors; for each a list of unique ones
     "Random filters with orthonormal rows"
     d = like[0].numel()
-    rows,res = _ortho(sum(s[0] for s in shapes), d, like),[]
+    rows = _ortho(sum(s[0] for s in shapes), d, like)
     def unique(s):
         u = _ortho(s[0], d, like)
         return beside(rows, u) if len(rows)+len(u) <= d else u

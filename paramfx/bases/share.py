@@ -19,15 +19,14 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.basics import Learner, OptimWrapper
-from .layers import BasisConv2d, SharedConv2d, sharing_layers
+from .layers import BasisConv2d, SharedConv2d
 from .init import calibrate, kaiming_coeff, ortho_filters, svd_filters
 from .plan import BasisGroup, basis_names, check_ranks, find_groups
 from ..core.layers import CONVS, left_out, tell_reasons, tell_unknown
 from ..core.tables import Table
 from ..core.samples import rng_guard, sample_batch
 from ..core.optimizers import swap_module, way_out
-from .ortho import ortho_penalty
-from .callback import OrthoReg, check_once, param_lists
+from .callback import check_once, param_lists
 from ..core.registry import recipe_verb
 from ..report.cost import layer_macs, n_params
 from ..core.state import (add_report, add_step, all_or_nothing, effects, has_trained, lost_share,

@@ -10,7 +10,7 @@ __all__ = ['channel_rule']
 # %% ../../nbs/channels/00_ids.ipynb #2fd10f03
 from dataclasses import dataclass
 
-import numpy as np, torch
+import torch
 from torch import nn
 from torch.nn.modules.module import (_global_forward_hooks_with_kwargs, register_module_forward_hook,
     register_module_forward_pre_hook)

@@ -22,7 +22,7 @@ from ..core.forward import (forget_states, model_inputs, practising, run_model, 
     show_shapes, still, whole)
 from .cuts import Cut
 from .ids import OUTPUT, TRAINED, Flow, TraceError
-import paramfx.channels.rules, paramfx.channels.recurrent # register how channels pass each operator
+import paramfx.channels.rules, paramfx.channels.recurrent # register how channels pass each operator  # noqa: F401
 from ..report.plots import plot_spaces
 from .spaces import Space, Units, check_traceable, describe, pinned_modules, short_list
 from ..core.state import root_module

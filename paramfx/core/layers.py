@@ -12,7 +12,6 @@ import re
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import numpy as np
 from torch import nn
 from torch.nn.parameter import is_lazy
 from fastcore.basics import listify

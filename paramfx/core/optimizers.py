@@ -10,7 +10,7 @@ __all__ = []
 # %% ../../nbs/core/03_optimizers.ipynb #9617bb53
 import sys, warnings
 
-import numpy as np, torch
+import torch
 from torch import nn
 from fastai import optimizer
 from fastai.basics import L, Learner, OptimWrapper

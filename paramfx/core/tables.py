@@ -10,7 +10,6 @@ __all__ = []
 # %% ../../nbs/core/00_tables.ipynb #9617bb53
 import json
 
-import numpy as np
 from fastcore.basics import store_attr
 
 # %% ../../nbs/core/00_tables.ipynb #49d08a78

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastai.basics import Learner
-import fastai.callback.schedule # gives Learner fine_tune
+import fastai.callback.schedule # gives Learner fine_tune  # noqa: F401
 from ..core.clock import Clock
 from ..core.tables import Table
 from ..core.layers import all_matrices, left_out
@@ -233,7 +233,7 @@ def on_fit_start(self:KnowledgeEvolution):
 
 @patch
 def on_epoch(self:KnowledgeEvolution):
-    v,epoch = self.effect.values,self.effect.clock.epoch
+    epoch = self.effect.clock.epoch
     if self.when == 'every' and epoch and epoch%self.every == 0: self._next(self.learn)
 
 @patch

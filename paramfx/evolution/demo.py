@@ -8,7 +8,7 @@ Docs: https://paramfx.github.io/paramfx/evolution/demo.html.md"""
 __all__ = []
 
 # %% ../../nbs/evolution/07_demo.ipynb #29aa253f
-import paramfx.evolution.evolve # gives Learner evolve
+import paramfx.evolution.evolve # gives Learner evolve  # noqa: F401
 from .plots import plot_generations
 from ..core.registry import demo_picture, demo_row
 

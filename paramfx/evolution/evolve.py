@@ -14,8 +14,8 @@ from functools import partial
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.basics import SGD, CrossEntropyLossFlat, Learner
-import fastai.callback.schedule # gives Learner fit_one_cycle
-import paramfx.evolution.plots # gives EvolveLog plot
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
+import paramfx.evolution.plots # gives EvolveLog plot  # noqa: F401
 from ..core.samples import check_batches, rng_guard, rng_state, set_rng_state
 from ..core.callback import EffectCallback
 from .forgetting import Forgetting, told

@@ -22,11 +22,10 @@ from ..channels.trace import trace_channels
 from ..core.layers import WEIGHTED, all_matrices, match_layers, tell_unknown, weighted_layers
 from ..core.samples import as_shapes, rng_guard, sample_batch
 from ..channels.cuts import Cut, cut_arg
-import paramfx.export.materialize # gives Learner materialize
+import paramfx.export.materialize # gives Learner materialize  # noqa: F401
 from ..channels.ids import PINNED
 from ..core.forward import copy_model
 from ..core.state import effects, root_module
-from ..core.samples import generator as seeded
 
 # %% ../../nbs/evolution/00_masks.ipynb #4beca633
 UNTRACED = "Policies 'wels', 'llf', 'head' and 'magnitude' need no trace."

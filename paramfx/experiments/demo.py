@@ -11,11 +11,11 @@ __all__ = ['demo_net', 'pick_rows', 'run_row', 'opt_bytes', 'plain_net', 'latenc
 import json, tempfile, time, warnings
 from pathlib import Path
 
-import paramfx.all # every family registers its rows
+import paramfx.all # every family registers its rows  # noqa: F401
 from .. import zoo
 from fastcore.basics import noop
 from fastai.basics import Callback, Learner, accuracy, nn, np, set_seed, torch
-import fastai.callback.schedule # gives Learner fit_one_cycle
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from fastai.callback.progress import ProgressCallback
 from fastprogress.fastprogress import progress_bar
 from ..core.tables import Table

@@ -270,7 +270,7 @@ def _export_tensors(learn, model, sample, file):
 
 def _check_onnx(file):
     "Raise where torch could not write the format"
-    try: import onnx, onnxscript
+    try: import onnx, onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError(f"{file}: torch needs onnx and onnxscript for this format. Install them, as "
             "with `pip install 'paramfx[export]'`.") from e

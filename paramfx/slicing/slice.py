@@ -32,7 +32,6 @@ from ..channels.spaces import pin_names, short_list
 from ..core.state import add_report, add_step, effects, root_module
 
 # %% ../../nbs/slicing/06_slice.ipynb #564a374f
-_all_ = ['slice_count', 'rate_schedule'] # from here as well
 NORMS = ('switch', 'switch_affine', 'gn', 'recal')
 
 def _group_norms(model, groups):

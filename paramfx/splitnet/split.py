@@ -131,7 +131,7 @@ class Splitting:
 
 # %% ../../nbs/splitnet/04_split.ipynb #17758bb6
 @patch
-def sorted(self:Splitting, l):
+def sorted_sides(self:Splitting, l):
     "Groups of a layer's inputs and outputs as they lie in the sorted network"
     res = []
     for d,g in zip((1, 0), self.sides(l)):
@@ -146,7 +146,7 @@ def split(self:Splitting, model):
     new = self.cut.apply(model, check=False)
     new.__dict__['_recipe'] = [*steps]
     for l in self.plan.layers:
-        m = split_layer(new.get_submodule(l.name), *self.sorted(l))
+        m = split_layer(new.get_submodule(l.name), *self.sorted_sides(l))
         if l.name: swap_module(new, l.name, m)
         else: m.__dict__['_recipe'] = new.__dict__['_recipe']; new = m
     new.__dict__['_split'] = dict(splits=dict(self.plan.splits),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastai.basics import Adam, Callback, OptimWrapper, SGD, load_learner, params
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
-import fastai.callback.schedule
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -28,7 +28,7 @@ from paramfx.bases.plan import conv_places, find_groups
 from paramfx.core.forward import check_same
 from paramfx.bases.ortho import ortho_penalty
 from paramfx.bases.callback import OrthoReg, StepWithoutDecay, basis_groups, decay_pull
-from paramfx.export.materialize import Recipe, load_recipe, materialize, save_recipe
+from paramfx.export.materialize import Recipe, materialize, save_recipe
 from paramfx.report.cost import count_macs, n_params
 from paramfx.sparse.rewire import DynamicSparse
 
@@ -736,7 +736,7 @@ def test_fine_tune_and_plan(mk):
     learn.fine_tune(1, freeze_epochs=1)
     fresh = mk()
     state = snapshot(fresh.model)
-    import paramfx.report.plan
+    import paramfx.report.plan # gives Learner plan  # noqa: F401
     table = fresh.plan('share_bases', shared_rank=6)
     assert not same(snapshot(fresh.model), state) and table.after.params < table.before.params == n_params(fresh.model)[0]
     assert table.after.params == n_params(fresh.share_bases(shared_rank=6).model)[0] and fresh.paramfx['share_bases'] == list(table)
@@ -747,7 +747,7 @@ def test_layers_of_two_parameter_groups_do_not_share(mk):
     learn = mk(splitter=split).share_bases(shared_rank=4, unique_rank=0)
     layers = sharing_layers(learn.model)
     assert len({id(m.owner) for m in layers.values()}) == 2 and layers['0.1.2.conv1'].owner is layers['0.1.2.conv1']
-    import paramfx.report.plan
+    import paramfx.report.plan # gives Learner plan  # noqa: F401
     planned = mk(splitter=split).plan('share_bases', shared_rank=4, unique_rank=0)
     assert list(planned) == learn.paramfx['share_bases'] and planned.after.params == n_params(learn.model)[0]
     by_opt = mk(splitter=split)
@@ -788,7 +788,7 @@ def test_a_splitter_that_knows_the_old_layers(mk, kind):
 
 
 def test_vision_learner_and_one_channel(tmp_path):
-    from fastai.vision.learner import create_vision_model, vision_learner
+    from fastai.vision.learner import vision_learner
     from torchvision.models import resnet18
     dls = tiny_dls(n=64, n_valid=32, bs=16, scale=4)
     learn = quiet(vision_learner(dls, resnet18, pretrained=False, n_in=1, n_out=10, path=tmp_path, loss_func=nn.CrossEntropyLoss()))

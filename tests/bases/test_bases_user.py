@@ -11,8 +11,8 @@ from fastai.vision.core import TensorImage
 from matplotlib import pyplot as plt
 from torch import nn
 
-import fastai.callback.schedule
-import paramfx.report.plan
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
+import paramfx.report.plan # gives Learner plan  # noqa: F401
 from contracts import build, quiet, same, snapshot
 from paramfx.bases import plots as bp
 from paramfx.experiments import cli

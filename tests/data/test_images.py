@@ -5,8 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from fastai.basics import Learner, TensorImage, TensorImageBW, accuracy, set_seed
-from paramfx.data.memory import tensor_dls
-from paramfx.data.images import CropFlip, ImageFiles, ReadImage, cifar_dls, crop_flip, folder_dls, image_parts, parts_dls, read_images
+from paramfx.data.images import CropFlip, ImageFiles, ReadImage, cifar_dls, folder_dls, parts_dls, read_images
 import fastai.callback.progress  # noqa: F401 learn.no_bar
 
 ROOT = Path(__file__).resolve().parent.parent.parent

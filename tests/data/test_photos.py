@@ -1,7 +1,6 @@
 "The photo sets: a tiny tree in every published layout, torchvision's readers as the second route, the real groceries"
 import hashlib
-from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from PIL import Image
 from scipy.io import savemat
 from paramfx.data.photos import grocery_dls, photo_dls

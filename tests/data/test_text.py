@@ -4,9 +4,9 @@ from collections import Counter
 from copy import deepcopy
 import numpy as np, pytest, torch
 from torch import nn
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, F, L, Learner, Perplexity, load_learner, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, F, L, Learner, Perplexity, set_seed
 from fastai.callback.rnn import ModelResetter
-from fastai.callback.schedule import *
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from paramfx.core.runs import RunState
 from paramfx.data.text import StreamDL, TextStream, lm_dls, make_vocab, split_words, text_dls
 

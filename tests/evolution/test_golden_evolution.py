@@ -7,10 +7,9 @@ from math import ceil
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 
-from paramfx.evolution.masks import extract_slim, fit_cut, kels_masks, matrices, reinit_, wels_masks
+from paramfx.evolution.masks import extract_slim, fit_cut, kels_masks, reinit_, wels_masks
 from paramfx.core.forward import check_same
 from paramfx.report.cost import layer_macs, n_params
 from paramfx.core.samples import generator

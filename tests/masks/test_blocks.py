@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.basics import Adam, Learner, SGD, accuracy, set_seed
-from fastai.callback.schedule import *
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from contracts import Stop
 from paramfx.data.memory import digits_dls
 from paramfx.masks.store import Masked
-from paramfx.core.runs import *
+from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
 from paramfx.sparse.prune import IterativePrune
 from paramfx.report.cost import cost

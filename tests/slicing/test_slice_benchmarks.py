@@ -1,6 +1,5 @@
 "The benchmarks of slicing run: tiny settings, no claim about speed; and what is recorded is complete."
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest

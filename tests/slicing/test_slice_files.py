@@ -329,7 +329,7 @@ def test_an_old_file_survives_a_crash(saved, monkeypatch, tmp_path):
 def learn(tmp_path):
     import pandas as pd
     from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularDataLoaders, accuracy, tabular_learner
-    import paramfx.slicing.slice
+    import paramfx.slicing.slice # gives Learner slice  # noqa: F401
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(200, generator=g), torch.randint(0, 3, (200,), generator=g)
     df = pd.DataFrame(dict(a=a.numpy(), b=b.numpy().astype(str), y=(a+b > 1).long().numpy()))

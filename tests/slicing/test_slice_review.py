@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import paramfx.all
+import paramfx.all # gives Learner the verbs  # noqa: F401
 from contracts import build, small_net
 from paramfx.channels.cuts import Cut
 from paramfx.channels.trace import trace_channels

@@ -16,7 +16,6 @@ from benchmarks.slicing import slice_lm
 from nets import Net, fill, numbers
 from paramfx.channels.trace import trace_channels
 from paramfx.export.materialize import Recipe, load_recipe, materialize
-from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.layers import Sliced
 from paramfx.slicing.slice import at_rate, name_slice, set_rate, slice_model, unslice
 from paramfx.zoo.networks import LSTMLM

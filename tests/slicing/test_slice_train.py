@@ -16,18 +16,17 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from torch import nn
 
-import fastai.callback.schedule
-import paramfx.report.plan
-from contracts import build, quiet, run_record, same, seed_all, small_net, snapshot, tiny_dls
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
+import paramfx.report.plan # gives Learner plan  # noqa: F401
+from contracts import build, quiet, same, seed_all, small_net, snapshot, tiny_dls
 from paramfx.core.samples import rng_state, sample_batch
-from paramfx.core.forward import check_same
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
 from paramfx.slicing.passes import measure_norms
 from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.layers import Sliced
-from paramfx.slicing.slice import at_rate, set_rate, slice_model, unslice
+from paramfx.slicing.slice import at_rate, set_rate, slice_model
 from test_contracts import CPUPrecision
 
 HERE = Path(__file__).resolve().parent.parent

@@ -11,12 +11,11 @@ from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import tabular_learner
 from torch import nn
 
-import fastai.callback.schedule
-import paramfx.all, paramfx.report.plan
-from contracts import build, quiet, same, small_net, snapshot, tiny_dls
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
+import paramfx.all, paramfx.report.plan # gives Learner the verbs  # noqa: F401
+from contracts import build, quiet, same, small_net, snapshot
 from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.serve import simulate_load
-from paramfx.slicing.tools import pick_rate
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.layers import Sliced
 from paramfx.slicing.slice import at_rate, name_slice, set_rate, slice_model

@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision.models as tv
 from fastai.basics import Adam, Learner, OptimWrapper, SGD
@@ -28,9 +27,9 @@ from nets import Net, fill
 from oracles import nan_probe
 from paramfx.channels.trace import trace_channels
 from paramfx.data.memory import tensor_dls
-from paramfx.export.materialize import *
-from paramfx.slicing.plan import slice_plan
-from paramfx.slicing.slice import *
+from paramfx.export.materialize import materialize, save_recipe
+from paramfx.slicing.plan import slice_count, slice_plan
+from paramfx.slicing.slice import at_rate, name_slice, plan_slices, set_rate, slice_model, unslice
 
 NORM = nn.modules.batchnorm._BatchNorm
 RATES = 1, .75, .5, .25
@@ -352,7 +351,7 @@ def test_a_checkpoint_recomputes_at_its_own_rate(how, train):
         model,x = sliced(norm='gn', groups=4)
         x.requires_grad_()
         model.train(train)
-        loss,between = 0.,[]
+        loss = 0.
         for r in rates:
             with at_rate(model, r): loss = loss+parts(model, x, how).square().sum()
             with at_rate(model, .25): out(model, x) # a teacher

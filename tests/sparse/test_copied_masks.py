@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastai.basics import Adam, Learner, OptimWrapper, accuracy, load_learner, set_seed
-import fastai.callback.schedule
+from fastai.basics import Adam, Learner, OptimWrapper, load_learner, set_seed
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from contracts import build, same, seed_all, small_net, tiny_dls
+from contracts import build, same, seed_all, small_net
 from paramfx.sparse.load_masks import load_masks
 from paramfx.data.memory import digits_dls
 from paramfx.core.runs import RunState

@@ -10,21 +10,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.basics import CrossEntropyLossFlat, Learner, OptimWrapper, SGD, accuracy
+from fastai.basics import CrossEntropyLossFlat, Learner, SGD, accuracy
 from fastai.callback.schedule import *
 from torch import nn
 
 from contracts import quiet, seed_all
-from paramfx import zoo
-from paramfx.zoo import networks as nets
-from paramfx.core.clock import read_steps
 from paramfx.sparse.load_masks import *
 from paramfx.data.memory import *
-from paramfx.data.images import cifar_dls
 from paramfx.core.runs import *
 from paramfx.sparse.prune import *
 from paramfx.sparse.rewire import *
-from paramfx.sparse.sparsify import plan_masks
 from paramfx.sparse.published import *
 from paramfx.sparse.tied import *
 

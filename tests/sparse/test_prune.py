@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.basics import SGD, Adam
-import fastai.callback.schedule  # brings `fine_tune` and `lr_find`
+import fastai.callback.schedule # brings `fine_tune` and `lr_find`  # noqa: F401
 from fastai.callback.training import ShortEpochCallback
 from torch import nn
 
@@ -15,10 +15,10 @@ from contracts import METHODS, N_STEPS, Probe, build, same, seed_all, small_net,
 from paramfx.masks.store import Masked, initial_counts
 from paramfx.export.materialize import load_recipe, save_recipe
 from paramfx.sparse.prune import CRITERIA, SCHEDULES, IterativePrune, prune_counts, prune_fractions
-from paramfx.sparse.moves import keep_global, keep_local
+from paramfx.sparse.moves import keep_global
 from paramfx.sparse.rewire import DynamicSparse
 from paramfx.core.state import effects
-import paramfx.report.plan
+import paramfx.report.plan # gives Learner plan  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')
 

@@ -437,7 +437,7 @@ def test_a_dense_file_keeps_the_places(tmp_path):
 
 def test_memory_with_csr_layers(tmp_path):
     "The peak of a process that saves and loads a layer of 64 million weights: below the 256 MB of the dense one, half of that being the mask and its pieces"
-    code = f"""
+    code = """
 import resource, sys, torch
 from torch import nn
 from paramfx.kernels.csr import CSRLinear, to_csr

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.basics import Callback, load_learner
-import fastai.callback.schedule
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from matplotlib.figure import Figure
 
 from contracts import build, run_record, same
@@ -208,7 +208,7 @@ def test_pickle_export_and_no_masks(mk):
 
 
 def test_pictures_of_the_demo(mk):
-    import paramfx.sparse.demo
+    import paramfx.sparse.demo # registers its rows  # noqa: F401
     learn = mk(cbs=[CBS['dsr'](), MaskRecorder()])
     learn.fit(2)
     got = dict(PICTURES['sparse_pictures']('row', learn))

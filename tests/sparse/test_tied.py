@@ -13,21 +13,20 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Adam, Callback, SGD, load_learner
+from fastai.basics import Callback, SGD, load_learner
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.callback.schedule import lr_find
+import fastai.callback.schedule # gives Learner lr_find  # noqa: F401
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 
-import paramfx.report.plan
+import paramfx.report.plan # gives Learner plan  # noqa: F401
 from contracts import OPTIMIZERS, Stop, build, quiet, run_record, same, seed_all, small_net, snapshot, tiny_dls, two_groups
-from paramfx.channels.trace import trace_channels
 from paramfx.core.samples import rng_state
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import Recipe, load_recipe, materialize, save_recipe
-from paramfx.report.cost import compare, cost, file_bytes, n_params
+from paramfx.report.cost import cost, file_bytes, n_params
 from paramfx.sparse.rewire import DynamicSparse
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects

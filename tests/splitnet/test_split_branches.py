@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest, torch
 from torch import nn
 
-from paramfx.splitnet.branches import Branches, Feature, branches
+from paramfx.splitnet.branches import Feature, branches
 from paramfx.splitnet.split import split_model
 from paramfx.splitnet.plan import split_plan
 from paramfx.splitnet.workers import BranchProcesses

@@ -1,5 +1,5 @@
 """Split networks are the masked ones, cut: outputs, statistics, counts and files, and branches without connection."""
-import os, subprocess, sys
+import subprocess, sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,11 +9,10 @@ from torch import nn
 
 from paramfx import zoo
 from paramfx.channels.trace import trace_channels
-from paramfx.core.layers import CONVS
 from paramfx.export.materialize import Recipe, load_recipe, save_recipe
 from paramfx.splitnet.groups import class_groups, feature_groups
 from paramfx.splitnet.split import SplitBlock, Splitting, masked_model, split_layer, split_model
-from paramfx.splitnet.plan import merged_index, split_plan
+from paramfx.splitnet.plan import split_plan
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -147,11 +146,11 @@ def test_branches_are_independent(name):
     s = Splitting(plan, groups)
     small = s.split(net)
     low, top = min(plan.levels), plan.free[plan.classes][1]
-    grads, feats, n = [], [], 0
-    entries = {l.name: s.sorted(l)[0] for l in plan.layers if {p.space for p in l.inputs} <= {*plan.trunk}}
+    feats, n = [], 0
+    entries = {l.name: s.sorted_sides(l)[0] for l in plan.layers if {p.space for p in l.inputs} <= {*plan.trunk}}
     def watch(m, args): x = args[0].requires_grad_(); x.retain_grad(); feats.append((small_names[m], x))
     small_names = {small.get_submodule(k): k for k in entries}
-    hooks = [m.register_forward_pre_hook(watch) for m in small_names]
+    for m in small_names: m.register_forward_pre_hook(watch)
     out = small(torch.randn(2, 3, 32, 32, dtype=torch.double))
     for c in range(out.shape[1]):
         mine = plan.coarse(groups[plan.classes], top, low)[c]

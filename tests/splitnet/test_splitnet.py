@@ -9,7 +9,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, Learner, SGD, accuracy
 from fastai.callback.training import GradientAccumulation, GradientClip
 from torch import nn
 
-from contracts import N_STEPS, build, footprint, label, quiet, run_record, same, seed_all, small_net, snapshot, tiny_dls
+from contracts import N_STEPS, build, footprint, quiet, same, seed_all, small_net, snapshot, tiny_dls
 from paramfx.data.memory import digits_dls
 from paramfx.core.callback import EffectCallback
 from paramfx.export.materialize import load_recipe, save_recipe
@@ -592,7 +592,7 @@ def found(trained):
         with learn.no_bar():
             learn.fit(40, 1e-3)
             whole = learn.validate()[1]
-            old = cut(net, cb.groups())
+            cut(net, cb.groups())
             masked = learn.validate()[1]
             net.load_state_dict(trained, strict=False)
             cut(net, {s: g[torch.randperm(len(g))] for s, g in cb.groups().items()})
@@ -617,7 +617,7 @@ def test_masking_is_free_and_a_random_split_is_not(found):
 
 
 def test_dry_run(mk):
-    import paramfx.report.plan
+    import paramfx.report.plan # gives Learner plan  # noqa: F401
     learn = mk()
     feet, state = footprint(learn.model), snapshot(learn.model)
     rows = learn.plan(SplitNet({'0.3': 2, '1.2': 4}))

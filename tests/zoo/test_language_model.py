@@ -3,9 +3,9 @@ import pickle
 from copy import deepcopy
 import pytest, torch
 from torch import nn
-from fastai.basics import CrossEntropyLossFlat, F, Learner, Perplexity, set_seed
+from fastai.basics import Learner, Perplexity, set_seed
 from fastai.callback.rnn import ModelResetter
-import fastai.callback.schedule # gives Learner fit_one_cycle
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from benchmarks.zoo import lstm
 from paramfx import zoo
 from paramfx.core.forward import check_same, still

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest, torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from paramfx import zoo
 from paramfx.zoo import networks as nets
 from paramfx.channels.trace import trace_channels
-from paramfx.report.cost import count_macs, cost, n_params
+from paramfx.report.cost import count_macs, n_params
 
 GOLDEN = Path(__file__).parent.parent/'golden'
 
@@ -521,7 +520,7 @@ def test_a_count_may_change_the_network(monkeypatch):
 
 def test_sparse_rows_are_counted_by_their_family():
     "Live and dense parameters of the sparse rows, by the family's own masks; thin networks as they are"
-    import paramfx.sparse.demo # registers
+    import paramfx.sparse.demo # registers  # noqa: F401
     want = {m['model']: m['learnable'] for m in golden('dynamic_sparse/initial_counts.json')}
     rows = {r['row']: r['row_params'] for d in ('mnist', 'cifar10', 'imagenet') for r in records('dynamic_sparse', d)}
     for s in ('0.9', '0.95', '0.98', '0.99'): assert rows[f'lenet_300_100 dsr {s}'] == want[f'mnist_mlp({s})']
@@ -560,7 +559,7 @@ def test_imagenet_has_a_thousand_classes(tmp_path):
 
 
 def test_types_of_the_published_columns():
-    import paramfx.all # families register their counts
+    import paramfx.all # families register their counts  # noqa: F401
     df = zoo.published('shared_bases', 'cifar10')
     assert {str(df[c].dtype) for c in ('row_params', 'row_macs', 'row_flops', 'shared_rank', 'unique_rank', 'n_bases')} == {'Int64'} and df.width.dtype == float
     plain = df[df.row == 'resnet32'].iloc[0] # a row about the network as it is
