@@ -1,4 +1,4 @@
-"""`Distill` lets a network learn from another one, `CSKD` from what it says itself about another item of the same class
+"""`Distill` trains a network on the outputs of another one, `CSKD` on its own for an item of the same class.
 
 Docs: https://paramfx.github.io/paramfx/losses.html.md"""
 
@@ -256,7 +256,10 @@ class PairedDL(DataLoader):
         partners:torch.Tensor # Number of an item, for each item of its data set
     ):
         if not isinstance(dl, DataLoader) or not dl.indexed or dl.bs is None: raise ValueError(
-            f"A {type(dl).__name__}{'' if not isinstance(dl, DataLoader) else ' that takes no items by number'} cannot find partners for its items. Use a fastai DataLoader with a batch size over a data set with `__getitem__`.")
+            f"A "
+            f"{type(dl).__name__}{'' if not isinstance(dl, DataLoader) else ' that takes no items by number'} "
+            "cannot find partners for its items. Use a fastai DataLoader with a batch size over "
+            "a data set with `__getitem__`.")
         self.dl,self.partners,self.others,f = dl,partners,None,dl.fake_l
         for k in 'dataset bs drop_last num_workers offs pin_memory indexed n'.split():
             setattr(self, k, getattr(dl, k))

@@ -1,4 +1,4 @@
-"""`OrthoReg` adds the orthogonality penalty while training, and tells how far off the filters are
+"""`OrthoReg` adds the orthogonality penalty while training, and reports how far off the filters are.
 
 Docs: https://paramfx.github.io/paramfx/bases/callback.html.md"""
 
@@ -67,8 +67,11 @@ def check_once(
     for n,m in layers.items():
         if m.owner is not m: continue
         at = where.get(id(m.basis), [])
-        if len(at) > 1: raise ValueError(f"{n}.{m.shared_name}: {len(at)} times in the optimizer (parameter groups {', '.join(map(str, at))}), which would step it as often. "
-                                         "Let the splitter list each parameter once, as `params` of disjoint parts does.")
+        if len(at) > 1:
+            raise ValueError(f"{n}.{m.shared_name}: {len(at)} times in the optimizer (parameter "
+                f"groups {', '.join(map(str, at))}), which would step it as often. "
+                                         "Let the splitter list each parameter once, as `params` "
+                                         "of disjoint parts does.")
 
 # %% ../../nbs/bases/04_callback.ipynb #41992314
 class StepWithoutDecay:
@@ -231,7 +234,9 @@ def _free(self:OrthoReg, opt):
 @patch
 def on_fit_start(self:OrthoReg):
     low = self._balance() if self.basis_wd and self.ortho_lambda else 1.
-    if low < .5: warnings.warn(f"OrthoReg: weight decay against ortho_lambda={self.ortho_lambda:g} lets the filters settle at a norm of {max(low, 0)**.5:.2f} instead of 1. "
+    if low < .5:
+        warnings.warn(f"OrthoReg: weight decay against ortho_lambda={self.ortho_lambda:g} lets "
+            f"the filters settle at a norm of {max(low, 0)**.5:.2f} instead of 1. "
                                "Use basis_wd=False, a larger ortho_lambda, or norm='group'.")
 
 # %% ../../nbs/bases/04_callback.ipynb #64faddc2

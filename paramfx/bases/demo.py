@@ -1,4 +1,4 @@
-"""Two rows of `paramfx demo`: a network of equal convolutions, and the same with filters that these share.
+"""Two rows of `paramfx demo`: a network of equal convolutions, and the same with shared filters.
 
 Docs: https://paramfx.github.io/paramfx/bases/demo.html.md"""
 

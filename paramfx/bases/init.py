@@ -1,4 +1,4 @@
-"""Orthonormal filters for training from scratch, singular vectors for a trained network, and norms that change nothing at first
+"""Bases start from orthonormal filters, or from the singular vectors of a trained network.
 
 Docs: https://paramfx.github.io/paramfx/bases/init.html.md"""
 

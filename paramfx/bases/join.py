@@ -1,4 +1,4 @@
-"""`join_bases`: shared and unique filters whose last 1x1 convolution is the coefficients, as in the published ResNeXt
+"""`join_bases` uses the next 1x1 convolution as the coefficients, as the published ResNeXt does.
 
 Docs: https://paramfx.github.io/paramfx/bases/join.html.md"""
 
@@ -76,15 +76,21 @@ def _checked(model, stages, shared_rank, unique_rank, scale_rank):
     if effects(model):
         raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or "
             f"call {way_out()} first.")
-    if not stages: raise ValueError(f"{type(model).__name__}: no stage has two bottleneck blocks of plain convolutions conv2, bn2, conv3. "
-                                   f"Use {for_caller('learn.share_bases()', 'share_bases(model, x)')}, which takes any network.")
+    if not stages:
+        raise ValueError(f"{type(model).__name__}: no stage has two bottleneck blocks of plain "
+            "convolutions conv2, bn2, conv3. "
+                                   f"Use {for_caller('learn.share_bases()', 'share_bases(model, x)')}, "
+                                   "which takes any network.")
     if model.__dict__.get('_pending'):
         raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
     for ms in ([(b, model.get_submodule(f'{b}.conv2')) for b in v] for v in stages.values()):
         odd = [b for b,m in ms if (m.in_channels, m.kernel_size) != (ms[0][1].in_channels,
             ms[0][1].kernel_size)]
-        if odd: raise ValueError(f"{odd[0]}.conv2: its channels or its kernel are not those of {ms[0][0]}.conv2, so they cannot share filters. "
-                                  f"Use {for_caller('learn.share_bases', 'share_bases')} with groups={{name: [layers]}}.")
+        if odd:
+            raise ValueError(f"{odd[0]}.conv2: its channels or its kernel are not those of {ms[0][0]}.conv2, "
+                "so they cannot share filters. "
+                                  f"Use {for_caller('learn.share_bases', 'share_bases')} with groups={{name: "
+                                  f"[layers]}}.")
     width = {k: model.get_submodule(f'{v[0]}.conv2').in_channels for k,v in stages.items()}
     times = {k: w//min(width.values()) if scale_rank else 1 for k,w in width.items()}
     res = {k: (shared_rank*t, unique_rank*t, shared_rank//4, unique_rank*t//4) for k,t in times.items()}
@@ -180,7 +186,7 @@ def join_bases(self:Learner,
     sample=None, # Inputs to count with; None: from the loaders
     **kwargs # As in `join_bases` for a model
 ) -> Learner: # Itself
-    "Replace the 3x3 convolutions of bottleneck blocks by shared and unique filters, which the last convolution of the block combines"
+    "Replace the 3x3 convolutions of bottleneck blocks by shared and unique filters that the next convolution combines"
     _check_groups(self, kwargs.get('skip_first', True))
     with all_or_nothing(root_module(self.model)):
         rows = join_bases(self.model, sample_batch(self.dls) if sample is None else sample, **kwargs)

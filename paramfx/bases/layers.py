@@ -1,4 +1,4 @@
-"""`BasisConv2d`: filters that are combined from a few of its own and from those that all layers of its group share
+"""`BasisConv2d` combines its filters from a few of its own and from those that all layers of its group share.
 
 Docs: https://paramfx.github.io/paramfx/bases/layers.html.md"""
 

@@ -1,4 +1,4 @@
-"""`ortho_penalty`: how far the filters of shared bases are from orthonormal rows
+"""`ortho_penalty` measures how far the filters of shared bases are from orthonormal rows.
 
 Docs: https://paramfx.github.io/paramfx/bases/ortho.html.md"""
 
@@ -40,9 +40,10 @@ def _terms(shared, unique, auto):
 
 # %% ../../nbs/bases/00_ortho.ipynb #cbb05e66
 def _check_group(i, g, joint):
-    if not (isinstance(g, (tuple, list)) and len(g) == 2 and all(isinstance(o, (tuple, list)) for o in g)): raise ValueError(
-        f"groups[{i}]: give a pair (list of shared tensors, list of unique tensors), not "
-        f"{type(g).__name__}.")
+    if not (isinstance(g, (tuple, list)) and len(g) == 2 and all(isinstance(o, (tuple, list)) for o in g)):
+        raise ValueError(
+            f"groups[{i}]: give a pair (list of shared tensors, list of unique tensors), not "
+            f"{type(g).__name__}.")
     for kind,ts in zip(('shared', 'unique'), g):
         for j,t in enumerate(ts):
             what = f"groups[{i}]: {kind} tensor {j}"
@@ -96,8 +97,8 @@ def _averaged(terms, norm):
 def ortho_penalty(
     groups:list, # (list of shared tensors, list of unique tensors) of each group; a unique tensor per layer
     unique:bool=False, # Hold the unique filters too?
-    norm:str='global', # Divide by the entries of all groups ('global'), of each group before adding ('group'), or not ('sum')
-    joint:bool=True, # The shared tensors of a group as one basis? False: the first ones of all groups, the second ones, ... apart
+    norm:str='global', # Divide by the entries of all groups ('global'), of each group ('group'), or not ('sum')
+    joint:bool=True, # The shared tensors of a group as one basis? False: the first of all groups, the second ...
     side:str='rows' # 'rows', or 'auto': by columns where a basis has more rows than a row has entries
 ) -> torch.Tensor: # A number, differentiable
     "How far the filters of each group are from orthonormal rows"

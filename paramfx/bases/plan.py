@@ -1,4 +1,4 @@
-"""`find_groups` finds the convolutions of any network that can share a basis, and says why the others cannot
+"""`find_groups` finds the convolutions that can share a basis, and says why others cannot.
 
 Docs: https://paramfx.github.io/paramfx/bases/plan.html.md"""
 
@@ -182,7 +182,8 @@ def check_ranks(
 ) -> None:
     "Raise where these are no ranks"
     for k,v in dict(shared_rank=shared_rank, unique_rank=unique_rank).items():
-        if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= (float('inf') if isinstance(v, Integral) else 1): raise ValueError(
+        top = float('inf') if isinstance(v, Integral) else 1
+        if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= top: raise ValueError(
             f"{k}={v!r}: give a whole number of filters, or a float in [0, 1] as a share of the "
             "channels.")
     if not shared_rank and not unique_rank:
@@ -216,7 +217,7 @@ def find_groups(
     groups=None, # {name: [layers]} or f(name, module) -> name or None; None: automatically
     apart:dict=None # id of a weight -> number; those of different numbers do not share
 ) -> tuple: # List of `BasisGroup`, {name: reason} of the convolutions that are left alone
-    "Sort the convolutions of `model` into groups that share filters; a layer that the user names and that cannot raises"
+    "Sort the convolutions of `model` into groups that share filters; a layer that is named and cannot share raises"
     mods,users,asked = {n:m for n,m in model.named_modules()
         if isinstance(m, CONVS)},weight_users(model),groups is not None
     places,skip,apart = conv_places(model),{},apart or {}

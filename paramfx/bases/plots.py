@@ -1,4 +1,4 @@
-"""The filters, how orthogonal they are and stay, which layer pulls at them, and how many of them a trained network needs.
+"""Plots of the filters of a basis: what they are, how orthogonal they stay, and how many a network needs.
 
 Docs: https://paramfx.github.io/paramfx/bases/plots.html.md"""
 
@@ -30,7 +30,8 @@ def stage_filters(
     "Shared and unique filters of each stage, to be drawn"
     layers,first,last = sharing_layers(root_module(model)),{},{}
     if not layers: raise ValueError(f"{type(model).__name__}: no layer of this model shares filters. "
-                                 "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, x, shared_rank=16)` first.")
+                                 "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, "
+                                 "x, shared_rank=16)` first.")
     two = {m.stage for m in layers.values() if m.slot}
     for n,m in layers.items():
         k = m.stage or next(o for o,l in layers.items() if l is m.owner)
@@ -163,7 +164,7 @@ def _dots(ax, i, v, rest):
 
 # %% ../../nbs/bases/08_plots.ipynb #f2553454
 def plot_row_norms(
-    norms:dict, # Name -> filters of a group, or their lengths; a stage of `stage_filters`, of which the unique ones are drawn apart
+    norms:dict, # Name -> filters of a group or their lengths, or a stage of `stage_filters` (unique ones drawn apart)
     settled=None, # Length at which they should come to rest; {name: length} where groups differ
     *,
     ax=None, # Axes to draw on
@@ -217,7 +218,8 @@ def use_grads(
     new,loss_func = copy_model(root_module(model)),loss_func or nn.functional.cross_entropy
     own,res = _own_bases(new),{}
     if not own: raise ValueError(f"{type(model).__name__}: no layer of this model uses a shared basis. "
-                              "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, x, shared_rank=16)` first.")
+                              "Call `learn.share_bases(shared_rank=16)`, or `share_bases(model, "
+                              "x, shared_rank=16)` first.")
     # types of fastai do not mix
     bare = lambda t: t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t
     with rng_guard(), torch.enable_grad():
@@ -301,7 +303,7 @@ def plot_energy(
 _COSTS = dict(params='parameters', macs='multiply-adds')
 
 def plot_bases_cost(
-    rows, # Dicts with `network`, `accuracy` or `error` in percent, `params` and `macs`; with `shared` and `unique` filters where it shares
+    rows, # Dicts with `network`, `accuracy` or `error` in percent, `params`, `macs`, and `shared` and `unique` filters
     *,
     axs=None, # Two axes to draw on
     title:str|None=None # Text above

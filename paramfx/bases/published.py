@@ -1,4 +1,4 @@
-"""`shared_recipe`: the settings of every published network with shared bases, its exact counts, and its checkpoints
+"""`shared_recipe` holds the settings, exact counts and checkpoints of the published networks with shared bases.
 
 Docs: https://paramfx.github.io/paramfx/bases/published.html.md"""
 
@@ -134,9 +134,10 @@ def published_keys(
 ) -> dict: # Key of the published file -> key of our network; repeated copies have the same
     "The key layout of a published checkpoint"
     kw = shared_recipe(name)
-    if not re.fullmatch(r'cifar10/resnet\d+', kw['network']) or not (kw.get('shared_rank') and kw.get('unique_rank')): raise ValueError(
-        f"{name}: the key layout of its checkpoints is not known. Known are those of CIFAR-10 with "
-        "shared and unique filters, such as cifar10/resnet32-S16U1.")
+    if not re.fullmatch(r'cifar10/resnet\d+', kw['network']) or not (kw.get('shared_rank') and kw.get('unique_rank')):
+        raise ValueError(
+            f"{name}: the key layout of its checkpoints is not known. Known are those of CIFAR-10 with "
+            "shared and unique filters, such as cifar10/resnet32-S16U1.")
     net,res = shared_network(name),{}
     layers = sharing_layers(net)
     own = {m: n for n,m in layers.items()}

@@ -1,4 +1,4 @@
-"""`learn.share_bases`: the layers of a stage combine their filters from one basis, from scratch or converted from what is trained
+"""`learn.share_bases` lets the layers of a stage combine their filters from one basis, new or converted.
 
 Docs: https://paramfx.github.io/paramfx/bases/share.html.md"""
 
@@ -107,7 +107,8 @@ def _apart(model, splitter):
     return {id(p): i for i,g in enumerate(ps) for p in g}
 
 # %% ../../nbs/bases/05_share.ipynb #b100731d
-def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, basis_norm, init, groups, batches, sweeps, splitter):
+def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first, basis_norm,
+    init, groups, batches, sweeps, splitter):
     "Groups and report; raises where nothing can be shared"
     model = root_module(model)
     _check(model, n_bases, mode, basis_norm, init, scale_rank=scale_rank, skip_first=skip_first)
@@ -197,7 +198,7 @@ def share_bases(
     n_bases:int=1, # Bases for each stage: 1, or 2 by the place in the block
     mode:str='basis', # 'basis', or 'tie' for whole weights
     skip_first:bool=True, # Leave the first block of each stage alone?
-    basis_norm=True, # Batch norm between filters and coefficients: True, False, or 'calibrated' to begin as the identity
+    basis_norm=True, # Batch norm between filters and coefficients: True, False, or 'calibrated' (an identity at first)
     init:str='orthogonal', # 'orthogonal' for training from scratch, or 'svd' to keep what is trained
     groups=None, # {name: [layers]} or f(name, module) -> name or None; None: automatically
     batches=None, # Inputs to calibrate norms on; None: `sample`

@@ -1,4 +1,4 @@
-"""Ordered units to keep, per space: smaller tensors of the same classes, and a full-size twin to compare with
+"""A `Cut` keeps chosen units of each space: smaller tensors of the same classes, or a masked full-size twin.
 
 Docs: https://paramfx.github.io/paramfx/channels/cuts.html.md"""
 
@@ -101,9 +101,13 @@ def _check_units(space, idx):
 
 # %% ../../nbs/channels/04_cuts.ipynb #7b1f9a21
 _WIDTHS = {*_SIZES} | {*(
-    'num_features head_hidden_size embed_dim embed_dims hidden_size hidden_features pre_logits_size feature_dim in_chs out_chs ' # timm
-    'mid_chs num_in_chs expand_chs head_channels pool_dim root_dim dim dims dim_out out_dim val_attn_dim key_attn_dim attn_dim '
-    'inplanes planes last_channel lastconv_output_channels hidden_dim mlp_dim in_planes out_planes nf').split()} # torchvision, fastai
+    # timm
+    'num_features head_hidden_size embed_dim embed_dims hidden_size hidden_features pre_logits_size '
+    'feature_dim in_chs out_chs '
+    'mid_chs num_in_chs expand_chs head_channels pool_dim root_dim dim dims dim_out out_dim val_attn_dim '
+    'key_attn_dim attn_dim '
+    # torchvision, fastai
+    'inplanes planes last_channel lastconv_output_channels hidden_dim mlp_dim in_planes out_planes nf').split()}
 _NO_WIDTH = re.compile(
     '(.*_)?(class|classes|stride|strides|kernel|kernels|size|sizes|shape|pad|padding|dilation|window|patch|resolution|reso|'
     'depth|depths|group|groups|head|heads|scale|ratio|reduction|length|len|seed|level|levels|layers|blocks|steps|order|'
@@ -209,7 +213,9 @@ def tell_stale(
     stale:list # From `Cut.follow`
 ) -> None:
     "Warn of numbers that may tell widths of before"
-    if stale: warnings.warn(f"{short_list(stale)}: a width of before the cut that no layer in there has any more, and the name is "
+    if stale:
+        warnings.warn(f"{short_list(stale)}: a width of before the cut that no layer in there has "
+            "any more, and the name is "
                             "not known here. Set it yourself where your code reads it.")
 
 # %% ../../nbs/channels/04_cuts.ipynb #0cc951cd
@@ -412,7 +418,7 @@ def _inputs(self:Cut, model):
 
 @patch
 def _check(self:Cut, model, new):
-    "Compare with the masked twin; once more with other numbers where weights or inputs are zero, and hide what comes before them"
+    "Compare with the masked twin; once more with other numbers where zeros hide what comes before them"
     xs = self._inputs(model)
     self._compare(model, new, xs)
     zero,ys = asleep(new),lit(xs)
@@ -436,8 +442,11 @@ def _compare(self:Cut, model, new, xs, hidden=''):
             where = fails_at(new, tuple(x.to(next(model.parameters()).device) for x in xs), mode)
             more = f", such as pin={late!r}: these run in training only" if mode is practising else ''
             raise ValueError(
-                f"{where or type(model).__name__}: the smaller network {'breaks off here' if where else 'does not do what the masked one does'}{hidden}; its code holds a width as a number, or moves "
-                f"channels by fixed positions. Keep the layers concerned whole with trace_channels(..., pin=[...]){more}. {e}") from e
+                f"{where or type(model).__name__}: the smaller network "
+                f"{'breaks off here' if where else 'does not do what the masked one does'}{hidden}; "
+                "its code holds a width as a number, or moves "
+                f"channels by fixed positions. Keep the layers concerned whole with trace_channels(..., "
+                f"pin=[...]){more}. {e}") from e
 
 # %% ../../nbs/channels/04_cuts.ipynb #bbe4caa7
 CUTS = {}

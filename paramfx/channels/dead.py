@@ -1,4 +1,4 @@
-"""Channels that carry nothing are cut out, and what they still contributed as constants is folded away, exactly
+"""`cut_dead` removes channels that carry nothing, and folds the constants they contribute into the next layer.
 
 Docs: https://paramfx.github.io/paramfx/channels/dead.html.md"""
 
@@ -188,7 +188,7 @@ class _Side:
             for r in self.reads))
 
 def _biased(model, reads):
-    "Names of the layers whose bias is theirs alone, as is their weight, and is added whenever the weight is used, without zeros at a border"
+    "Layers with a weight and a bias of their own, added whenever the weight is used, without zeros at a border"
     uses = {}
     for m in model.modules():
         for t in m._parameters.values(): uses[id(t)] = uses.get(id(t), 0)+1
@@ -223,7 +223,7 @@ def _idle(model, cmap, s):
     return np.flatnonzero(zero[cmap.units[s]] & made).tolist()
 
 def _stuck(model, cmap, s):
-    "Number of dead channels in a space that stays whole; where several layers make it, only units count, which are dead in each"
+    "Number of dead channels in a space that stays whole; where several layers make it, units that are dead in each"
     made = [(getattr(model.get_submodule(m), t).detach().movedim(d, 0), np.isin(lab, cmap.units[s]))
         for (m,t,d),(kind,lab) in cmap.bindings.items() if 'rows' in kind]
     made = [(w, mine) for w,mine in made if w.ndim > 1 and mine.any()]
@@ -231,7 +231,7 @@ def _stuck(model, cmap, s):
         else len(_idle(model, cmap, s)))
 
 def _carrier(units, sides):
-    "Of the constant `units` the one that can take over the others, and these; a constant near 0 could not be scaled to the others"
+    "The one of the constant `units` that can take over the others, and these; a constant near 0 could not be scaled"
     least = lambda u: min(s.values(u).abs().min().item() if len(s.cols[u]) else 0. for s in sides)
     best = max(units, key=least)
     alike = all(len({len(s.cols[u]) for u in units}) == 1 for s in sides)

@@ -1,4 +1,4 @@
-"""Which numbers of a weight read which channel: an id per channel travels through one forward pass
+"""An id per channel travels through one forward pass and tells which entries of a weight read which channel.
 
 Docs: https://paramfx.github.io/paramfx/channels/ids.html.md"""
 
@@ -62,7 +62,8 @@ class Record:
                 if t is not None: self.owner.setdefault(id(t), (n, k))
         self.known = {*self.owner, *(id(t) for m in model.modules() for t in vars(m).values()
             if isinstance(t, torch.Tensor))}
-        self.bindings,self.producers,self.groups,self.counts,self.stack,self.ran,self.computed,self.same = ({},[],{},{},[],set(),set(),[])
+        self.bindings,self.producers,self.groups,self.counts,self.stack,self.ran,self.computed,self.same = (
+            {},[],{},{},[],set(),set(),[])
 
     @property
     def here(self): return self.stack[-1] if self.stack else self.model
@@ -142,7 +143,7 @@ def emit(self:Record, t, dim, n):
 
 @patch
 def new(self:Record, t, n):
-    "`n` new ids, made by the layer that owns `t`, or by the one that runs, where the other is an embedding and has made its own"
+    "`n` new ids of the layer that owns `t`; of the one that runs, where an embedding has made its own of `t`"
     module,name = self.owner[id(t)]
     if (any(p[1] == module for p in self.producers)
         and isinstance(self.model.get_submodule(module), nn.Embedding)):
@@ -188,9 +189,10 @@ def channel_rule(
     return _register
 
 # %% ../../nbs/channels/00_ids.ipynb #7972a2d3
-ASKING = '''size dim ndimension numel stride is_contiguous is_floating_point is_complex element_size get_device storage_offset data_ptr __len__ __repr__ __format__
- __hash__ __bool__ is_tensor _assert broadcast_shapes broadcast_tensors_ result_type is_nonzero is_same_size new_zeros new_ones new_empty new_full
- new_tensor nelement has_names untyped_storage shape_ __class__ is_signed register_hook retain_grad __deepcopy__'''.split()
+ASKING = '''size dim ndimension numel stride is_contiguous is_floating_point is_complex element_size get_device
+ storage_offset data_ptr __len__ __repr__ __format__ __hash__ __bool__ is_tensor _assert broadcast_shapes
+ broadcast_tensors_ result_type is_nonzero is_same_size new_zeros new_ones new_empty new_full new_tensor
+ nelement has_names untyped_storage shape_ __class__ is_signed register_hook retain_grad __deepcopy__'''.split()
 
 # of other arguments, only the shape or the type counts
 SHAPING = 'expand_as view_as reshape_as to type_as'.split()
@@ -286,7 +288,8 @@ def _leave(self:Flow, m, args, kwargs, out):
         and not is_traced(t) and id(t) not in self.rec.known]
     new = self.marks.pop() < self.rec.n # channels made inside
     if lost and ins and (new or any(get_ids(t) is not None for t in ins)): raise TraceError(
-        f"{self.rec.where}: channels cannot be followed through it (scripted code, or an operator outside of torch's function protocol). "
+        f"{self.rec.where}: channels cannot be followed through it (scripted code, or an operator "
+        "outside of torch's function protocol). "
         f"Replace it by plain PyTorch modules, or {self.rec.advice}.")
     if ins: self._tag(lost, None)
     self.rec.stack.pop()

@@ -1,4 +1,4 @@
-"""How channels pass LSTMs, GRUs, cells and embeddings
+"""The rules by which channel ids pass LSTMs, GRUs, cells and embeddings.
 
 Docs: https://paramfx.github.io/paramfx/channels/recurrent.html.md"""
 

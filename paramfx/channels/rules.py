@@ -1,4 +1,4 @@
-"""How channels pass each operator of torch
+"""The rules by which channel ids pass each operator of torch.
 
 Docs: https://paramfx.github.io/paramfx/channels/rules.html.md"""
 
@@ -29,8 +29,9 @@ def _grouped(rec, out, weight, bias, cols, groups, c_out, transposed):
     rec.ran.add(id(weight))
     if rec.owner.get(id(weight)) is None or not cols.all():
         for i in (cols, get_ids(weight)):
-            rec.pin(i, f'{rec.where} '
-                f'{"is a grouped layer of raw channels" if id(weight) in rec.owner else "computes its weight instead of storing it"}')
+            why = ('is a grouped layer of raw channels' if id(weight) in rec.owner
+                else 'computes its weight instead of storing it')
+            rec.pin(i, f'{rec.where} {why}')
         for t in (weight, bias):
             if id(t) in rec.owner: rec.whole(t, f'{rec.where} is a grouped layer of raw channels')
         return
@@ -129,15 +130,19 @@ def _joined(rec, a, b, why=''):
         or not b.any() else f'{rec.where} combines each of them with the same channel')
     return a if len(varying(a)) >= len(varying(b)) else b
 
-ELEMENTWISE = '''relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh sigmoid
- logsigmoid log_sigmoid __eq__ hardshrink softshrink tanhshrink threshold exp expm1 log log1p log2 sqrt rsqrt abs neg square sin cos erf sign floor ceil round clamp clip
- clamp_min clamp_max reciprocal sigmoid dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout nan_to_num
- contiguous clone detach float half double bfloat16 type requires_grad cuda cpu alias data real positive
- add sub subtract mul multiply div divide true_divide rsub pow float_power maximum minimum fmax fmin where lerp addcmul addcdiv
- remainder fmod floor_divide __floordiv__ __invert__ __and__ __or__ __xor__ __lshift__ __rshift__ logical_xor bitwise_xor
- tan asin acos atan sinh cosh asinh acosh atanh erfc erfinv trunc fix frac sgn exp2 log10 logit special_expit absolute negative lgamma digamma sinc
- logaddexp logaddexp2 hypot copysign heaviside ldexp isinf isposinf isneginf isclose arctan arctan2 atan2 gt lt ge le eq ne logical_and logical_or logical_not masked_fill zeros_like ones_like empty_like full_like rand_like
- randn_like bitwise_and bitwise_or bitwise_not isnan isfinite xlogy copy fill zero bernoulli'''.split()
+ELEMENTWISE = '''
+ relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh
+ sigmoid logsigmoid log_sigmoid __eq__ hardshrink softshrink tanhshrink threshold exp expm1 log log1p log2 sqrt
+ rsqrt abs neg square sin cos erf sign floor ceil round clamp clip clamp_min clamp_max reciprocal sigmoid
+ dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout nan_to_num
+ contiguous clone detach float half double bfloat16 type requires_grad cuda cpu alias data real positive add
+ sub subtract mul multiply div divide true_divide rsub pow float_power maximum minimum fmax fmin where lerp
+ addcmul addcdiv remainder fmod floor_divide __floordiv__ __invert__ __and__ __or__ __xor__ __lshift__
+ __rshift__ logical_xor bitwise_xor tan asin acos atan sinh cosh asinh acosh atanh erfc erfinv trunc fix frac
+ sgn exp2 log10 logit special_expit absolute negative lgamma digamma sinc logaddexp logaddexp2 hypot copysign
+ heaviside ldexp isinf isposinf isneginf isclose arctan arctan2 atan2 gt lt ge le eq ne logical_and logical_or
+ logical_not masked_fill zeros_like ones_like empty_like full_like rand_like randn_like bitwise_and bitwise_or
+ bitwise_not isnan isfinite xlogy copy fill zero bernoulli'''.split()
 channel_rule(*ELEMENTWISE, *(f'__{o}__' for o in 'add radd sub rsub mul rmul truediv rtruediv div rdiv '
     'pow rpow neg pos abs'.split()), wants='any')(_elementwise)
 
@@ -169,7 +174,8 @@ def _reshape(rec, out, name, x, *args, **kwargs):
         rec.tie(res, [d for d in dims if d != free[0]], f'{rec.where} takes channels apart ({name})')
     return res
 
-@channel_rule('permute', 'transpose', 'movedim', 'moveaxis', 'swapaxes', 'swapdims', 't', 'T', 'mT', 'H', 'mH', 'adjoint', 'squeeze', 'unsqueeze', 'expand',
+@channel_rule('permute', 'transpose', 'movedim', 'moveaxis', 'swapaxes', 'swapdims', 't', 'T', 'mT',
+    'H', 'mH', 'adjoint', 'squeeze', 'unsqueeze', 'expand',
               'expand_as', 'broadcast_to', 'pixel_shuffle', 'pixel_unshuffle', 'tile', 'repeat',
               'repeat_interleave', 'diagonal')
 def _move(rec, out, name, x, *args, **kwargs):
@@ -235,7 +241,7 @@ def _keeps(idx, x, dims):
         and i.indices(x.shape[d]) == (0, x.shape[d], 1) for d,i in enumerate(idx) if d in dims)
 
 def _side_by_side(rec, a, b, d, name):
-    "Tensors that are put together along `d` (None: a new dimension) have one size in all others, so they share their channels there"
+    "Tensors that are concatenated along `d` (None: stacked) have one size in all others, so they share channels there"
     vary = {*varying(a), *varying(b)}
     if not vary or d in vary or a.ndim != b.ndim: return
     if d is not None and a.ndim > d: a,b = a.narrow(d, 0, 1),b.narrow(d, 0, 1)
@@ -318,9 +324,12 @@ def _over(rec, out, name, x, *args, **kwargs):
     return get_ids(x)
 
 # %% ../../nbs/channels/01_rules.ipynb #bf99a5bc
-@channel_rule('matmul', '__matmul__', '__rmatmul__', 'bmm', 'mm', 'mv', 'dot', 'outer', 'einsum', 'tensordot', 'baddbmm', 'addmm', 'addbmm', 'bilinear', 'cdist', 'kron',
-              'scaled_dot_product_attention', 'multi_head_attention_forward', 'local_response_norm', 'embedding_bag', 'fold', 'col2im', 'grid_sample', 'affine_grid', 'topk',
-              'sort', 'argsort', 'argmax', 'argmin', 'cosine_similarity', 'pairwise_distance', 'cross', 'trace', 'fft', 'index_add', 'scatter',
+@channel_rule('matmul', '__matmul__', '__rmatmul__', 'bmm', 'mm', 'mv', 'dot', 'outer', 'einsum',
+    'tensordot', 'baddbmm', 'addmm', 'addbmm', 'bilinear', 'cdist', 'kron',
+              'scaled_dot_product_attention', 'multi_head_attention_forward', 'local_response_norm',
+              'embedding_bag', 'fold', 'col2im', 'grid_sample', 'affine_grid', 'topk',
+              'sort', 'argsort', 'argmax', 'argmin', 'cosine_similarity', 'pairwise_distance', 'cross',
+              'trace', 'fft', 'index_add', 'scatter',
               'scatter_add', '__setitem__', 'masked_select', 'nonzero', wants='all')
 def _mixes(rec, out, name, *args, **kwargs):
     for t in tree_leaves((args, kwargs)):

@@ -1,4 +1,4 @@
-"""What a trace has collected, sorted into units that live or die together
+"""Spaces collect the channels of a trace into units that can only be kept or removed together.
 
 Docs: https://paramfx.github.io/paramfx/channels/spaces.html.md"""
 

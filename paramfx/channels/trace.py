@@ -1,4 +1,4 @@
-"""Which channels of a network belong together, in any model, and exact cuts through them
+"""`trace_channels` finds which channels of any model belong together, so that they can be cut exactly.
 
 Docs: https://paramfx.github.io/paramfx/channels/trace.html.md"""
 
@@ -68,7 +68,8 @@ class ChannelMap:
         size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
         rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers),
             readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
-        lists = {'Run in training only': self.late, 'Did not run, so stay as they are': self.unseen, 'Weights computed, so stay whole': self.computed,
+        lists = {'Run in training only': self.late, 'Did not run, so stay as they are': self.unseen,
+            'Weights computed, so stay whole': self.computed,
                  'Outside of layers, so stay whole': self.outside}
         more = ''.join(f'. {what}: {short_list(names)}' for what,names in lists.items() if names)
         return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold '
@@ -91,7 +92,7 @@ def find(self:ChannelMap, key) -> int:
 
 @patch
 def coverage(self:ChannelMap, spaces=None) -> float:
-    "Share of the numbers in convolutions and linear layers that lie in a row or column of `spaces` (default: all that can be cut)"
+    "Share of the weights of convolutions and linear layers in the rows or columns of `spaces` (default: all free)"
     mine = np.isin(self.space_of,
         [self.find(s) for s in (self.cuttable if spaces is None else spaces)])
     held = total = 0
@@ -180,7 +181,7 @@ class _Uses(TorchFunctionMode):
         return out
 
 def _late(model, rec, xs):
-    "Names of the modules that run in training and not in evaluation. Where all parameters were seen there can be none, and nothing is run"
+    "Names of the modules that run in training only; where all parameters were seen there are none, and nothing is run"
     idle = {id(p) for p in model.parameters() if id(p) not in rec.ran}
     if not idle: return []
     only = lambda m: any(True for _ in m.parameters()) and all(id(p) in idle for p in m.parameters())
@@ -192,8 +193,10 @@ def _late(model, rec, xs):
             if m is None: return [] # it wants something else in training, such as targets
             n = rec.names.get(id(m), '')
             raise ValueError(
-                f"{n} ({type(m).__name__}): it runs in training only, and not on this sample of shape {show_shapes(xs)}: {type(e).__name__}: {e}. "
-                "Give a sample as in training, or build the network without it (aux_logits=False in torchvision).") from e
+                f"{n} ({type(m).__name__}): it runs in training only, and not on this sample of "
+                f"shape {show_shapes(xs)}: {type(e).__name__}: {e}. "
+                "Give a sample as in training, or build the network without it (aux_logits=False "
+                "in torchvision).") from e
     res = {}
     for n,p in model.named_parameters():
         if id(p) not in seen.used: continue
@@ -218,7 +221,8 @@ def _map(rec, boxes, model, sample, late):
     mine = {n: [id(t) for t in m._parameters.values() if t is not None]
         for n,m in model.named_modules()}
     unseen = [n for n,ids in mine.items() if ids and not rec.ran & set(ids)]
-    cmap = ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen, [rec.names[b] for b in boxes],
+    cmap = ChannelMap(describe(units, rec), number, groups, units.units, shapes, sample, unseen,
+        [rec.names[b] for b in boxes],
                       sorted(rec.computed), list(held), counts, rec.embeddings, late)
     free = np.array([*(s.cuttable for s in cmap), False]) # the last entry is that of raw channels
     cut = [(m, t) for (m,t,_),(_,lab) in number.items() if free[cmap.space_of[lab]].any()]
@@ -229,10 +233,10 @@ def _map(rec, boxes, model, sample, late):
 # %% ../../nbs/channels/05_trace.ipynb #46fd1f51
 @patch
 def cut(self:ChannelMap,
-    keep, # Rate in (0, 1]: the first units of each space, rounded up; a function of a `Space` that returns units; or a dict as for `Cut`
+    keep, # Rate in (0, 1]: first units of each space, rounded up; a function of a `Space`; or a dict as for `Cut`
     only=None, # Spaces to cut; None: all that can be cut
     exclude=None, # Spaces to leave whole
-    whole:str='raise' # What to do about spaces that an operator keeps whole: 'raise', or 'keep' them whole and cut the others
+    whole:str='raise' # Spaces that an operator keeps whole: 'raise', or 'keep' them whole and cut the others
 ) -> Cut:
     "A cut of the same kind in every space"
     if isinstance(keep, dict): return Cut(self, keep)

@@ -1,4 +1,4 @@
-"""Settings that have moved to an object of their own say where they are now
+"""Settings that have moved to an object of their own say where they are now.
 
 Docs: https://paramfx.github.io/paramfx/core/arguments.html.md"""
 
@@ -21,7 +21,8 @@ def moved_args(
             old = [k for k in kwargs if k in forms]
             if not old: return f(*args, **kwargs)
             name = f.__qualname__.removesuffix('.__init__')
-            new = '; '.join(f"write {forms[k].replace('{v}', repr(kwargs[k]))} instead of {k}={kwargs[k]!r}" for k in old)
+            new = '; '.join(f"write {forms[k].replace('{v}', repr(kwargs[k]))} instead of {k}={kwargs[k]!r}"
+                for k in old)
             raise TypeError(f'{name}: {new}.')
         return _checked
     return _decorate

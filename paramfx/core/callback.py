@@ -1,4 +1,4 @@
-"""One base callback for every method, and the keeper that holds its effect in force: through `lr_find`, a second fit, saving, loading and export.
+"""`EffectCallback`, the base class of every method, keeps its effect in force through all that fastai does.
 
 Docs: https://paramfx.github.io/paramfx/core/callback.html.md"""
 
@@ -72,7 +72,8 @@ class EffectKeeper(LeanCallback):
     def _begin(self, cb, new_fit):
         "An epoch begins for `cb`, or it was added within one"
         if effects(self.learn.model).get(cb.name) is not cb.effect: raise ValueError(
-            f"{cb.name}: this model does not carry the effect any more; it was replaced, or released by another Learner. "
+            f"{cb.name}: this model does not carry the effect any more; it was replaced, or released "
+            "by another Learner. "
             "Call `learn.release()`, then add the callback again.")
         self.flags.setdefault('begun', {})[cb.name] = cb
         self.flags['finding'] = finding_lr(self.learn)
@@ -383,7 +384,8 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
         if n not in getattr(self.__dict__.get('effect_keeper'), 'held', {})]
     loose = [n for n in loose if not any(isinstance(c, EffectCallback) and c.name == n for c in cbs)]
     if loose: raise ValueError(f"The model carries {', '.join(loose)}, and nothing on this Learner holds it in force. "
-                               f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), or call `learn.release()`.")
+                               f"Add the callback with the same settings, as {snake2camel(loose[0])}(...), "
+                               "or call `learn.release()`.")
     if n_epoch > (start_epoch or 0): check_batches(self.dls)
     if n_epoch > (start_epoch or 0) and not _takes_part(LRFinder, cbs): _warn_without(self, cbs)
     try: _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)

@@ -1,4 +1,4 @@
-"""Optimizer steps that survive saving, a position that really reaches 1, and picklable schedules of it.
+"""Counts optimizer steps, gives a training position that reaches 1, and schedules that can be pickled.
 
 Docs: https://paramfx.github.io/paramfx/core/clock.html.md"""
 

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace, copying it, and comparing two
+"""Runs, copies and compares models without leaving a trace in them.
 
 Docs: https://paramfx.github.io/paramfx/core/forward.html.md"""
 
@@ -37,7 +37,7 @@ _STATES = { # generators of random numbers that a model has for itself
     torch.Generator: ('get_state', 'set_state')}
 
 def _is_plain(cls):
-    "Are its objects nothing but their attributes? What tells itself how it is copied (a Learner, a plan of slices) is left alone"
+    "Are its objects nothing but their attributes, and copied by no rule of their own (as a Learner is)?"
     if issubclass(cls, SimpleNamespace): return True
     if (cls.__module__.partition('.')[0] == 'torch' or issubclass(cls, (type, FunctionType, ModuleType))
         or cls in copyreg.dispatch_table):
@@ -109,7 +109,8 @@ class _Kept:
         with torch.no_grad(): lost = {id(t) for t,*old in self.tensors if not self.restore(t, *old)}
         if not lost: return
         names = [n for n,p in self.model.named_parameters() if id(p) in lost]
-        warnings.warn(f"{', '.join(names[:3])}: a forward pass of this model writes into these parameters, and so has the one "
+        warnings.warn(f"{', '.join(names[:3])}: a forward pass of this model writes into these "
+            "parameters, and so has the one "
                       "that looked at it. Look at a deepcopy of the model to keep them as they were.")
 
 # %% ../../nbs/core/08_forward.ipynb #38401d2c
@@ -208,7 +209,7 @@ class _NoDropout(TorchFunctionMode):
 
 @contextmanager
 def practising(model:nn.Module):
-    "Training mode as far as it says what runs: without gradients and dropout, norms as in evaluation; all is put back as by `still`"
+    "Training mode without gradients and dropout, norms as in evaluation; all is put back as by `still`"
     with untouched(model), torch.no_grad(), _NoDropout():
         for m in model.train().modules():
             if isinstance(m, _NUMBERS): m.eval()
@@ -268,7 +269,7 @@ def copy_model(
 
 # %% ../../nbs/core/08_forward.ipynb #e2c4aed3
 def _rebound(f, memo):
-    "A function, such as a hook, that has hold of what was copied (which `deepcopy` leaves as it is): the same function of the copies"
+    "A function, such as a hook, that refers to what was copied: the same function of the copies"
     copied = lambda o: memo.get(id(o), o)
     cells,defaults = f.__closure__ or (),f.__defaults__ or ()
     held = [getattr(c, 'cell_contents', None) for c in cells]
@@ -280,7 +281,7 @@ def _rebound(f, memo):
     return update_wrapper(new, f)
 
 def state_keepers(model:nn.Module) -> dict: # Name -> module
-    "The modules with recurrent layers that can be reset, as fastai does before each text: they may keep states from batch to batch"
+    "Modules with recurrent layers that have a `reset`: they may keep states from batch to batch"
     def resets(m):
         try:
             return callable(getattr(m, 'reset', None)) and inspect.signature(m.reset).bind() is not None
@@ -403,7 +404,7 @@ def tells(
     return all(torch.equal(x, y) for x,y in zip(a, b)) # NaN equals nothing
 
 def asleep(model:nn.Module) -> list:
-    "Names of the weights that are zero throughout, as in blocks that begin as identities: the outputs cannot tell what comes before them"
+    "Names of the weights that are zero throughout: the outputs cannot tell what comes before them"
     def zero(n, p):
         if ('bias' in n.rpartition('.')[2] or not p.is_floating_point() or p.layout != torch.strided
             or p.is_meta):

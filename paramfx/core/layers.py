@@ -1,4 +1,4 @@
-"""Layers by name, type or position in any network
+"""Finds layers by name, type or position in any network.
 
 Docs: https://paramfx.github.io/paramfx/core/layers.html.md"""
 
@@ -203,7 +203,8 @@ def match_layers(
             what = (_what_is(model, spec, types)
                 or f"No layer {'is called' if isinstance(spec, str) else 'lies in'} {spec!r}.")
             raise ValueError(f"{what} Layers here: {known or 'none'}. "
-                             f"Positions: {', '.join(stages(model, types)) or 'none'}. Globs such as '*conv1' work too.")
+                f"Positions: {', '.join(stages(model, types)) or 'none'}. Globs such "
+                "as '*conv1' work too.")
         res |= set(hit)
     return res
 

@@ -1,4 +1,4 @@
-"""Parameters and modules replaced in a network that is being trained
+"""Replaces parameters and modules of a network in training, and keeps its optimizer in step.
 
 Docs: https://paramfx.github.io/paramfx/core/optimizers.html.md"""
 
@@ -35,7 +35,7 @@ def _groups(opt):
 def swap_params(
     opt, # Optimizer of any kind, or None
     pairs:dict, # Old parameter -> new parameter
-    state=None # Called with (old state value, old, new) for tensors of the old shape; where none of the new shape comes of it, state begins anew
+    state=None # Called with (old state value, old, new) for tensors of the old shape; others begin anew
 ) -> None:
     "Make `opt` train the new parameters in place of the old ones, group, hyper-parameters and state included"
     if opt is None: return
@@ -84,7 +84,8 @@ def _pairs(model, name, old, new):
     extra = [n for n,p in news.items() if n not in olds and p not in kept]
     if extra: raise ValueError(
         f"{name}: parameters {', '.join(extra)} have no counterpart in the old module, so the existing optimizer "
-        "would not train them. Swap before the optimizer is made: pass opt=None, and call `learn.create_opt()` afterwards.")
+        "would not train them. Swap before the optimizer is made: pass opt=None, and call `learn.create_opt()` "
+        "afterwards.")
     pairs,inside = {olds[n]:p for n,p in news.items() if p not in kept},{*old.modules()}
     shared = [f'{n}.{k}' for n,m in model.named_modules() if m not in inside
         for k,p in m._parameters.items() if p is not None and p in pairs]
@@ -95,7 +96,8 @@ def _pairs(model, name, old, new):
 
 # %% ../../nbs/core/03_optimizers.ipynb #6bf672b1
 _FIXED_TORCH = 'SGD Adam AdamW NAdam RAdam Adamax Adagrad Adadelta RMSprop'.split()
-_FIXED_FASTAI = ('sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step rms_prop_step step_stat adam_step '
+_FIXED_FASTAI = ('sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step rms_prop_step '
+    'step_stat adam_step '
                  'radam_step qhadam_step larc_layer_lr larc_step lamb_step').split()
 
 def zero_is_fixed(opt) -> bool:
@@ -104,7 +106,8 @@ def zero_is_fixed(opt) -> bool:
     if isinstance(opt, torch.optim.Optimizer):
         return type(opt).__name__ in _FIXED_TORCH and type(opt).__module__.startswith('torch.optim')
     return hasattr(opt, 'cbs') and not hasattr(opt, 'slow_weights') and type(opt).__name__ != 'Lookahead' and all(
-        getattr(getattr(c, 'func', c), '__name__', '') in _FIXED_FASTAI for c in opt.cbs) # Adam's first one is a partial
+        getattr(getattr(c, 'func', c), '__name__', '') in _FIXED_FASTAI # Adam's first one is a partial
+        for c in opt.cbs)
 
 # %% ../../nbs/core/03_optimizers.ipynb #c7d10a42
 # averages that torch's steps take the root of
@@ -200,7 +203,9 @@ class ComputedWeight:
     "Mixin of layers that calculate their `weight` from something else"
     label = None # name in the network, where it is known
     def _refuse(self, name):
-        if name == 'weight': raise TypeError(f"{self.label or self}: its weight is calculated from other tensors, so none can be put in its place, "
+        if name == 'weight':
+            raise TypeError(f"{self.label or self}: its weight is calculated from other tensors, "
+                "so none can be put in its place, "
                                              f"as quantization does. Make an ordinary network first: {way_out()}.")
     def register_parameter(self, name, param):
         self._refuse(name)
@@ -217,7 +222,8 @@ def check_kernels(
     "Raise where a sparse layer was converted to a type in which it cannot multiply"
     if dtype in known: return
     name = str(dtype).removeprefix('torch.')
-    raise TypeError(f"{layer.label or layer}: there are no sparse kernels for {name}, and the network was converted to it. Make an ordinary network before: "
+    raise TypeError(f"{layer.label or layer}: there are no sparse kernels for {name}, and the network "
+        "was converted to it. Make an ordinary network before: "
         + for_caller(f'learn.model.float(); learn.materialize(); learn.model.to(torch.{name})',
             f'model = materialize(model.float(), x).to(torch.{name})') + ', or train and run it in '
             'float32, under autocast if need be.')
@@ -227,6 +233,8 @@ def check_values(model:nn.Module) -> None:
     "Raise where a weight of `model` has no values, as one has that was built on the meta device"
     empty = next((n for m in (model.named_parameters, model.named_buffers) for n,t in m() if t.is_meta),
         None)
-    if empty: raise ValueError(f"{empty}: it is on the meta device and has no values. Build the network on a real device; or give it memory, and load its weights after that: "
+    if empty:
+        raise ValueError(f"{empty}: it is on the meta device and has no values. Build the network "
+            "on a real device; or give it memory, and load its weights after that: "
                                + for_caller("learn.model.to_empty(device='cpu')",
                                    "model.to_empty(device='cpu')") + '.')

@@ -1,4 +1,4 @@
-"""Steps of recipes, published rows, and rows of `paramfx demo`: the foundations find them here, and know no family.
+"""The registry of recipe steps, published rows and rows of `paramfx demo`, which the families fill.
 
 Docs: https://paramfx.github.io/paramfx/core/registry.html.md"""
 
@@ -11,9 +11,12 @@ __all__ = []
 import importlib
 
 # %% ../../nbs/core/09_registry.ipynb #424ceb16
-VERB_ROOMS = dict(plain='export.materialize', freeze='export.materialize', cut='export.materialize', share_bases='bases.share',
-    join_bases='bases.join', ortho_reg='bases.callback', slice='slicing.slice', name_slice='slicing.slice', slice_train='slicing.callback',
-    split='splitnet.split', split_net='splitnet.callback', dynamic_sparse='sparse.sparsify', iterative_prune='sparse.prune', tie='sparse.tied',
+VERB_ROOMS = dict(plain='export.materialize', freeze='export.materialize', cut='export.materialize',
+    share_bases='bases.share',
+    join_bases='bases.join', ortho_reg='bases.callback', slice='slicing.slice', name_slice='slicing.slice',
+    slice_train='slicing.callback',
+    split='splitnet.split', split_net='splitnet.callback', dynamic_sparse='sparse.sparsify',
+    iterative_prune='sparse.prune', tie='sparse.tied',
     knowledge_evolution='evolution.callback') # where each verb registers
 VERBS = {}
 
@@ -53,13 +56,15 @@ ROWS,PICTURES = {},{}
 def demo_row(
     name:str, # Row name, as in the table and for `--only`
 ):
-    "Register a row: a function `f(new, fit)` that returns a trained Learner; `new()` makes one, `new(build)` one of another network, `fit(learn, **kw)` trains it, `counted=False`: besides the epochs of its row, `share=.5`: for half of them"
+    "Register a row of the demo: a function `f(new, fit)` that returns a trained Learner"
+    # `new()` makes a Learner, `new(build)` one of another network; `fit(learn, **kw)` trains it,
+    # with counted=False besides the epochs of its row, with share=.5 for half of them
     def _register(f):
         ROWS[name] = f
         return f
     return _register
 
 def demo_picture(f):
-    "Register `f(name, learn)` under its own name: called after each row, it yields (file stem, draw), where `draw(ax)` draws on matplotlib axes"
+    "Register `f(name, learn)`: called after each row, it yields (file stem, draw), where `draw(ax)` draws on axes"
     PICTURES[f.__name__] = f # a module that is run again replaces its own
     return f

@@ -1,4 +1,4 @@
-"""The way out of every effect, files with and without it, and runs that continue bit for bit after a crash.
+"""Releases effects, saves with and without them, and resumes an interrupted run bit for bit.
 
 Docs: https://paramfx.github.io/paramfx/core/runs.html.md"""
 
@@ -145,8 +145,10 @@ def missing_effects(model:nn.Module, state_dict:dict, prefix='') -> list:
 def _refuse_effects(module, state_dict, prefix, *args):
     extra = missing_effects(module, state_dict, prefix)
     if extra: raise ValueError(
-        f"The file was saved with an effect in force ({', '.join(extra)}), and this Learner has no such callback. Add it first, as in "
-        f"`Learner(..., cbs={snake2camel(extra[0][len(prefix):-len('_effect')])}(...))`, then load; or save with `learn.save_plain` to get a plain file.")
+        f"The file was saved with an effect in force ({', '.join(extra)}), and this Learner has "
+        "no such callback. Add it first, as in "
+        f"`Learner(..., cbs={snake2camel(extra[0][len(prefix):-len('_effect')])}(...))`, then load; "
+        "or save with `learn.save_plain` to get a plain file.")
 
 # what its optimizers save besides tensors
 _FASTAI = [L, np.dtype, np.float64(0).__reduce__()[0],
@@ -198,9 +200,10 @@ def _misfit(name, there, here, diff):
     "What to say of a file whose weights do not fit; steps `there` are None where it does not tell"
     tell = lambda steps, new='as it was built': f'after {_told(steps)}' if steps else new
     res = f"{name}: it does not fit this network: {diff}. "
-    if there is None: return res + (f"This network is {tell(here)}; load what was saved before ahead of that. " if here else '') + (
-        "The file does not tell how its network was changed. If a verb (`split`, `materialize`, `tie`, "
-        "...) did, do the same to the network as it was built, then load.")
+    if there is None:
+        return res + (f"This network is {tell(here)}; load what was saved before ahead of that. " if here else '') + (
+            "The file does not tell how its network was changed. If a verb (`split`, `materialize`, `tie`, "
+            "...) did, do the same to the network as it was built, then load.")
     if _verbs(there) == _verbs(here):
         return (res + "Build the network as it was when the file was "
             f"saved{', and change it with the same settings' if here else ''}.")
@@ -254,7 +257,7 @@ _fastai_load = Learner.load
 # %% ../../nbs/core/07_runs.ipynb #14b8b944
 @patch
 def load(self:Learner, file, device=None, strict=True, **kwargs):
-    "Load model and optimizer state; a file with masks needs the callback that made them, one of a changed network the same change"
+    "Load model and optimizer state; files with masks or of a changed network need the same callback or change"
     with explained(self.model, str(join_path_file(file, self.path/self.model_dir, ext='.pth')), strict):
         return _fastai_load(self, file, device=device, strict=strict, **kwargs)
 
@@ -317,7 +320,7 @@ def set_effect_runs(model, state:dict) -> None:
         if n in state.get('held', {}): s.holder.set_run_state(state['held'][n])
 
 def _grads(model):
-    "Gradients that are left between two epochs: accumulated ones, and zeros as True. fastai decays frozen weights that have one"
+    "Gradients left between two epochs: accumulated ones, and zeros as True, by which fastai decays frozen weights"
     return [None if p.grad is None else p.grad.clone() if p.grad.any() else True
         for p in model.parameters()]
 
@@ -368,7 +371,8 @@ class RunState(Callback):
         if rank_distrib(): return
         opt,model = learn.opt.state_dict(),get_model(learn.model)
         with telling_steps(model): weights = model.state_dict()
-        state = dict(version=1, fit=learn.__dict__['_n_fits'], epoch=learn.epoch, n_epoch=learn.n_epoch, ended=ended, rng=rngs,
+        state = dict(version=1, fit=learn.__dict__['_n_fits'], epoch=learn.epoch, n_epoch=learn.n_epoch,
+            ended=ended, rng=rngs,
                      model=weights, opt=plain_types(opt), callbacks=callbacks, grads=_grads(model),
                      **effect_runs(model))
         with atomic_path(model_path(learn, self.file)) as tmp: torch.save(state, tmp)
@@ -389,7 +393,8 @@ class _Resume(Callback):
         if finding_lr(self.learn) or not self.n_epoch: return
         fit = self.seen['fits']+1
         if fit == self.saved['fit'] and self.n_epoch != self.saved['n_epoch']: raise ValueError(
-            f"The saved run trains {self.saved['n_epoch']} epochs in this fit, and {self.n_epoch} are asked for. Call the same fit again; "
+            f"The saved run trains {self.saved['n_epoch']} epochs in this fit, and {self.n_epoch} "
+            "are asked for. Call the same fit again; "
             "`learn.resume` comes after fits that had no `RunState`.")
         if fit == self.saved['fit']:
             _refuse_effects(get_model(self.learn.model), self.saved['model'], '')
@@ -482,9 +487,10 @@ def resume(self:Learner,
     try: state = read_torch(path, getattr(self.dls, 'device', 'cpu'))
     except (OSError, MemoryError): raise
     except Exception as e: state = e # torch raises many kinds
-    if not isinstance(state, dict) or state.get('version') != 1 or 'fit' not in state: raise ValueError(
-        f"{path.name}: "
-        f"{f'no file of `RunState`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `RunState`'}.") from (state if isinstance(state, Exception) else None)
+    if not isinstance(state, dict) or state.get('version') != 1 or 'fit' not in state:
+        other = what_file(state)
+        why = f'no file of `RunState`, but {other}' if other else 'damaged, or no file of `RunState`'
+        raise ValueError(f"{path.name}: {why}.") from (state if isinstance(state, Exception) else None)
     if not missing_effects(self.model, state['model']): # else `fit(cbs=...)` brings it
         with explained(self.model, path.name): get_model(self.model).load_state_dict(state['model'])
     self.remove_cbs([c for c in self.cbs if isinstance(c, (_Resume, _Skip))])

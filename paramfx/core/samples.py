@@ -1,4 +1,4 @@
-"""A batch to look at, and random states left as they were
+"""Takes a sample batch from a Learner without changing any random state.
 
 Docs: https://paramfx.github.io/paramfx/core/samples.html.md"""
 
@@ -89,7 +89,8 @@ def check_batches(dls):
         raise ValueError("The training loader holds no items, so there is nothing to train on. Give "
             "`learn.dls` a training set.")
     ours = "set `learn.dls.train.drop_last = False`, or " if isinstance(dl, DataLoader) else ''
-    raise ValueError(f"The training loader has no batch: it holds {n} items, its batch size is {bs}, and an incomplete batch is dropped. "
+    raise ValueError(f"The training loader has no batch: it holds {n} items, its batch size is "
+        f"{bs}, and an incomplete batch is dropped. "
                      f"To train on them, {ours}make the loaders with a batch size of {n} or less.")
 
 # %% ../../nbs/core/01_samples.ipynb #f4fab3e0

@@ -1,4 +1,4 @@
-"""Settings, counters and masks of an effect, kept in the model itself: every `state_dict`, copy and pickle has them.
+"""Keeps settings, counters and masks of an effect in the model, so that every `state_dict`, copy and pickle has them.
 
 Docs: https://paramfx.github.io/paramfx/core/state.html.md"""
 
@@ -85,7 +85,7 @@ class EffectState:
         name:str, # Name of the effect, such as 'dynamic_sparse'
         settings:dict, # What it was built with
         clock:Clock=None, # Optimizer steps and position
-        holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`; perhaps run_state() and set_run_state(state), and catch_up() and loose() where somebody else may change it
+        holder=None, # Object with check(state_dict, prefix), keys(), burn_in() and release(), such as a `MaskStore`
         report=None, # What the transform did, for `learn.paramfx`
         **values # Further numbers to save
     ):

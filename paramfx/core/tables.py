@@ -1,4 +1,4 @@
-"""Rows of plain data that show themselves as a table
+"""`Table` holds rows of plain data and shows itself as a table.
 
 Docs: https://paramfx.github.io/paramfx/core/tables.html.md"""
 

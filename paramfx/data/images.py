@@ -1,4 +1,4 @@
-"""CIFAR and folders of images, held in memory, cropped and mirrored batch by batch
+"""Loaders of CIFAR and of image folders, held in memory, cropped and mirrored batch by batch.
 
 Docs: https://paramfx.github.io/paramfx/data/images.html.md"""
 
@@ -222,7 +222,8 @@ def cifar_dls(
     if valid == 'split': train,test = (tuple(o[k] for o in train) for k in (~held, held))
     x,y,xv,yv = (torch.as_tensor(o) for o in (*train, *test))
     tfms += list_tfms(kwargs.pop('after_batch', None))
-    return tensor_dls(x, y.long(), xv, yv.long(), bs=bs, vocab=names, normalize=_CIFAR[n_classes], reader=ReadImage(32), device=device,
+    return tensor_dls(x, y.long(), xv, yv.long(), bs=bs, vocab=names, normalize=_CIFAR[n_classes],
+        reader=ReadImage(32), device=device,
                       after_batch=tfms, **kwargs)
 
 # %% ../../nbs/data/02_images.ipynb #70063306
@@ -303,14 +304,14 @@ def parts_dls(
     vocab:list|None=None, # Class names in their order; default: sorted names of the training classes
     size:int=64, # Height and width of what the model gets
     bs:int=64, # Images per batch
-    valid:str='auto', # Validation set: 'valid', 'test', 'split' (some of the training images), or 'auto', the first of these there is
+    valid:str='auto', # Validation set: 'valid', 'test', 'split' (some training images), or 'auto', the first there is
     valid_pct:float=.2, # Share of each class that 'split' sets aside
     seed:int=42, # Which images these are
     augment:bool=True, # Random crops and mirror images?
     stats:tuple=IMAGENET, # Mean and deviation per channel
     max_memory:float=2e9, # Bytes; a larger set stays on disk
     device=None, # Where batches go; default: fastai's default device
-    **kwargs # Further arguments of the loaders: `after_batch` for all of them; of others, such as `shuffle`, a pair is for training and validation
+    **kwargs # Further arguments of the loaders; of a pair, the first is for training, the second for validation
 )->DataLoaders: # Training and validation loader
     "Loaders over image files, cropped to `size` and normalised, held in memory as bytes"
     check_loader(bs, kwargs)

@@ -1,4 +1,4 @@
-"""What loaders of all kinds share: where data lie, which settings there are, what to say when something is wrong
+"""Finds data folders and checks the settings that all loaders share.
 
 Docs: https://paramfx.github.io/paramfx/data/loading.html.md"""
 
@@ -20,7 +20,7 @@ def find_data(
     title:str, # Name of the data set, for the error message
     path:str|Path|None, # Its folder, or one above; `None`: the environment variable PARAMFX_DATA
     subs:tuple, # Folders below to look into, in this order; '.' is `path` itself
-    holds:str|tuple, # Pattern that finds something in the right folder; of several, the first that finds anything anywhere
+    holds:str|tuple, # Pattern of a file in the right folder; of several, the first that finds one
     remedy:str # What to do if there is none
 )->Path: # The folder
     "The folder of a data set; nothing is downloaded"
@@ -48,7 +48,7 @@ _KIND = re.compile(r'[biufcSU][0-9]+|[?]')
 
 # %% ../../nbs/data/00_loading.ipynb #8016614f
 def _builders():
-    "What a pickle may call, in place of NumPy's functions of these names; made anew each time, since a file may write into them"
+    "What a pickle may call in place of NumPy's functions; made anew each time, since a file may write into them"
     class Kind:
         "In place of a `dtype`"
         def __init__(self, code, *args): self.code,self.order = code,'='
@@ -112,7 +112,8 @@ def read_pickle(
         with reading(file): return plain(up.load())
     except ValueError as e:
         if not up.refused: raise
-        raise ValueError(f'{file} asks for {up.refused}, which no plain data need: nothing of it was run. Take the file from where '
+        raise ValueError(f'{file} asks for {up.refused}, which no plain data need: nothing of it '
+            'was run. Take the file from where '
                          'the data set was published.') from e
 
 # %% ../../nbs/data/00_loading.ipynb #5f703bc1

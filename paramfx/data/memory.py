@@ -1,4 +1,4 @@
-"""Small real data sets in memory, for demonstrations, lessons and tests
+"""Loaders of small real data sets held in memory, for demonstrations, lessons and tests.
 
 Docs: https://paramfx.github.io/paramfx/data/memory.html.md"""
 
@@ -12,8 +12,8 @@ import gzip
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from fastai.basics import (CrossEntropyLossFlat, DataLoaders, MSELossFlat, Tensor, TensorBase, TensorCategory, TensorImage,
-    TensorImageBW, TfmdDL, TitledStr, default_device, delegates, is_listy, subplots, tensor, to_cpu,
+from fastai.basics import (CrossEntropyLossFlat, DataLoaders, MSELossFlat, Tensor, TensorBase, TensorCategory,
+    TensorImage, TensorImageBW, TfmdDL, TitledStr, default_device, delegates, is_listy, subplots, tensor, to_cpu,
     torch)
 from fastai.data.transforms import CategoryMap, IntToFloatTensor, Normalize
 from .loading import NormalizeBytes, as_bytes, check_loader, find_data, list_tfms, reading
@@ -77,7 +77,7 @@ class InMemory:
         return self.new(self.x[:0].clone(), None if self.y is None else self.y[:0].clone(),
             self.split_idx)
     def encode(self, items):
-        "Normalise new items: raw arrays or tensors of the shape of one input, what `reader` reads, or rows of a data set"
+        "Normalise new items: raw arrays or tensors of one input, what `reader` reads, or rows of a data set"
         if not len(items): raise ValueError('There are no items: give at least one')
         if all(isinstance(o, Row) for o in items): return self._rows(items)
         x = torch.stack([self._raw(o) for o in items])
@@ -226,10 +226,10 @@ def tensor_dls(
     y_valid:Tensor, # Validation targets
     bs:int=64, # Items per batch
     vocab:list|None=None, # Names of the classes; default: their numbers
-    normalize:bool|tuple=True, # Subtract the mean of the training inputs and divide by their deviation? Or a mean and a deviation, per channel
+    normalize:bool|tuple=True, # Normalise by the mean and deviation of the training inputs? Or by these, per channel
     reader=None, # Makes one input, not normalised, of a raw item to predict
     device=None, # Where batches go; default: fastai's default device
-    **kwargs # Further arguments of the loaders: `after_batch` for all of them; of others, such as `shuffle`, a pair is for training and validation
+    **kwargs # Further arguments of the loaders; of a pair, the first is for training, the second for validation
 )->DataLoaders: # Training and validation loader
     "Loaders over tensors held in memory"
     check_loader(bs, kwargs)
@@ -287,7 +287,8 @@ def mnist_dls(
     if valid not in ('test','split'):
         raise ValueError(f"valid must be 'test' or 'split', not {valid!r}")
     folder = find_data('MNIST', path, ('.','raw','MNIST/raw','mnist/MNIST/raw'), 'train-images-idx3-ubyte*',
-                       'put its four idx files (torchvision.datasets.MNIST downloads them) into $PARAMFX_DATA/mnist/MNIST/raw, '
+                       'put its four idx files (torchvision.datasets.MNIST downloads them) into '
+                       '$PARAMFX_DATA/mnist/MNIST/raw, '
                        'or pass their folder as `path`')
     def read(part):
         x,y = _idx(folder, f'{part}-images-idx3-ubyte'),_idx(folder, f'{part}-labels-idx1-ubyte')

@@ -1,4 +1,4 @@
-"""Flowers, aircraft, birds, dogs, rooms and groceries, with the splits of their authors
+"""Loaders of flowers, aircraft, birds, dogs, rooms and groceries, with the splits of their authors.
 
 Docs: https://paramfx.github.io/paramfx/data/photos.html.md"""
 
@@ -70,7 +70,8 @@ _PHOTOS = {
                 'https://github.com/marcusklasson/GroceryStoreDataset'),
     'flowers102': ('Flowers 102', 102, ['flowers-102','flowers102/flowers-102','flowers102'], 'setid.mat', _flowers,
                    'torchvision.datasets.Flowers102(root, download=True)'),
-    'aircraft': ('FGVC Aircraft', 100, ['fgvc-aircraft-2013b','aircraft/fgvc-aircraft-2013b','aircraft'], 'data/variants.txt', _aircraft,
+    'aircraft': ('FGVC Aircraft', 100, ['fgvc-aircraft-2013b','aircraft/fgvc-aircraft-2013b','aircraft'],
+    'data/variants.txt', _aircraft,
                  'torchvision.datasets.FGVCAircraft(root, download=True)'),
     'cub200': ('CUB-200-2011', 200, ['CUB_200_2011','cub200/CUB_200_2011','cub200'], 'train_test_split.txt', _cub,
                'https://www.vision.caltech.edu/datasets/cub_200_2011'),
@@ -96,7 +97,7 @@ def photo_dls(
     name:str, # 'grocery', 'flowers102', 'aircraft', 'cub200', 'dogs' or 'mit67'
     path:str|Path|None=None, # Its folder, or one above; default: the environment variable PARAMFX_DATA
     size:int|None=None, # Height and width of what the model gets; default: 224, and 64 for 'grocery'
-    valid:str='test', # Validation set: 'test', 'valid' if its authors made one, or 'split' (some of the training images)
+    valid:str='test', # Validation set: 'test', 'valid' where there is one, or 'split' (some of the training images)
     **kwargs
 )->DataLoaders: # Training and validation loader
     "A published set of photos with the splits of its authors"

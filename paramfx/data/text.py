@@ -1,4 +1,4 @@
-"""Word-level text for language models: rows that run on from batch to batch, held in memory
+"""Loaders of word-level text for language models, whose rows run on from batch to batch.
 
 Docs: https://paramfx.github.io/paramfx/data/text.html.md"""
 
@@ -135,7 +135,8 @@ def _loaders(texts, bs, seq_len, min_freq, val_bs, device, **kwargs):
     for source,words in texts:
         if not words: raise ValueError(f'{source} is empty: it needs at least bs+1 words')
     vocab = make_vocab(texts[0][1], min_freq)
-    return DataLoaders(*[StreamDL(TextStream.from_words(words, vocab, source), bs=val_bs or bs if i else bs, seq_len=seq_len, **kwargs)
+    return DataLoaders(*[StreamDL(TextStream.from_words(words, vocab, source), bs=val_bs or bs if i else bs,
+        seq_len=seq_len, **kwargs)
                          for i,(source,words) in enumerate(texts)], device=device or default_device())
 
 def text_dls(
@@ -160,8 +161,10 @@ def text_dls(
 # %% ../../nbs/data/04_text.ipynb #44e2ec77
 _LAYOUTS = ('wiki.{}.tokens','wiki.{}.txt','ptb.{}.txt','{}.txt')
 _SUBS = {'wikitext2': ('wikitext2','wikitext-2'), 'ptb': ('ptb',)}
-_REMEDY = {k: f'put {files} into $PARAMFX_DATA/{k}, or pass the folder of train.txt, valid.txt and test.txt as `path`' for k,files in {
-    'wikitext2': 'wiki.valid.txt and wiki.test.txt of WikiText-2 (pytorch/examples, word_language_model/data/wikitext-2, has them)',
+_REMEDY = {k: f'put {files} into $PARAMFX_DATA/{k}, or pass the folder of train.txt, valid.txt '
+    'and test.txt as `path`' for k,files in {
+    'wikitext2': 'wiki.valid.txt and wiki.test.txt of WikiText-2 (pytorch/examples, '
+    'word_language_model/data/wikitext-2, has them)',
     'ptb': 'ptb.train.txt, ptb.valid.txt and ptb.test.txt of the Penn Treebank (word level, as in '
     'https://catalog.ldc.upenn.edu/LDC99T42)'}.items()}
 

@@ -1,4 +1,4 @@
-"""`KnowledgeEvolution`: each fit is a generation; what the policy does not keep begins anew when the next one starts.
+"""`KnowledgeEvolution` makes each fit a generation: what the policy does not keep is re-initialised in between.
 
 Docs: https://paramfx.github.io/paramfx/evolution/callback.html.md"""
 
@@ -84,10 +84,10 @@ def _rest(model, masks):
 class KnowledgeEvolution(EffectCallback):
     "Each fit is a generation; between two of them a part of the weights begins anew"
     def __init__(self,
-        policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', a `Policy`, or a function (model, sample, gen) -> masks
+        policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', a `Policy` or function
         split_rate=.5, # Share of channels (kels) or weights (wels, magnitude, snip) to keep, in (0, 1]
-        reinit='default', # How the rest begins: 'default' (torch's own; zero with magnitude), 'zero', 'original', 'rewind', 'pretrained', or a function of (name, weight, generator)
-        when:str='next_fit', # 'next_fit': when the next fit starts; 'fit_end': when a fit is over; 'every': within a fit, each `every` epochs
+        reinit='default', # How the rest begins: 'default', 'zero', 'original', 'rewind', 'pretrained', or a function
+        when:str='next_fit', # When to forget: as the 'next_fit' starts, at 'fit_end', or 'every' `every` epochs
         every:int=None, # Epochs of a generation within a fit, for when='every'
         clear_state:str='all', # What the optimizer forgets then: 'all', or its state of the weights that are 'reset'
         generations:int=None, # Planned generations, which policy 'lw' needs
@@ -122,7 +122,8 @@ class KnowledgeEvolution(EffectCallback):
 # %% ../../nbs/evolution/05_callback.ipynb #3406d106
 @patch
 def _forgetting(self:KnowledgeEvolution):
-    forget = Forgetting(self.policy, self.split_rate, self.reinit, self.seed, pin=self.pin, reset_bias=self.reset_bias, from_layer=self.from_layer,
+    forget = Forgetting(self.policy, self.split_rate, self.reinit, self.seed, pin=self.pin,
+        reset_bias=self.reset_bias, from_layer=self.from_layer,
                         reset_norm=self.reset_norm, resplit=self.resplit, batches=self.batches)
     if getattr(forget.policy, 'counts', False) and not self.generations:
         raise ValueError(f'policy={self.policy!r} divides the network by the number of '
@@ -301,7 +302,7 @@ _fine_tune,_unfreeze = Learner.fine_tune,Learner.unfreeze
 @patch
 @delegates(Learner.fit_one_cycle)
 def fine_tune(self:Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=0.3, div=5.0, **kwargs):
-    "Fine tune with `Learner.freeze` for `freeze_epochs`, then with `Learner.unfreeze` for `epochs`, using discriminative LR."
+    "Fine-tune: `freeze_epochs` with the body frozen, then `epochs` unfrozen, with discriminative learning rates"
     check_batches(self.dls) # before anything is frozen
     self.__dict__['_stage_of_many'] = True
     try:
@@ -319,7 +320,9 @@ def unfreeze(self:Learner):
 def restore_generation(self:Learner) -> Learner:
     "Bring back the weights of the generation that ended last, where when='fit_end' has re-initialised them"
     st = effects(self.model).get('knowledge_evolution')
-    if st is None or not st.holder.trained: raise ValueError("There is no generation to restore: nothing was re-initialised at a fit's end since the last fit began." if st is not None else
+    if st is None or not st.holder.trained:
+        raise ValueError("There is no generation to restore: nothing was re-initialised at a fit's "
+            "end since the last fit began." if st is not None else
         "There is no generation to restore: the model is not under `KnowledgeEvolution`.")
     now = root_module(self.model).state_dict()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Two rows of `paramfx demo`: a network after four generations, and the slim one in it, with the picture of how they met.
+"""Two rows of `paramfx demo`: a network after four generations, and the slim network in it.
 
 Docs: https://paramfx.github.io/paramfx/evolution/demo.html.md"""
 
@@ -38,7 +38,7 @@ def _slim(new, fit): return evolve_demo(new, fit).extract_slim()
 # %% ../../nbs/evolution/07_demo.ipynb #1072359a
 @demo_picture
 def evolve_pictures(name, learn):
-    "Of the row of the whole network: accuracy by generation, of the whole and the slim one, beside one training of as many epochs"
+    "Accuracy by generation, of the whole network and the slim one, beside one training of as many epochs"
     if name == 'evolved':
         yield 'generations', lambda ax: plot_generations(learn.evolve_log, long_run=learn.long_run(),
             ax=ax, title='Digits: four generations')

@@ -1,4 +1,4 @@
-"""`learn.evolve`: train in generations, with a row for each, a file that survives a crash, and the long run beside it.
+"""`learn.evolve` trains in generations, with a row for each and a file to resume from.
 
 Docs: https://paramfx.github.io/paramfx/evolution/evolve.html.md"""
 
@@ -77,13 +77,13 @@ def _check_evolve(learn, policy, eval_slim, keep_best, distill, long_run):
 def evolve(self:Learner,
     generations:int=5, # Trainings, the first included
     epochs:int=10, # Epochs of each
-    policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', a `Policy`, or a function (model, sample, gen) -> masks
+    policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', a `Policy` or function
     split_rate=.5, # Share of channels (kels) or weights (wels, magnitude, snip) to keep, in (0, 1]
-    reinit='default', # How the rest begins: 'default' (torch's own; zero with magnitude), 'zero', 'original', 'rewind', 'pretrained', or a function of (name, weight, generator)
+    reinit='default', # How the rest begins: 'default', 'zero', 'original', 'rewind', 'pretrained', or a function
     fit_method='fit_one_cycle', # Name of a Learner method, 'cosine_warmup', or a function (learn, epochs, cbs=...)
     lr=None, # Learning rate, the second argument of the method
     eval_slim:bool=True, # Validate the fit part alone, too (kels)
-    keep_best:str=None, # 'dense' or 'slim': end with the generation that is best by the first metric; None: with the last
+    keep_best:str=None, # 'dense' or 'slim': end with the best generation by the first metric; None: with the last
     resume:bool=False, # Go on where `file` was written?
     seed:int=0, # Of masks and new values; the order of the data does not depend on it
     file='evolve', # State of the evolution, below `learn.path/learn.model_dir`; None: none is written
@@ -105,7 +105,9 @@ def evolve(self:Learner,
     fit,slim = _fitter(self, fit_method, lr, kwargs),_check_evolve(self, forget.policy, eval_slim,
         keep_best, distill, long_run)
     data = [[len(dl.dataset), dl.bs] for dl in self.dls.loaders if hasattr(dl, 'dataset')]
-    config = told(dict(policy=forget.policy, reinit=forget.reinit, seed=seed, epochs=epochs, fit_method=fit_method, lr=lr, kwargs=kwargs, distill=distill, rewind_epoch=rewind_epoch, eval_slim=slim, keep_best=keep_best, data=data,
+    config = told(dict(policy=forget.policy, reinit=forget.reinit, seed=seed, epochs=epochs,
+        fit_method=fit_method, lr=lr, kwargs=kwargs, distill=distill, rewind_epoch=rewind_epoch,
+        eval_slim=slim, keep_best=keep_best, data=data,
                         **(dict(generations=generations) if getattr(forget.policy, 'counts', False)
                             else {}), shapes={n: list(p.shape)
                             for n,p in root_module(self.model).named_parameters()},

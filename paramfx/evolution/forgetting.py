@@ -1,4 +1,4 @@
-"""One engine that re-initialises what a policy does not keep: seeds, frozen layers, several processes, effects in force.
+"""`Forgetting` re-initialises what a policy does not keep, with seeds, frozen layers and several processes.
 
 Docs: https://paramfx.github.io/paramfx/evolution/forgetting.html.md"""
 
@@ -47,16 +47,17 @@ class Forgetting:
     def __init__(self,
         policy='kels', # Name, `Policy` or callable, as in `as_policy`
         split_rate=.5, # Share to keep
-        reinit='default', # 'default' (torch's own; zero with policy 'magnitude'), 'zero', 'original', 'rewind', 'pretrained' or a function of (name, weight, generator)
+        reinit='default', # 'default', 'zero', 'original', 'rewind', 'pretrained' or a function
         seed:int=0, # Of masks and new values
         **knobs # Further settings of the policy
     ):
         self.policy = as_policy(policy, split_rate, seed, **knobs)
         self.reinit = getattr(self.policy, 'reinit', 'default') if reinit == 'default' else reinit
         self.seed,self.refs,self.fixed,self.last,self.sample = seed,{},None,(None, None),None
-        if not callable(self.reinit) and self.reinit not in ('default', 'zero', 'original', 'rewind', 'pretrained'): raise ValueError(
-            f"reinit={reinit!r}: choose 'default', 'zero', 'original', 'rewind', 'pretrained' or a "
-            "function of (name, weight, generator).")
+        if not callable(self.reinit) and self.reinit not in ('default', 'zero', 'original', 'rewind', 'pretrained'):
+            raise ValueError(
+                f"reinit={reinit!r}: choose 'default', 'zero', 'original', 'rewind', 'pretrained' or a "
+                "function of (name, weight, generator).")
 
     def start(self, learn, generations=None, sample=None):
         "Look at the model, before anything is trained; raises where the policy does not fit"
@@ -150,7 +151,7 @@ def reset_(self:Forgetting, learn, gen, only=None) -> dict: # kept and reset: nu
 
 @patch
 def ratio(self:Forgetting, learn, gen):
-    "Norm of the weights that the policy resets over that of those it keeps, summed in float64; None where one of them is nothing"
+    "Norm of the weights that the policy resets over that of those it keeps, in float64; None where one is zero"
     model,total,fit = root_module(learn.model),0.,0.
     for n,m in self.masks(learn, gen).items():
         w = model.get_parameter(n).detach()

@@ -1,4 +1,4 @@
-"""Train, forget a part, train again: the run behind `learn.evolve`, its log, its file, and the published schedule.
+"""The run behind `learn.evolve`: its generations, log, file and published schedule.
 
 Docs: https://paramfx.github.io/paramfx/evolution/generations.html.md"""
 
@@ -108,7 +108,8 @@ def _better(name, a, b): return a < b if 'loss' in name or 'error' in name else 
 class Evolution:
     "An evolution under way, see `learn.evolve`"
     version = 1
-    def __init__(self, learn, forget, generations, epochs, fit, eval_slim, keep_best, distill, rewind_epoch, path, config):
+    def __init__(self, learn, forget, generations, epochs, fit, eval_slim, keep_best, distill, rewind_epoch,
+        path, config):
         store_attr()
         self.rows,self.best,self.first,self.counts = [],None,None,None
 
@@ -166,7 +167,7 @@ def slim(self:Evolution, model=None):
 
 @patch
 def rehearse(self:Evolution, joined):
-    "Raise where a generation could not be forgotten or evaluated under the effects that `joined` bring; before anything is trained"
+    "Raise, before training, where a generation could not be forgotten or evaluated under the effects of `joined`"
     learn,twin = self.learn,copy_model(root_module(self.learn.model))
     with rng_guard(learn.dls), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -181,8 +182,11 @@ def _check_parameters(self:Evolution, twin):
     own = dict(twin.named_parameters(remove_duplicate=False))
     lost = [n for n,m in self.forget.masks(self.learn, 1).items() if not m.all()
         and (n not in own or own[n].shape != m.shape)]
-    if lost: raise ValueError(f"{lost[0]}: under {', '.join(effects(twin))} the network has no such parameter any more, so nothing of it could begin anew. "
-                              "Let the effect leave layers what they are (`DynamicSparse`: compute='dense'), or add it after the evolution.")
+    if lost:
+        raise ValueError(f"{lost[0]}: under {', '.join(effects(twin))} the network has no such "
+            "parameter any more, so nothing of it could begin anew. "
+                              "Let the effect leave layers what they are (`DynamicSparse`: compute='dense'), "
+                              "or add it after the evolution.")
 
 @patch
 def keep(self:Evolution, gen):
@@ -221,7 +225,8 @@ def save(self:Evolution, gen):
     learn,model = self.learn,root_module(self.learn.model)
     rngs = gather_ranks(rng_state(learn.dls))
     if rank_distrib() or self.path is None: return
-    state = dict(evolution=self.version, generation=gen, config=self.config, rows=[dict(r) for r in self.rows], best=self.best, first=self.first, refs=self.forget.refs,
+    state = dict(evolution=self.version, generation=gen, config=self.config, rows=[dict(r) for r in self.rows],
+        best=self.best, first=self.first, refs=self.forget.refs,
                  policy=getattr(self.forget.policy, 'first', {}), model=model.state_dict(),
                  rng=rngs, **effect_runs(model))
     with atomic_path(self.path) as tmp: torch.save(state, tmp)
@@ -250,9 +255,11 @@ def read_evolution(path, config, device='cpu') -> dict:
         if getattr(e, 'errno', None) != EINVAL: raise
         state = e # what torch says of a file that was cut off
     except Exception as e: state = e # torch raises many kinds
-    if not isinstance(state, dict) or state.get('evolution') != Evolution.version: raise ValueError(
-        f"{path.name}: "
-        f"{f'no file of `learn.evolve`, but {what_file(state)}' if what_file(state) else 'damaged, or no file of `learn.evolve`'}. Start anew with resume=False and another file=.") from (state if isinstance(state, Exception) else None)
+    if not isinstance(state, dict) or state.get('evolution') != Evolution.version:
+        other = what_file(state)
+        why = f'no file of `learn.evolve`, but {other}' if other else 'damaged, or no file of `learn.evolve`'
+        raise ValueError(f"{path.name}: {why}. Start anew with resume=False and another "
+            "file=.") from (state if isinstance(state, Exception) else None)
     diff = [f'{k}={state["config"].get(k)!r} -> {v!r}' for k,v in config.items()
         if state['config'].get(k) != v]
     if diff:

@@ -1,4 +1,4 @@
-"""Keep a part of every layer, draw the rest anew, train again; the part that stays is a small network of its own.
+"""Chooses the part of every layer to keep, re-initialises the rest, and cuts out the slim network that is kept.
 
 Docs: https://paramfx.github.io/paramfx/evolution/masks.html.md"""
 
@@ -100,7 +100,7 @@ def fit_cut(
 def named_rates(
     cut:Cut # From `fit_cut`
 ): # {space: rate}, as for `fit_cut`; 1 where nothing is cut
-    "What a cut keeps, space by space: in the plain form of a network there may be more to cut, which was never a part of its own"
+    "What a cut keeps, space by space, as the plain form of a network may have more to cut"
     return {n: len(k)/cut.cmap[n].size for n,k in cut.keep.items()} or 1.
 
 # %% ../../nbs/evolution/00_masks.ipynb #c5baea53
@@ -192,7 +192,8 @@ def spare_embeddings(
         n,e = next(iter(spared.items()))
         shape = 'x'.join(map(str, model.get_parameter(n).shape))
         more = ' '.join(o for o in (tell_unknown(model), remedy.format(layer=e)) if o)
-        raise ValueError(f"{e}: all that this policy would draw anew is the embedding ({n}, {shape}), and embeddings are left alone "
+        raise ValueError(f"{e}: all that this policy would draw anew is the embedding ({n}, {shape}), "
+            "and embeddings are left alone "
                          f"unless they are asked for. {more}".strip())
     return [n for n in names if n not in spared]
 
@@ -210,7 +211,7 @@ def refuse_computed(
 # %% ../../nbs/evolution/00_masks.ipynb #4bd28310
 def wels_masks(
     model:nn.Module, # Network; it is left alone
-    split_rate=.5, # Share of the weights to keep, in (0, 1]; or {layer name, glob or position: rate}, all others stay whole
+    split_rate=.5, # Share of the weights to keep, in (0, 1]; or {layer name, glob or position: rate}, others stay whole
     generator=None # torch or NumPy generator
 ) -> dict: # Parameter name -> bool tensor of its shape, True where it is kept
     "Weight-level split: each weight is kept with probability `split_rate` (Taha and others 2021)"
@@ -267,9 +268,9 @@ def check_masks(
         if n not in own:
             raise ValueError(f"{n}: the network has no such parameter. There are: "
                 f"{', '.join(list(own)[:20])}{', ...' if len(own) > 20 else ''}.")
-        if not torch.is_tensor(m) or m.dtype != torch.bool or m.shape != own[n].shape: raise ValueError(
-            f"{n}: the mask has to be a bool tensor of shape {tuple(own[n].shape)}, not "
-            f"{tuple(m.shape) if torch.is_tensor(m) else as_shapes(m)}{f' of {m.dtype}' if torch.is_tensor(m) else ''}.")
+        if not torch.is_tensor(m) or m.dtype != torch.bool or m.shape != own[n].shape:
+            what = f'{tuple(m.shape)} of {m.dtype}' if torch.is_tensor(m) else as_shapes(m)
+            raise ValueError(f"{n}: the mask has to be a bool tensor of shape {tuple(own[n].shape)}, not {what}.")
         if not m.all() and own[n].is_inference():
             raise ValueError(f'{n}: it was made in inference mode and can never change. Go on with a '
                 'deepcopy of the model.')
@@ -284,7 +285,7 @@ def default_values(
     name:str, # Name of a parameter
     generator=None # torch generator; None: the global one
 ) -> torch.Tensor: # On the CPU
-    "What torch draws for this parameter of a new layer: for convolutions and linear layers uniform within 1/sqrt(fan_in)"
+    "What torch draws for a new layer: for convolutions and linear layers uniform within 1/sqrt(fan_in)"
     owner,_,key = _owner(model, name)
     p,seen = owner._parameters[key],_dropped(owner)
     draw = lambda fan: torch.empty(p.shape, dtype=p.dtype).uniform_(-1, 1,
@@ -333,7 +334,7 @@ def _source(how):
 def reinit_(
     model:nn.Module, # Network, changed in place
     masks:dict, # Parameter name -> bool tensor; where it is False, the parameter begins anew
-    how='default', # 'default', 'zero', weights {name: tensor}, or a function of (name, weight, generator) that returns such a tensor
+    how='default', # 'default', 'zero', weights {name: tensor}, or a function of (name, weight, generator) -> tensor
     generator=None # torch generator on the CPU; None: the global one
 ) -> dict: # Parameter name -> number of values that were reset
     "Re-initialise what is not kept; the rest, and every frozen parameter, does not change by a bit"
@@ -371,7 +372,8 @@ def extract_slim(
 def _cut_fit(model, sample, value, pin):
     model.__dict__.pop('_evolution', None)
     return fit_cut(model, sample, value, pin)
-_cut_fit.remedy = ("Each generation of `learn.evolve` makes it less, and its log tells what the fit part is worth (slim_ columns); "
+_cut_fit.remedy = ("Each generation of `learn.evolve` makes it less, and its log tells what the "
+    "fit part is worth (slim_ columns); "
                    "or train what is left.")
 
 # %% ../../nbs/evolution/00_masks.ipynb #5bfc91ca

@@ -1,4 +1,4 @@
-"""What each generation is worth, which part of every layer stays, and how much weight the rest still carries.
+"""Plots of what each generation is worth, what is kept of every layer, and how large the other weights are.
 
 Docs: https://paramfx.github.io/paramfx/evolution/plots.html.md"""
 
@@ -37,7 +37,7 @@ def _series(log, metric):
 def plot_generations(
     log, # Rows of an `EvolveLog`, or name -> value per generation
     metric:str=None, # What to draw; None: the first metric of the rows, else the loss
-    long_run=None, # One run of as many epochs: its row or its value, drawn dashed; None: that of the log, where it has one
+    long_run=None, # One run of as many epochs: its row or its value, drawn dashed; None: that of the log
     *,
     ax=None, # Axes to draw on
     title:str=None # Text above

@@ -1,4 +1,4 @@
-"""Functions that say which weights are kept between two generations.
+"""Policies choose which weights are kept between two generations.
 
 Docs: https://paramfx.github.io/paramfx/evolution/policies.html.md"""
 
@@ -23,7 +23,7 @@ from ..core.samples import generator
 
 # %% ../../nbs/evolution/01_policies.ipynb #7a765ef1
 class Policy:
-    "What is kept between two generations: `policy(model, sample, gen)` -> {parameter name: bool tensor, True where it is kept}"
+    "What is kept between generations: `policy(model, sample, gen)` -> {parameter name: bool tensor, True where kept}"
     static = True # the same masks for every generation?
     reinit = 'default' # usual re-initialisation
     keeps_body = False # does it leave most of a pretrained body alone?
@@ -97,7 +97,7 @@ class Head(LLF):
 
 # %% ../../nbs/evolution/01_policies.ipynb #94aef541
 class LayerWise(Policy):
-    "Forget fewer blocks in each generation, from the input on; those before keep their directions, and get their first norms back (Alabdulmohsin and others 2021)"
+    "Forget fewer blocks in each generation, from the input on; earlier ones keep their directions (Alabdulmohsin 2021)"
     static,counts = False,True
     def start(self, learn, generations):
         super().start(learn, generations)
@@ -152,7 +152,7 @@ def top_mask(
 
 # %% ../../nbs/evolution/01_policies.ipynb #b1438ea3
 class Magnitude(Policy):
-    "Keep the largest weights of each layer in generations 1, 3, ..., which hold the others at zero; 2, 4, ... let them grow (DSD, Han and others 2017)"
+    "Hold all but the largest weights of each layer at zero in generations 1, 3, ...; 2, 4, ... let them grow (DSD)"
     static,reinit = False,'zero'
     def __init__(self, split_rate=.5): self.split_rate = check_rate(split_rate)
     def holds(self, gen): return gen%2 == 1
@@ -164,7 +164,7 @@ class Magnitude(Policy):
         return {n: top_mask(p.detach().abs(), rate if n in free else 1) for n,(_,p) in found.items()}
 
 class Snip(Policy):
-    "Keep the weights that matter most to the loss, chosen anew for each generation (SKE, 2024; saliency of Lee and others 2019)"
+    "Keep the weights that matter most to the loss, chosen anew for each generation (SKE, 2024; saliency of Lee 2019)"
     static = False
     def __init__(self,
         split_rate=.5, # Share of all weights to keep

@@ -1,4 +1,4 @@
-"""One command, `paramfx`, with a sub-command per task.
+"""The command `paramfx`, with a sub-command per task.
 
 Docs: https://paramfx.github.io/paramfx/experiments/cli.html.md"""
 
@@ -90,7 +90,8 @@ def cost(
         raise CliError(f"{name} does not fit into memory{f' with --input {input}' if input else ''}. "
             "Give a smaller --input.")
     if as_json: return print(json.dumps(dict(name=name, **shared, **r.to_dict())))
-    rows = [('network', name), ('input', r.sample), ('parameters', f'{r.params:,}'), ('MACs', f'{r.macs:,}'), ('bytes', f'{r.bytes:,}'),
+    rows = [('network', name), ('input', r.sample), ('parameters', f'{r.params:,}'), ('MACs', f'{r.macs:,}'),
+        ('bytes', f'{r.bytes:,}'),
             ('latency', f'{r.latency_ms:.3g} ms, nine of ten below {r.latency_p90_ms:.3g} ms, on one '
             f'thread of {r.device}'), ('peak memory', f'{r.peak_memory:,} bytes')]
     for k,v in rows + ([('shared', note)] if note else []): print(f'{k:12}{v}')

@@ -1,4 +1,4 @@
-"""`run_demo`: one small network, real data, every method's row, one table, pictures and checkpoints.
+"""`run_demo` trains one small network with every method on real data, and compares them in one table.
 
 Docs: https://paramfx.github.io/paramfx/experiments/demo.html.md"""
 
@@ -125,14 +125,17 @@ def _tradeoff(rows, out):
 def _write(file, text):
     with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf8')
 
-NOTE = ("Costs are per image, of the plain network each row leaves (tied weights stay tied, bases shared, CSR layers sparse); the optimizer's state is that after training. "
-        "Masked networks run dense kernels and plain files store zeros: MACs, latency and file size shrink only where something was really removed. "
+NOTE = ("Costs are per image, of the plain network each row leaves (tied weights stay tied, bases "
+    "shared, CSR layers sparse); the optimizer's state is that after training. "
+        "Masked networks run dense kernels and plain files store zeros: MACs, latency and file "
+        "size shrink only where something was really removed. "
         "Rows of evolution train four generations of half the epochs each, so twice as many epochs as the others.")
 
 # %% ../../nbs/experiments/00_demo.ipynb #3abb8644
 def demo_table(rows:list) -> Table:
     "The rows, for people"
-    show = lambda r: {'row': r['row'], 'accuracy': f"{100*r['accuracy']:.1f} %", 'parameters': f"{r['params']:,}", 'non-zero': f"{r['nonzero']:,}",
+    show = lambda r: {'row': r['row'], 'accuracy': f"{100*r['accuracy']:.1f} %",
+        'parameters': f"{r['params']:,}", 'non-zero': f"{r['nonzero']:,}",
         'MACs': human(r['macs']), 'executed': human(r['macs_executed']), 'for non-zero': human(
             r['macs_nonzero']),
         'latency': f"{r['latency_ms']:.3f} ms", 'file': human(r['bytes'], 'B'),

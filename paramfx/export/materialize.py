@@ -1,4 +1,4 @@
-"""`materialize` turns whatever was trained into an ordinary network, checks that it is the same, and records how it came about
+"""`materialize` turns what was trained into an ordinary network, checks that it is the same, and records a recipe.
 
 Docs: https://paramfx.github.io/paramfx/export/materialize.html.md"""
 
@@ -69,7 +69,9 @@ def _swap_plain(model, kw):
     mods = {n:m for n,m in model.named_modules(remove_duplicate=False)
         if callable(getattr(m, 'plain', None))}
     lost = [k for k in kw if not any(_takes(m.plain, k) for m in mods.values())]
-    if lost: raise ValueError(f"materialize got {', '.join(f'{k}={kw[k]!r}' for k in lost)}, but no module of this model takes {'it' if len(lost) == 1 else 'them'}. " +
+    if lost:
+        raise ValueError(f"materialize got {', '.join(f'{k}={kw[k]!r}' for k in lost)}, but no "
+            f"module of this model takes {'it' if len(lost) == 1 else 'them'}. " +
                               (f"Those to replace: {', '.join(mods)}." if mods
                                   else 'None has to be replaced; leave it out.'))
     # what each goes by where nothing is said
@@ -199,8 +201,9 @@ def load_recipe(
         # a file that ends early is an invalid argument to torch
         if isinstance(e, OSError) and e.errno != errno.EINVAL: raise
         content = e
-    if isinstance(content, dict) and isinstance(content.get('version'), int) and content['version'] > 1 and 'recipe' in content: raise ValueError(
-        f"{source}: written by a newer version of this library (format {content['version']}, this one "
+    version = content.get('version') if isinstance(content, dict) and 'recipe' in content else None
+    if isinstance(version, int) and version > 1: raise ValueError(
+        f"{source}: written by a newer version of this library (format {version}, this one "
         "knows 1). Update paramfx.")
     steps,state = _steps_and_state(content, source)
     p = next(root_module(model).parameters(), torch.empty(0))
@@ -249,7 +252,7 @@ def save(self:Learner, file, **kwargs):
 
 # %% ../../nbs/export/00_materialize.ipynb #bd1535d6
 def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
-    "The plain network, the cuts on the way, a row per thing that was done; those of the rows that tell what could not be done, and what is lost"
+    "The plain network, its cuts, a row per step; the rows of what could not be done, and what is lost"
     if fmt is not None: check_fmt(fmt)
     check_values(root_module(model))
     old,late = root_module(model),{k: kw.pop(k) for k in [*kw] if k in CUTS}
@@ -344,7 +347,7 @@ def materialize(
     tol:float=None, # Relative difference allowed, as in `check_same`
     dead:bool=True, # Remove channels that contribute nothing but constants?
     pin=None, # Modules whose channels all stay, as in `trace_channels`
-    fmt:str=None, # For inference: 'csr', 'bsr', '2:4' or 'auto', as in `sparse_infer`, timed on `sample`; None: ordinary layers
+    fmt:str=None, # For inference: 'csr', 'bsr', '2:4' or 'auto' as in `sparse_infer`; None: ordinary layers
     **kw # Passed to the `plain` methods that take them, such as `rate=`, or asking for a cut, as `split_rate=` does
 ) -> nn.Module: # An ordinary network; with `fmt` one that is only used
     "What `model` stands for, as an ordinary network with the same outputs"
@@ -374,7 +377,7 @@ def swap_model(
     new:nn.Module, # What it trains from now on
     cuts:list=() # `Cut`s that led from the old model to `new`, in order: optimizer state is cut alike
 ) -> Learner: # `learn`
-    "Give `learn` another model; the optimizer follows where all parameters have a counterpart, else the next fit makes a new one"
+    "Give `learn` another model; the optimizer follows where all parameters have a counterpart, else it is made anew"
     old = root_module(learn.model)
     _repoint(learn, old, new, cuts)
     if isinstance(learn.model, nn.DataParallel): learn.model.module = new

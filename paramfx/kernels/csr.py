@@ -1,4 +1,4 @@
-"""Linear layers that hold and multiply their live weights only.
+"""Linear layers and convolutions that hold and multiply their live weights only, and can be trained.
 
 Docs: https://paramfx.github.io/paramfx/kernels/csr.html.md"""
 

@@ -1,4 +1,4 @@
-"""Linear layers and 1x1 convolutions that are only used: what is not zero, in rows, in blocks or two of four.
+"""Linear layers and 1x1 convolutions for inference that store non-zero weights by row, by block or two of four.
 
 Docs: https://paramfx.github.io/paramfx/kernels/inference.html.md"""
 
@@ -118,7 +118,7 @@ class FrozenCSR(Frozen):
     def _times(self, a, x, out): return torch.addmm(out, a, x, beta=0, out=out)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "Files may have another number of values; a structure that points elsewhere is refused, the kernels would follow it"
+        "Files may have another number of values; a structure that points outside of the matrix is refused"
         new = [state_dict.get(prefix+k) for k in ('crow', 'col', 'values')]
         if all(t is not None for t in new):
             try: self.layout(*new, self.size, check_invariants=True)
@@ -259,8 +259,11 @@ class InferenceOnly(Callback):
     def __init__(self): super().__init__()
     def before_train(self): # `validate` and `get_preds` call `before_fit`, too
         names = frozen_layers(self.learn.model)
-        if names: raise ValueError(f"{', '.join(names)}: frozen for inference by `materialize(fmt=...)`, so a fit would train what is left of the network at best. "
-                                   'Call `learn.materialize()`, without `fmt`, which makes ordinary layers of them, then fit.')
+        if names:
+            raise ValueError(f"{', '.join(names)}: frozen for inference by `materialize(fmt=...)`, "
+                "so a fit would train what is left of the network at best. "
+                                   'Call `learn.materialize()`, without `fmt`, which makes ordinary '
+                                   'layers of them, then fit.')
 
 def for_inference(
     learn:Learner # With frozen layers in its model

@@ -1,4 +1,4 @@
-"""Sparse layers in a network that is only used: where they are faster, by how much, and from which density on.
+"""`sparse_infer` times sparse layers in a network, and uses them where they are faster than dense ones.
 
 Docs: https://paramfx.github.io/paramfx/kernels/timing.html.md"""
 
@@ -169,9 +169,10 @@ def _timed(layer, shape, able, must):
             torch.randn(shape, dtype=w.dtype, device=w.device))))
     best = min(times, key=times.get)
     wins,others = must or times[best] < 1,[f'{k}: {t:.2g}' for k,t in times.items() if k != best]
-    return dict(items=prod(shape)//w.shape[1], time=times[best], break_even=None if best == '2:4' else _break_even(w, shape, best),
-                becomes=best if wins else 'dense',
-                why=', '.join(others) if wins else f'{best} is slower')
+    return dict(items=prod(shape)//w.shape[1], time=times[best],
+        break_even=None if best == '2:4' else _break_even(w, shape, best),
+        becomes=best if wins else 'dense',
+        why=', '.join(others) if wins else f'{best} is slower')
 
 def _break_even(w, shape, kind):
     pixels = tuple(shape[-(w.ndim-2):]) if w.ndim > 2 else ()
@@ -184,7 +185,7 @@ def plan_infer(
     sample, # Input tensor, or a tuple of the positional inputs, as large as in use
     fmt:str='auto', # 'csr', 'bsr', '2:4' or 'auto'
     include=None # Layers, as in `pick_layers`; None: all
-) -> Table: # A row per layer: density, time relative to dense, break-even density, what it becomes, and why it stays dense
+) -> Table: # A row per layer: density, time relative to dense, break-even density, its form, why it stays dense
     "Which layers `sparse_infer` would make sparse; a format that no layer can take raises"
     check_fmt(fmt)
     model = root_module(model)

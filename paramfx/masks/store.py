@@ -1,4 +1,4 @@
-"""One store for masks: densities, unit scores, exact counts, and in-place masking of weights, gradients and optimizer state.
+"""`MaskStore` holds masks with densities, scores and exact counts, and applies them to weights, gradients and states.
 
 Docs: https://paramfx.github.io/paramfx/masks/store.html.md"""
 
@@ -31,7 +31,7 @@ def density_erk(
     shapes:list, # Weight shapes
     sparsity:float # Share of all weights together that are zero, in [0, 1)
 ) -> list: # Density of each layer, in [0, 1]
-    "Erdos-Renyi-Kernel densities (Mocanu 2018, Evci 2020); they keep what `sparsity`, rounded down in each layer, would keep in all"
+    "Erdos-Renyi-Kernel densities (Mocanu 2018, Evci 2020), with as many units as `sparsity` keeps layer by layer"
     check_sparsity(sparsity)
     sizes,raw = [prod(s) for s in shapes],[sum(s)/prod(s) for s in shapes]
     dense,total = set(),sum(n-int(sparsity*n) for n in sizes)
@@ -337,8 +337,10 @@ def catch_up(self:MaskStore,
 @patch
 def _averaged(self:MaskStore, late):
     n = sum(int(e.mask.sum()) for e in self.items)
-    return (f"{late[0].name}: its mask was changed from outside, and the masks now keep {n:,} of {self.units:,} units, which this run never does: "
-            "masks were averaged along with the weights. Average the weights only, as `AveragedModel(model)` and timm's `ModelEmaV3(model)` do: the masks then follow by themselves.")
+    return (f"{late[0].name}: its mask was changed from outside, and the masks now keep {n:,} of "
+        f"{self.units:,} units, which this run never does: "
+            "masks were averaged along with the weights. Average the weights only, as `AveragedModel(model)` "
+            "and timm's `ModelEmaV3(model)` do: the masks then follow by themselves.")
 
 # %% ../../nbs/masks/01_store.ipynb #5d805dff
 @patch
@@ -346,8 +348,10 @@ def loose(self:MaskStore) -> str:
     "Why masking would change the network, empty where it would not"
     n,e = max(((e.loose(), e) for e in self.masked), key=lambda o: o[0], default=(0, None))
     if not n: return ''
-    return (f"{e.name}: {n:,} weights outside of its mask are not 0. They were changed from outside, as by an average of the parameters "
-            "alone, whose mask stayed what it was. Average a network whose masks follow, as `AveragedModel(model)` has them, "
+    return (f"{e.name}: {n:,} weights outside of its mask are not 0. They were changed from outside, "
+        "as by an average of the parameters "
+            "alone, whose mask stayed what it was. Average a network whose masks follow, as "
+            "`AveragedModel(model)` has them, "
             "or mask the weights for good: `for st in effects(model).values(): st.holder.weights_()`.")
 
 @patch
@@ -363,9 +367,10 @@ def check(self:MaskStore, state_dict, prefix=''):
         if m is not None and m.shape != e.mask.shape: raise ValueError(
             f"{e.name}: the file's mask has shape {tuple(m.shape)}, this one "
             f"{tuple(e.mask.shape)}. Use the granularity of the saved run.")
-        if m is not None and e.groups and (nm_groups(m, *e.groups).sum(1)*e.units != e.live*e.groups[0]).any(): raise ValueError(
-            f"{e.name}: the file's mask is of another n:m pattern than this one. Use the "
-            "granularity of the saved run.")
+        if m is not None and e.groups and (nm_groups(m, *e.groups).sum(1)*e.units != e.live*e.groups[0]).any():
+            raise ValueError(
+                f"{e.name}: the file's mask is of another n:m pattern than this one. Use the "
+                "granularity of the saved run.")
     if all(m is not None for m in found.values()): self.check_budget(found)
 
 @patch
@@ -381,7 +386,8 @@ def check_budget(self:MaskStore, found):
     n,bad = sum(ns.values()),[e for e,ok in zip(self.items, self.each or [])
         if ns[e.name] not in ok]
     if self.each is None and n != self.live: raise ValueError(
-        f"The file's masks keep {n} units, these {self.live} of {self.units}. Build the callback with the sparsity of the saved run, "
+        f"The file's masks keep {n} units, these {self.live} of {self.units}. Build the callback "
+        "with the sparsity of the saved run, "
         "or call `learn.release()` first.")
     if self.each is None or not bad and n in self.total: return
     what = (f"{bad[0].name}: the file's mask keeps {ns[bad[0].name]} of {bad[0].units} units" if bad
@@ -391,7 +397,7 @@ def check_budget(self:MaskStore, found):
 
 @patch
 def move_(self:MaskStore, dropped, grown, values=None, opt=None, only=None):
-    "Apply a rewire: per parameter the units that go (weight 0) and come (`values`, or 0); state 0 at both if `opt` is given (`only`: these of its tensors)"
+    "Apply a rewire: per parameter the units that go and come (with `values`, or 0); optimizer state of both becomes 0"
     for i,(e,d,g) in enumerate(zip(self.items, dropped, grown)):
         if len(d) or len(g): e.move_(d, g, None if values is None else values[i], opt, only)
 

@@ -1,4 +1,4 @@
-"""What lives or dies together, how it is scored, and exactly uniform draws of free positions.
+"""Units are what a mask keeps or drops together: weights, rows, kernels, filters, blocks or N:M groups.
 
 Docs: https://paramfx.github.io/paramfx/masks/units.html.md"""
 
@@ -33,9 +33,11 @@ def check_granularity(granularity:str) -> None:
     "Raise unless `granularity` names a unit"
     nm,block = ((nm_pattern(granularity), block_size(granularity)) if isinstance(granularity, str)
         else (None, None))
-    if granularity not in GRANULARITIES and not (nm and 0 < nm[0] < nm[1]) and not (block and min(block) > 0): raise ValueError(
-        f"granularity={granularity!r}: choose one of {', '.join(GRANULARITIES)}, 'RxC' for blocks of R outputs by C inputs such as '4x8', "
-        "or 'n:m' with 0 < n < m such as '2:4'.")
+    if granularity not in GRANULARITIES and not (nm and 0 < nm[0] < nm[1]) and not (block and min(block) > 0):
+        raise ValueError(
+            f"granularity={granularity!r}: choose one of {', '.join(GRANULARITIES)}, 'RxC' for blocks "
+            "of R outputs by C inputs such as '4x8', "
+            "or 'n:m' with 0 < n < m such as '2:4'.")
 
 def _block_shape(shape, block, granularity):
     if any(a%b for a,b in zip(shape, block)): raise ValueError(

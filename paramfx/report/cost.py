@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, file size, latency, memory
+"""`cost` tells parameters, multiply-adds, file size, latency and memory of a model.
 
 Docs: https://paramfx.github.io/paramfx/report/cost.html.md"""
 

@@ -1,4 +1,4 @@
-"""`learn.plan`: what a method would touch, what it would leave alone and why, and the cost before and after - without touching anything.
+"""`learn.plan` shows what a method would change, what it would leave alone and why, and the cost before and after.
 
 Docs: https://paramfx.github.io/paramfx/report/plan.html.md"""
 
@@ -55,7 +55,7 @@ def _applied(what, model, learn, kwargs):
 @patch
 def plan(self:Learner,
     what, # Callback (as in `cbs`), verb of the Learner or its name, or verb on a model
-    **kwargs # Arguments of a verb; its `sample` is taken from the loaders, its `splitter` from the Learner, unless they are among them
+    **kwargs # Arguments of a verb; `sample` and `splitter` are those of the Learner unless they are among them
 ) -> Table: # Rows of what is touched, then of what is left alone; `.before` and `.after` are `Report`s
     "Dry run: what `what` would do to this model, and what that would cost; nothing changes"
     what,model = _resolve(what, kwargs),root_module(self.model)

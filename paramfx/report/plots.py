@@ -1,4 +1,4 @@
-"""Pictures of masks, blocks, shares, survival, training traces and trade-offs
+"""Plots of masks, blocks, shares, survival, training traces and trade-offs, drawn from arrays.
 
 Docs: https://paramfx.github.io/paramfx/report/plots.html.md"""
 
@@ -306,7 +306,7 @@ def _runs(group):
     return [(a, b, int(group[a])) for a,b in zip(cut[:-1], cut[1:]) if b > a]
 
 def plot_spaces(
-    layers:dict, # Layer name -> {'cols': group of each channel it reads, 'rows': of each it produces}; -1 for channels that stay whole
+    layers:dict, # Layer name -> {'cols': group of each channel it reads, 'rows': it produces}; -1: stays whole
     *,
     ax=None, # Axes to draw on
     title:str|None=None # Text above

@@ -1,4 +1,4 @@
-"""`SliceTrain`: a few widths per step, gradients summed, narrow ones taught by the full one
+"""`SliceTrain` trains several widths per step, adds up their gradients, and lets the full width teach the narrow ones.
 
 Docs: https://paramfx.github.io/paramfx/slicing/callback.html.md"""
 
@@ -36,9 +36,10 @@ class SliceHolder:
     def __init__(self, model, own, key): self.model,self.own,self.key,self.left = model,own,key,False
     def _names(self):
         "Keys of what slices have of their own, besides the tensors of the whole"
-        return {f'{n}.{t}_{p.no}'.lstrip('.') for n,m in self.model.named_modules() if isinstance(m, Sliced) for p in m._parts.values()
-                for t in type(m).names[0] if f'{t}_{p.no}' in m._buffers
-                or f'{t}_{p.no}' in m._parameters}
+        return {f'{n}.{t}_{p.no}'.lstrip('.')
+            for n,m in self.model.named_modules() if isinstance(m, Sliced)
+            for p in m._parts.values() for t in type(m).names[0]
+            if f'{t}_{p.no}' in m._buffers or f'{t}_{p.no}' in m._parameters}
     def keys(self): return []
     def check(self, state_dict, prefix=''):
         "Raise where a file is of a network that was sliced in another way"
@@ -51,7 +52,8 @@ class SliceHolder:
             f"{type(self.model).__name__}: the file has {len(more)} named slice{'s'*(len(more) > 1)} "
             f"more than this model. Add {'them' if more-{max(more)} else 'it'} with `name_slice` "
             "first, as it was made, and then load.")
-        if k in state_dict and len(state_dict[k]) != len(self.model._buffers[self.key]) or any(state_dict.get(prefix+n, t).shape != t.shape for n,t in own.items()): raise ValueError(
+        odd = any(state_dict.get(prefix+n, t).shape != t.shape for n,t in own.items())
+        if odd or k in state_dict and len(state_dict[k]) != len(self.model._buffers[self.key]): raise ValueError(
             f"{type(self.model).__name__}: the file is of a network sliced at other rates than "
             f"{', '.join(f'{r:g}' for r in slice_plan(self.model).rates)}. Give `SliceTrain` the rates "
             "that it was trained with.")
@@ -91,7 +93,7 @@ class SliceTrain(EffectCallback):
         schedule:str='random_min_max', # Rates of a step, as in `rate_schedule`
         n_random:int=1, # Rates to draw, besides those of every step
         probs=None, # Weight of each rate in the draw; None: equal
-        distill=True, # Narrow widths learn the full one's output; a function `f(pred, full_pred, *yb)`; or False, for the labels
+        distill=True, # Narrow widths learn the full output; a function `f(pred, full_pred, *yb)`; False: the labels
         reduce:str='sum', # Gradients of a step's passes: 'sum', or 'mean'
         seed:int=0, # Of the draws
         groups:int=None, # From here on, as in `slice_model`, for a model that is not sliced yet
@@ -127,7 +129,8 @@ class SliceTrain(EffectCallback):
             'learn.slice_train' if 'slice_train' in effects(model) else 'SliceTrain()')
         now,*left = [str(k) if isinstance(k, str) else f'{k:g}'
             for k in sorted(plan.keys, key=lambda k: k != plan.key)]
-        return (f"this fit trains one width of the sliced model, {now}, and the weights that it changes are those of the others, "
+        return (f"this fit trains one width of the sliced model, {now}, and the weights that it "
+            "changes are those of the others, "
                 f"{', '.join(left)}, too: what they have learned is lost. Train them together: fit with cbs={again}.")
 
     # -- one batch
@@ -165,11 +168,14 @@ def _agree(self:SliceTrain, model):
     plan = slice_plan(model)
     rates = (plan.rates if self.rates is None
         else sorted({check_rate(r) for r in self.rates}, reverse=True))
-    if rates != plan.rates: raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
-                                         f"Give these rates or none, or call `unslice({caller_model()})` first.")
+    if rates != plan.rates:
+        raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
+            f"Give these rates or none, or call `unslice({caller_model()})` first.")
     for k,default in _CONVERT.items():
         v = getattr(self, k)
-        if v != default and (k in _ONCE or v != getattr(plan, k)): raise ValueError(f"{k}={v!r}: this model is sliced already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
+        if v != default and (k in _ONCE or v != getattr(plan, k)):
+            raise ValueError(f"{k}={v!r}: this model is sliced "
+                f"already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
             f"Leave {k} out, or call `unslice({caller_model()})` first.")
     rows = [dict(rate=r, smallest=min(plan.keys[r].values(), default=None)) for r in plan.rates]
     part = next(m for m in model.modules() if m.__dict__.get('_slicing') is plan)

@@ -1,4 +1,4 @@
-"""A row of `paramfx demo` for each slice rate, and the curve: what every width is worth, with training for it and without.
+"""Rows of `paramfx demo` for each slice rate, and the curve of accuracy over width.
 
 Docs: https://paramfx.github.io/paramfx/slicing/demo.html.md"""
 

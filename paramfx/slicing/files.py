@@ -1,4 +1,4 @@
-"""`save_slices` writes all widths into one file, `load_slice` reads the one that is wanted and nothing else, `learn.export_slice` hands one out as an ordinary network.
+"""`save_slices` writes all widths into one file, `load_slice` reads one of them, `learn.export_slice` exports one.
 
 Docs: https://paramfx.github.io/paramfx/slicing/files.html.md"""
 
@@ -59,7 +59,9 @@ def _settled(model):
         for m in [*model.modules()]: burn_in(m)
     odd = [n for n,m in model.named_modules() if callable(getattr(m, 'plain', None))
         and not isinstance(m, Sliced)]
-    if odd: raise ValueError(f"{odd[0]}: a {type(model.get_submodule(odd[0])).__name__} is no ordinary layer, so its tensors are not those of a plain network. "
+    if odd:
+        raise ValueError(f"{odd[0]}: a {type(model.get_submodule(odd[0])).__name__} is no ordinary "
+            "layer, so its tensors are not those of a plain network. "
                              "Call `unslice(model)` and `model = materialize(model, x)`, then slice it again.")
     return model
 
@@ -288,7 +290,7 @@ _EXPORTS = {'.pth': _export_weights, '.pt': _export_weights, '.safetensors': _ex
 @patch
 def export_slice(self:Learner,
     rate, # Rate, or name of a slice
-    file, # Name; its suffix chooses: '.pth' or '.safetensors' (weights, below `learn.path/learn.model_dir`), '.pkl' (a Learner for inference) or '.onnx' (both below `learn.path`)
+    file, # Name; its suffix chooses: '.pth' or '.safetensors' (weights), '.pkl' (a Learner for inference) or '.onnx'
     sample=None # Inputs to compare outputs on; None: from the loaders
 ) -> Path: # The file
     "Save one slice as an ordinary network"

@@ -1,4 +1,4 @@
-"""Any layer, used at the width that is in force: one mechanism for convolutions, norms, linear and recurrent layers, and for classes nobody here has heard of
+"""Turns any layer into one that can be used at every width, with the parameters it has.
 
 Docs: https://paramfx.github.io/paramfx/slicing/layers.html.md"""
 
@@ -162,7 +162,8 @@ class Sliced:
         base,p = type(self).base,self._parts.get(self._switch.find(rate))
         new = base.__new__(base)
         held = {f'{n}_{q.no}' for q in self._parts.values() for n in type(self).names[0]}
-        vars(new).update({k: {n:o for n,o in v.items() if n not in held} if k in ('_parameters', '_buffers') else v.copy() if isinstance(v, (dict, set)) else v
+        vars(new).update({k: {n:o for n,o in v.items() if n not in held} if k in ('_parameters', '_buffers')
+            else v.copy() if isinstance(v, (dict, set)) else v
                           for k,v in vars(self).items()
                           if k not in ('_switch', '_parts', '_kept', 'statistics')})
         new._non_persistent_buffers_set -= held
@@ -207,9 +208,10 @@ class _SlicedNorm:
             or self._switch.measuring):
             return t
         if self.training: return t.clone() # the batch is normalized by itself and leaves no trace
-        if self._switch.key not in self._switch.ready: raise ValueError(
-            f"rate {self._switch.key}: norm='recal' has no statistics at this rate yet. "
-            f"Call {for_caller(f'learn.recalibrate({self._switch.key!r})', f'recalibrate(model, {self._switch.key!r}, dls=dls)')} first.")
+        key = self._switch.key
+        if key not in self._switch.ready:
+            call = for_caller(f'learn.recalibrate({key!r})', f'recalibrate(model, {key!r}, dls=dls)')
+            raise ValueError(f"rate {key}: norm='recal' has no statistics at this rate yet. Call {call} first.")
         return t
 
     def _first(self, name, t): # not measured
@@ -243,7 +245,8 @@ class _QuickLinear:
         p = None if torch.is_grad_enabled() or self.training else self.part()
         return super().forward(x) if p is None else F.linear(x, *self._pair(p))
 
-_MIXINS = {nn.modules.batchnorm._BatchNorm: _QuickNorm, nn.modules.batchnorm._NormBase: _SlicedNorm, nn.RNNBase: SlicedRNN,
+_MIXINS = {nn.modules.batchnorm._BatchNorm: _QuickNorm, nn.modules.batchnorm._NormBase: _SlicedNorm,
+    nn.RNNBase: SlicedRNN,
            nn.Conv1d: _QuickConv, nn.Conv2d: _QuickConv, nn.Conv3d: _QuickConv, nn.Linear: _QuickLinear}
 def _mixins(base):
     "What a class needs besides; a quick forward pass only in the place of torch's own"

@@ -1,4 +1,4 @@
-"""What a slice takes of each layer, put into the network and taken out again
+"""Finds what a slice takes of each layer, puts it into the network, and takes it out again.
 
 Docs: https://paramfx.github.io/paramfx/slicing/parts.html.md"""
 
@@ -23,7 +23,7 @@ def layer_parts(
     key, # Slice of it
     no # Number of the slice: what it has of its own is called `<name>_<no>`
 ) -> dict: # Module -> `Part`
-    "What one slice takes of each layer; batch norms are in it where they stay whole, too: what they see depends on the rate"
+    "What one slice takes of each layer; also of batch norms that stay whole: what they see depends on the rate"
     cut,index,held = plan.cut(plan.keys[key]),{},_held(model)
     sizes = cut.sizes(model)
     for (n,t),idx in cut.indices().items():
@@ -69,7 +69,7 @@ def check_norms(
                 "distributed training, pass sync_bn=False, or convert the norms before they are sliced.")
 
 def _own_norm(m, p, plan, source=None):
-    "Statistics, perhaps affine parameters, of slice `p` in norm `m`: those of another slice, or a part of the whole ones"
+    "Statistics, perhaps affine parameters, of slice `p` in norm `m`: those of another slice, or a part of all"
     if not isinstance(m, nn.modules.batchnorm._NormBase): return
     for t in _STATISTICS if _measured(m) else ():
         old = m._buffers.get(f'{t}_{source}') if source else None

@@ -1,4 +1,4 @@
-"""What a further pass learns, what it leaves behind, and how its metrics are shown
+"""The further forward and backward passes of a training step: loss, precision, states and metrics.
 
 Docs: https://paramfx.github.io/paramfx/slicing/passes.html.md"""
 

@@ -1,4 +1,4 @@
-"""How many channels a rate leaves, which of them can go, and which come first
+"""A slice plan says how many channels a rate keeps, which can be removed, and in which order.
 
 Docs: https://paramfx.github.io/paramfx/slicing/plan.html.md"""
 
@@ -111,16 +111,19 @@ def counts(self:SlicePlan, rate): return {n: self.units(self.cmap[n], rate) for 
 @patch
 def check_low(self:SlicePlan, rate, where=''):
     "Raise where `rate` lies below what the network is trained for"
-    if rate < self.lowest: raise ValueError(f"{where}rate={rate:g}: the narrowest that was prepared is {self.lowest:g}. "
-                                       f"Go no lower, or call `unslice({caller_model()})` and slice it anew with this rate.")
+    if rate < self.lowest:
+        raise ValueError(f"{where}rate={rate:g}: the narrowest that was prepared is {self.lowest:g}. "
+            f"Go no lower, or call `unslice({caller_model()})` and slice "
+            "it anew with this rate.")
 
 @patch
 def find(self:SlicePlan, rate=None):
     "The key of a prepared slice, or an error that tells how to prepare it"
     if rate is None: return self.key
     if isinstance(rate, str) and rate in self.keys: return rate
-    if isinstance(rate, str): raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. "
-                                           f"Add it with {_name_call(rate, ', {layer: rate}')}.")
+    if isinstance(rate, str):
+        raise ValueError(f"rate={rate!r}: no slice has this name. There are: {', '.join(map(str, self.keys))}. "
+            f"Add it with {_name_call(rate, ', {layer: rate}')}.")
     if isinstance(rate, dict):
         raise ValueError(f"rate={rate}: several rates go by a name here. Give them one, as with "
             f"{_name_call('uneven', f', {rate!r}')}, and use that.")
@@ -217,7 +220,8 @@ def choose_spaces(
             f"trace_channels({{}}{', embeddings=True' if cmap.embeddings else ''}) if not s.cuttable]")
         names = ([s.name for s in stuck] if len(stuck) < 4
             else named.format(for_caller('learn.model, sample_batch(learn.dls)', 'model, x')[1:-1]))
-        raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why}" + (f' ({len(stuck)} such spaces)' if stuck[1:] else '') + '. ' + (
+        raise ValueError(f"{stuck[0].name} must stay whole: {stuck[0].why}"
+            + (f' ({len(stuck)} such spaces)' if stuck[1:] else '') + '. ' + (
             f"Leave {'them' if stuck[1:] else 'it'} out with exclude={names}"
             + (", or slice the hidden layers of the feed-forward parts only, with only='ffn'." if ffn
                 and only is None else '.') if cmap.cuttable else 'Nothing is left to slice. '
@@ -228,7 +232,7 @@ def choose_spaces(
 
 # %% ../../nbs/slicing/03_plan.ipynb #b4fa576f
 def _order(model, cmap, space, by):
-    "Cut-like order of the units of a space, the most important first: the weights of its producers, relative to their mean"
+    "Order of the units of a space, the most important first: the weights of its producers, relative to their mean"
     i,score = cmap.find(space),0.
     for (n,t,d),(kind,lab) in cmap.bindings.items():
         w = getattr(model.get_submodule(n), t)
@@ -248,7 +252,8 @@ def check_grads(
     spaces:list # Names of the spaces to sort
 ) -> None:
     "Raise where sort='taylor' would find nothing to go by"
-    held = {n: [w.grad for (m,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind and (cmap.space_of[lab] == cmap.find(n)).any()
+    held = {n: [w.grad for (m,t,_),(kind,lab) in cmap.bindings.items() if 'rows' in kind
+        and (cmap.space_of[lab] == cmap.find(n)).any()
                 and isinstance(w := getattr(model.get_submodule(m), t), nn.Parameter)] for n in spaces}
     frozen = [n for n,gs in held.items() if all(g is None for g in gs)]
     if frozen:

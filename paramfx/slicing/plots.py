@@ -1,4 +1,4 @@
-"""Which part of a layer a rate lights up, and what accuracy costs at every width
+"""Plots of the channels that a rate uses, and of accuracy over cost at every width.
 
 Docs: https://paramfx.github.io/paramfx/slicing/plots.html.md"""
 

@@ -1,4 +1,4 @@
-"""Which widths a training step trains
+"""`rate_schedule` says which widths a training step trains.
 
 Docs: https://paramfx.github.io/paramfx/slicing/rates.html.md"""
 
@@ -17,7 +17,8 @@ from .plan import check_rate
 from ..core.samples import generator
 
 # %% ../../nbs/slicing/04_rates.ipynb #2c7e3a57
-RATE_SCHEDULES = dict(random='', random_min='min', random_max='max', random_min_max='min max', sandwich='min max', # what is in each step
+# what is in each step
+RATE_SCHEDULES = dict(random='', random_min='min', random_max='max', random_min_max='min max', sandwich='min max',
                       static=None, round_robin=None, cycle=None, normal=None, fixed=None)
 
 # %% ../../nbs/slicing/04_rates.ipynb #2575270f

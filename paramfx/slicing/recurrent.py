@@ -1,4 +1,4 @@
-"""Recurrent layers at any width, and a state for each slice of a model that goes on reading where the last batch stopped
+"""Recurrent layers at any width, with a state of its own for each slice.
 
 Docs: https://paramfx.github.io/paramfx/slicing/recurrent.html.md"""
 
@@ -32,8 +32,10 @@ class SlicedRNN:
 
     def check_hidden_size(self, hx, expected_hidden_size, msg=''):
         if tuple(hx.shape) != tuple(expected_hidden_size): raise ValueError(
-            f"{type(self).base.__name__}: a state of shape {list(hx.shape)} does not fit {list(expected_hidden_size)} at slice {self._switch.key}. It was made at another one, or for "
-            "another batch: begin with no state after a change. A model that keeps its states itself gets some for each slice where it has a method `reset`.")
+            f"{type(self).base.__name__}: a state of shape {list(hx.shape)} does not fit "
+            f"{list(expected_hidden_size)} at slice {self._switch.key}. It was made at another one, or for "
+            "another batch: begin with no state after a change. A model that keeps its states itself "
+            "gets some for each slice where it has a method `reset`.")
 
 # %% ../../nbs/slicing/00_recurrent.ipynb #be3ac1b5
 def state_property(name:str) -> property:
@@ -42,7 +44,7 @@ def state_property(name:str) -> property:
 
 # %% ../../nbs/slicing/00_recurrent.ipynb #78e9877c
 class Stateful:
-    "Mixin for models that keep states from batch to batch: each slice goes on where it has stopped itself; a reset is one for all of them"
+    "Mixin for models that keep states from batch to batch: one state for each slice; a reset empties all of them"
     def _begun(self, key):
         "The states of a slice; those that it has not are begun like the whole ones"
         return self._held.get(key) or {n: self.__dict__.get(n) for n in type(self).names[2]}

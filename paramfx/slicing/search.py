@@ -1,4 +1,4 @@
-"""A slice of its own width in each layer, under a budget
+"""`search_rates` finds a width for each layer under a budget.
 
 Docs: https://paramfx.github.io/paramfx/slicing/search.html.md"""
 

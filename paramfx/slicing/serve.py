@@ -1,4 +1,4 @@
-"""`simulate_load` shows what a latency bound costs: requests come as they come, and the width of each batch is chosen so that all are answered in time.
+"""`simulate_load` chooses the width of each batch such that requests are answered within a latency bound.
 
 Docs: https://paramfx.github.io/paramfx/slicing/serve.html.md"""
 
@@ -37,7 +37,7 @@ def poisson_arrivals(
 
 # %% ../../nbs/slicing/13_serve.ipynb #f68ffaeb
 def _seconds(table, items):
-    "{rate: seconds for a request}, the widest first, from a dict or from rows with 'rate' and 'latency' in milliseconds"
+    "{rate: seconds for a request}, widest first, from a dict or from rows with 'rate' and 'latency' in milliseconds"
     rows = ([(r, t) for r,t in table.items()] if isinstance(table, dict)
         else [_row(r, items) for r in table])
     res = {}
@@ -155,7 +155,8 @@ class LoadRun:
         n,answered = len(self.arrived),self.rate[~self.rejected]
         late,rejected = int(self.late.sum()),int(self.rejected.sum())
         some = lambda v, k: float(v/k) if k else None
-        return dict(requests=n, in_time=some(n-late-rejected, n), late=late, rejected=rejected, mean_rate=some(answered.sum(), len(answered)),
+        return dict(requests=n, in_time=some(n-late-rejected, n), late=late, rejected=rejected,
+            mean_rate=some(answered.sum(), len(answered)),
             p99_ms=float(1e3*np.nanpercentile(self.latency, 99)) if len(answered) else None, busy=some(
                 (self.end-self.start).sum(), self.end[-1] if len(self.end) else 0),
             **{f'at {r:g}': some((answered == r).sum(), len(answered)) for r in self.seconds})

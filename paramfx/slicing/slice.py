@@ -1,4 +1,4 @@
-"""One network, every width: train it once, run it at any rate
+"""`slice_model` makes a network that is trained once and runs at any width.
 
 Docs: https://paramfx.github.io/paramfx/slicing/slice.html.md"""
 
@@ -56,7 +56,7 @@ def _rates(rates):
     return rates
 
 def _keepers(model):
-    "Modules that may keep states: the recurrent ones, and those whose `reset` leaves all tensors alone (others make weights anew)"
+    "Modules that may keep states: the recurrent ones, and those whose `reset` leaves all tensors alone"
     keep = state_keepers(model)
     for n,m in model.named_modules():
         if n in keep or not callable(getattr(type(m), 'reset', None)): continue
@@ -68,7 +68,7 @@ def _keepers(model):
 
 # %% ../../nbs/slicing/06_slice.ipynb #ef0cbd09
 def _carried(model, sample):
-    "What modules of a model, which is a copy, leave for their next forward pass, those that can be reset: name -> attributes. The number of texts may be one"
+    "States that the modules of a copy keep for their next forward pass and that `reset` empties: name -> attributes"
     keep,res,xs = _keepers(model),{},model_inputs(model, sample)
     twice = [tuple(torch.cat([x, x], d) if x.ndim > d else x for x in xs) for d in (0, 1)]
     with still(model):
@@ -86,8 +86,9 @@ def _carried(model, sample):
 
 def _check(model, groups, norm, divisor, rescale, sort):
     "Raise where a model cannot be sliced, or not like this"
-    if any('_slicing' in m.__dict__ for m in model.modules()): raise ValueError(f"{type(model).__name__}: this model is sliced already. "
-        f"Call `unslice({caller_model()})` first, or `name_slice({caller_model()}, .4)` for another slice.")
+    if any('_slicing' in m.__dict__ for m in model.modules()):
+        raise ValueError(f"{type(model).__name__}: this model is sliced already. "
+            f"Call `unslice({caller_model()})` first, or `name_slice({caller_model()}, .4)` for another slice.")
     if effects(model):
         raise ValueError(f"The model is under {', '.join(effects(model))}. Slice it before that (in "
             f"`cbs`, SliceTrain goes first), or call {way_out()} first.")
@@ -140,8 +141,8 @@ def plan_slices(
     sample, # Input tensor, or a tuple of the positional inputs
     rates=(1, .75, .5, .25), # Slice rates to prepare
     groups:int=None, # Groups of channels; None: every channel its own, 8 for 'gn'
-    norm:str='switch', # Batch norms: 'switch' (statistics per slice), 'switch_affine' (affine parameters, too), 'gn' (group norm instead), 'recal' (statistics measured afterwards)
-    only=None, # What to slice: layers as in `pick_layers`, names of spaces, or 'ffn' (hidden layers of feed-forward parts); None: all
+    norm:str='switch', # Batch norms: 'switch' (own statistics per slice), 'switch_affine', 'gn' (group norm), 'recal'
+    only=None, # What to slice: layers as in `pick_layers`, spaces, or 'ffn' (inside feed-forward parts); None: all
     exclude=None, # What to leave whole
     divisor:int=1, # Channels are a multiple of this
     rescale:bool=False, # Multiply weights by the number of inputs over those that are left?
@@ -155,18 +156,18 @@ def plan_slices(
 
 # %% ../../nbs/slicing/06_slice.ipynb #d51e4bd0
 def slice_model(
-    model:nn.Module, # Network, changed in place; make its optimizer afterwards where norm='switch_affine', or use `learn.slice`
+    model:nn.Module, # Network, changed in place; with norm='switch_affine' before its optimizer is made
     sample, # Input tensor, or a tuple of the positional inputs
     rates=(1, .75, .5, .25), # Slice rates to prepare
     groups:int=None, # Groups of channels; None: every channel its own, 8 for 'gn'
-    norm:str='switch', # Batch norms: 'switch' (statistics per slice), 'switch_affine' (affine parameters, too), 'gn' (group norm instead), 'recal' (statistics measured afterwards)
-    only=None, # What to slice: layers as in `pick_layers`, names of spaces, or 'ffn' (hidden layers of feed-forward parts); None: all
+    norm:str='switch', # Batch norms: 'switch' (own statistics per slice), 'switch_affine', 'gn' (group norm), 'recal'
+    only=None, # What to slice: layers as in `pick_layers`, spaces, or 'ffn' (inside feed-forward parts); None: all
     exclude=None, # What to leave whole
     divisor:int=1, # Channels are a multiple of this
     rescale:bool=False, # Multiply weights by the number of inputs over those that are left?
     sort:str=None, # Order of channels before: 'l1', 'taylor' (needs gradients), or None for as they are
     embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
-    pin=None, # Modules that the trace shall not enter, with all they read and produce left whole, as in `trace_channels`
+    pin=None, # Modules that the trace shall not enter, left whole with all they read, as in `trace_channels`
     opt=None # Optimizer that trains it already: its state is sorted, too
 ) -> Table: # A row per rate, then a row per matrix
     "Let `model` run at any of `rates`: `set_rate` and `at_rate` choose"
@@ -280,7 +281,7 @@ def _name_again(model, name, counts):
 def trial_slice(
     model:nn.Module # Sliced network
 ): # `use(counts)`, which lets these units of each space run from then on, and returns the key of the slice
-    "A slice to try things with: inside of the block it is in force, in this thread or task only; afterwards there is none"
+    "A slice to try things with, in force inside of the block in this thread or task; afterwards there is none"
     model,plan = root_module(model),slice_plan(model)
     if TRIAL in plan.keys:
         raise ValueError("There is a trial already, and a network has one at a time. Leave its block "

@@ -1,4 +1,4 @@
-"""Which slice of a network is in force: one object for all of its layers
+"""One object says for all layers of a network which slice of it is in force.
 
 Docs: https://paramfx.github.io/paramfx/slicing/switch.html.md"""
 
@@ -46,7 +46,7 @@ class Switch:
         return self._noted(key, grad, again)
 
     def _noted(self, key, grad, again):
-        "Note from which autograd node on `key` is in force; a backward pass that computes a part of the forward pass `again` looks it up"
+        "Note from which autograd node on `key` is in force; for passes that recompute in the backward pass"
         logs,_mine.last = (vars(_mine).get(id(self)),
             None if again else (id(self), key, -1 if grad else _node_no()))
         # on a GPU, a backward pass has a thread of its own

@@ -1,4 +1,4 @@
-"""Statistics for every width, what each is worth and what it costs, and the widest that fits a budget
+"""Measures statistics, accuracy and cost of each width, and picks the widest that fits a budget.
 
 Docs: https://paramfx.github.io/paramfx/slicing/tools.html.md"""
 

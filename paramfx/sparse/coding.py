@@ -1,4 +1,4 @@
-"""`encode_mask` and `decode_mask`: which units live, in little more than the entropy of the mask.
+"""`encode_mask` and `decode_mask` store a mask in little more bits than its entropy.
 
 Docs: https://paramfx.github.io/paramfx/sparse/coding.html.md"""
 

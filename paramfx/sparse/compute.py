@@ -1,4 +1,4 @@
-"""What `DynamicSparse(compute='csr')` is made of: which layers become sparse, and how their values move.
+"""Chooses the layers of `DynamicSparse(compute='csr')`, and moves their live values as masks change.
 
 Docs: https://paramfx.github.io/paramfx/sparse/compute.html.md"""
 
@@ -69,8 +69,11 @@ class CSRMasked(Masked):
         return old in (None, self.places)
     def catch_up(self):
         "In an average over a rewire, each value is one of several weights"
-        if not self.refresh(): warnings.warn(f"{self.name}: its live weights stand at other places than when this copy was made. An average over them mixes "
-            "weights of different places: train with compute='dense' to average, or begin the average after the last rewire.")
+        if not self.refresh():
+            warnings.warn(f"{self.name}: its live weights stand at other places than when this "
+                "copy was made. An average over them mixes "
+            "weights of different places: train with compute='dense' to average, or begin the average "
+            "after the last rewire.")
     def release(self):
         if isinstance(self.module, CSR): to_dense(self.module)
     def unpack(self, opt=None):
@@ -179,7 +182,7 @@ def _try(model, rows, learn):
 
 def plan_csr(
     model:nn.Module, # Network
-    table, # From `plan_masks`; gets the columns `compute`, `note` and, with 'auto', `csr_time`: the time relative to dense
+    table, # From `plan_masks`; gets the columns `compute`, `note` and, with 'auto', `csr_time` relative to dense
     compute, # 'csr', 'auto', or layers as in `include`
     learn=None # Learner with the device and the batch size
 ): # `table`
@@ -241,9 +244,10 @@ class Compute:
 
     def on_start(self, learn):
         moves = self.how is not None and (self.how.shrinks or not self.how.within(self))
-        if moves and self.store.sparse and isinstance(learn.model, nn.parallel.DistributedDataParallel): raise ValueError(
-            f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is "
-            "fixed. Use across_layers=False, or compute='dense'.")
+        if moves and self.store.sparse and isinstance(learn.model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is "
+                "fixed. Use across_layers=False, or compute='dense'.")
         super().on_start(learn)
 
     def before_batch(self):

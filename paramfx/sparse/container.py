@@ -1,4 +1,4 @@
-"""`write_sealed` and `SealedFile`: a safetensors file with a version and a checksum, of which nothing is believed before it is checked.
+"""`write_sealed` and `SealedFile`: safetensors files with a version and a checksum, checked before use.
 
 Docs: https://paramfx.github.io/paramfx/sparse/container.html.md"""
 
@@ -17,7 +17,8 @@ from .. import __version__
 from ..core.runs import atomic_path
 
 # %% ../../nbs/sparse/12_container.ipynb #6a911bb1
-DTYPES = {'F64': torch.float64, 'I64': torch.int64, 'C64': torch.complex64, 'F32': torch.float32, 'I32': torch.int32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I16': torch.int16,
+DTYPES = {'F64': torch.float64, 'I64': torch.int64, 'C64': torch.complex64, 'F32': torch.float32,
+    'I32': torch.int32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I16': torch.int16,
           # wide ones first: readers want values aligned
           'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2, 'I8': torch.int8,
           'U8': torch.uint8, 'BOOL': torch.bool}
@@ -77,7 +78,9 @@ def _checked(f, file):
     head = f.read(8+_HEAD)
     m = _MAGIC.match(head, 8)
     if not m: raise _foreign(file, head)
-    if int(m[1]) != _FORMAT: raise refusal(file, f'written in format {int(m[1])} by paramfx {m[2].decode()}; this is paramfx {__version__}, which reads format {_FORMAT}',
+    if int(m[1]) != _FORMAT:
+        raise refusal(file, f'written in format {int(m[1])} by paramfx {m[2].decode()}; this is '
+            f'paramfx {__version__}, which reads format {_FORMAT}',
                                            f'Install paramfx {m[2].decode()}, or a later one')
     h = hashlib.blake2b(head[:m.start(3)] + _NONE + head[m.end(3):], digest_size=8)
     while piece := f.read(1 << 18): h.update(piece)

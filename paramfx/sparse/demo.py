@@ -1,4 +1,4 @@
-"""Rows of `paramfx demo`, and pictures of what happened to the masks.
+"""Rows of `paramfx demo` for sparse training, and pictures of their masks.
 
 Docs: https://paramfx.github.io/paramfx/sparse/demo.html.md"""
 
@@ -82,7 +82,7 @@ _SEEN = dict(survival='survival of the weights that grew', explored='weights eve
 
 @demo_picture
 def sparse_pictures(name, learn):
-    "Sparsity (where it changes) and share per layer, threshold if there is one, the largest mask of a row, and what its `MaskRecorder` has seen"
+    "Density, share per layer, threshold if there is one, the largest mask of a row, and plots of its `MaskRecorder`"
     held = getattr(learn.__dict__.get('effect_keeper'), 'held', {})
     sp = held.get('dynamic_sparse') or held.get('iterative_prune')
     if not sp or not sp.history: return

@@ -1,4 +1,4 @@
-"""`save_sparse` and `load_sparse`: the live values of a sparse network and a compressed map of where they belong, checked before anything is loaded.
+"""`save_sparse` and `load_sparse` store the live values of a sparse network and a compressed map of their places.
 
 Docs: https://paramfx.github.io/paramfx/sparse/files.html.md"""
 
@@ -107,7 +107,8 @@ def _given(model, tensors, masks):
         w = params[n]
         if _KIND.get(w.dtype) not in _FLOATS:
             raise ValueError(f"masks: {n} is of {w.dtype}, which is stored as it is. Leave it out.")
-        if not torch.is_tensor(m) or m.dtype != torch.bool or m.ndim != len(w.shape) or any(b == 0 or a%b for a,b in zip(w.shape, m.shape)): raise ValueError(
+        good = torch.is_tensor(m) and m.dtype == torch.bool and m.ndim == len(w.shape)
+        if not good or any(b == 0 or a%b for a,b in zip(w.shape, m.shape)): raise ValueError(
             f"masks: {n} needs a bool tensor of shape {w.shape}, or of its units, not "
             f"{tuple(getattr(m, 'shape', ())) or type(m).__name__}.")
         res[w.id] = m.cpu
@@ -259,7 +260,7 @@ def _fits(row, e):
     return mask.sum()
 
 def _check_masks(rows, model):
-    "Read all codes once, and raise where one is damaged or no mask for this model; the masks in force, and the parameters that get other places"
+    "Read and check all codes: the masks in force, and the parameters whose live values lie elsewhere"
     items,fits = stored_masks(model),{}
     places = {r.t.id for r in rows if r.t.id in items or r.t.sparse}
     if not any(r.coded for r in rows if r.t.id in places): places = set() # a file without zeros

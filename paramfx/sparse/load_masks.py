@@ -1,4 +1,4 @@
-"""`learn.load_masks`: begin with the masks that another run has found, on fresh weights or on the ones that run began with.
+"""`learn.load_masks` starts from the masks of another run, on fresh weights or on those that run started from.
 
 Docs: https://paramfx.github.io/paramfx/sparse/load_masks.html.md"""
 
@@ -44,7 +44,7 @@ def _read(file):
             "`learn.save`, or give the state dict of what you have loaded yourself.") from e
 
 def _state(source, model=None):
-    "The state dict in a file, however wrapped, of a model, or as it is; with CSR layers as masked ones of their shapes in `model`"
+    "The state dict of a file, of a model, or as given; CSR layers as masked ones of the shapes in `model`"
     res = (root_module(source).state_dict() if isinstance(source, nn.Module) else source
         if isinstance(source, dict) else _read(Path(source)))
     for k in ('model', 'state', 'state_dict'):
@@ -115,9 +115,12 @@ def _recorded(state):
 
 def _from_zeros(state, model):
     "Masks of the weights with exact zeros; without a model every matrix called weight is one"
-    names = [param_name(n, p) for n,_,p in candidates(model, '*')[0]] + [n for n in _shapes(model) if n not in dict(model.named_parameters(remove_duplicate=False))] if model is not None else [
-        k for k,v in state.items() if v.ndim > 1 and 'weight' in k.rpartition('.')[2]
-        and not k.endswith('_mask')]
+    if model is None: names = [k for k,v in state.items()
+        if v.ndim > 1 and 'weight' in k.rpartition('.')[2] and not k.endswith('_mask')]
+    else:
+        known = dict(model.named_parameters(remove_duplicate=False))
+        names = [param_name(n, p) for n,_,p in candidates(model, '*')[0]]
+        names += [n for n in _shapes(model) if n not in known]
     return {n: state[n] != 0 for n in names if n in state and not state[n].all()}
 
 # %% ../../nbs/sparse/07_load_masks.ipynb #60f1ff22

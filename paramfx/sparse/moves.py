@@ -1,4 +1,4 @@
-"""What a rewire is made of: which units go, how many come back where, and at which positions
+"""Functions that choose which units a rewire drops, how many each layer gets back, and which ones grow.
 
 Docs: https://paramfx.github.io/paramfx/sparse/moves.html.md"""
 

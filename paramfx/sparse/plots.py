@@ -1,4 +1,4 @@
-"""`MaskRecorder` and `plot_rewiring`: where the budget went, how long what grew stayed alive, and how much of the network was ever tried.
+"""`MaskRecorder` and `plot_rewiring` show where the budget went, how long units survived, and what was explored.
 
 Docs: https://paramfx.github.io/paramfx/sparse/plots.html.md"""
 
@@ -139,7 +139,7 @@ def _flat(self:MaskRecorder, i): return np.concatenate([*self.masks(i).values()]
 # %% ../../nbs/sparse/10_plots.ipynb #84016726
 @patch
 def survival(self:MaskRecorder) -> list: # As `plot_survival` takes it
-    "Per snapshot after the first: units that grew since the one before, and how many of them are live after each later one"
+    "Per snapshot after the first: units grown since the one before, and how many of them are live after each later one"
     if not self.snaps: return []
     res,alive,old = [],[],self._flat(0)
     for i in range(1, len(self.snaps)):
@@ -170,9 +170,11 @@ def pictures(self:MaskRecorder): # Pairs (file stem, draw), where `draw(ax)` dra
     yield 'shares', lambda ax, title=None: plot_shares({n: s[0] for n,s in sh.items()},
         {n: s[-1] for n,s in sh.items()}, ax=ax, title=title)
     counts = self.survival()
-    if any(len(c) > 1 and c[0] for c in counts): yield 'survival', lambda ax, title=None: plot_survival(counts, ax=ax, title=title,
+    if any(len(c) > 1 and c[0] for c in counts):
+        yield 'survival', lambda ax, title=None: plot_survival(counts, ax=ax, title=title,
         xlabel='further rewires' if self.gap == 1 else f'further {self.gap} rewires')
-    yield 'explored', lambda ax, title=None: plot_traces({'ever live': self.explored(), 'live now': self._density()}, x=self.steps, ax=ax,
+    yield 'explored', lambda ax, title=None: plot_traces({'ever live': self.explored(),
+        'live now': self._density()}, x=self.steps, ax=ax,
         xlabel='optimizer step', ylabel='share of the weights', title=title).set_ylim(bottom=0)
 
 # %% ../../nbs/sparse/10_plots.ipynb #7d198dff

@@ -1,4 +1,4 @@
-"""`stored_tensors`: the parameters and buffers of a network as a file sees them, whether a layer holds its whole weight or its live values only.
+"""`stored_tensors` lists the parameters and buffers that a file holds, of dense layers and of CSR layers.
 
 Docs: https://paramfx.github.io/paramfx/sparse/tensors.html.md"""
 

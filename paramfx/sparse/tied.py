@@ -1,4 +1,4 @@
-"""`tie_weights`: a layer of any size whose weights are read from a small bank of values.
+"""`tie_weights` lets a layer of any size read its weights from a small bank of values.
 
 Docs: https://paramfx.github.io/paramfx/sparse/tied.html.md"""
 
@@ -163,9 +163,10 @@ class Tied(ComputedWeight):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         code = state_dict.get(f'{prefix}code')
-        if code is not None and not (code.is_meta or self.code.is_meta) and code.item() != self.code.item(): errors.append(
-            f"{prefix[:-1]}: the file was tied in another way (seed, sparsity, granularity, signs or "
-            "name of the layer). Tie with its settings.")
+        if code is not None and not (code.is_meta or self.code.is_meta) and code.item() != self.code.item():
+            errors.append(
+                f"{prefix[:-1]}: the file was tied in another way (seed, sparsity, granularity, signs or "
+                "name of the layer). Tie with its settings.")
         elif strict and f'{prefix}weight' in state_dict and f'{prefix}bank' not in state_dict: errors.append(
             f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one is tied. Load it "
             f"before {for_caller('learn.tie()', 'tie_weights(model)')}, or call {way_out()} first.")

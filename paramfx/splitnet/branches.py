@@ -1,4 +1,4 @@
-"""The trunk and the branches of a split network as modules of their own, on different devices or in different processes
+"""`branches` takes a split network apart into trunk and branches that can run on different devices.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/branches.html.md"""
 
@@ -188,7 +188,7 @@ def _needed(model, xs, shapes):
     return res
 
 def _narrow(dense, s, b, low):
-    "The dense network without the units of other branches, as split inside as it was; the cut; and the classes that are left"
+    "The dense network without the units of other branches, as it was split inside; the cut; and the classes left"
     plan = s.plan
     mine = {n: plan.coarse(g, plan.free[n][1], low) == b for n,g in s.groups.items()}
     cut = Cut(plan.cmap, {n: m.nonzero().flatten() for n,m in mine.items() if n != 'input'

@@ -1,4 +1,4 @@
-"""Learn, while a network trains, which features and which classes belong together
+"""`SplitNet` learns while a network trains which features and which classes belong together.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/callback.html.md"""
 
@@ -110,10 +110,12 @@ def check(self:SplitHolder, state_dict, prefix=''):
     "Raise where a file holds other assignments; one without any keeps these"
     num = state_dict.get(f'{prefix}split_net_effect')
     mine = {k: self.model._buffers[k] for k in self.keys()}
-    if any(prefix+k in state_dict and state_dict[prefix+k].shape != t.shape for k,t in mine.items()) or num is not None and float(num.detach().cpu().view(torch.float64)[-1]) != self.mark: raise ValueError(
-        f"{type(self.model).__name__}: the file's units are assigned to other groups than "
-        f"{', '.join(f'{g} of {s}' for s,(_,g) in self.free.items())}. Give `SplitNet` the splits "
-        "it was saved with.")
+    odd = any(prefix+k in state_dict and state_dict[prefix+k].shape != t.shape for k,t in mine.items())
+    if odd or num is not None and float(num.detach().cpu().view(torch.float64)[-1]) != self.mark:
+        raise ValueError(
+            f"{type(self.model).__name__}: the file's units are assigned to other groups than "
+            f"{', '.join(f'{g} of {s}' for s,(_,g) in self.free.items())}. Give `SplitNet` the splits "
+            "it was saved with.")
     for k,t in mine.items(): state_dict.setdefault(prefix+k, t.clone())
 
 @patch
@@ -166,10 +168,10 @@ class SplitNet(EffectCallback):
         gamma_weight:float=1., # Factor of the penalty on weights between groups
         gamma_disjoint:float=1., # On units that belong to several groups
         gamma_balance:float=10., # On groups of different size
-        disjoint_warmup=(.3, .8), # Positions in the fit from where and until when `gamma_disjoint` grows; None: all of it at once
+        disjoint_warmup=(.3, .8), # Positions in the fit between which `gamma_disjoint` grows; None: all of it at once
         assign_lr:float=1e-2, # Learning rate of the assignments
         init_std:float=.01, # Spread of their initial logits
-        layer_weighting:str='weighted', # Layers that are far from a split count more ('weighted'), or all alike ('mean')
+        layer_weighting:str='weighted', # 'weighted': layers that are far from a split count more; 'mean': all alike
         equal_groups:bool=False, # Hard groups of the same size?
         freeze_bn_scale:bool=False, # Keep the scales of the split part's batch norms at 1, for training from scratch?
         every:int=1, # Steps from one with the penalty, then as many times as large, to the next
@@ -184,7 +186,8 @@ class SplitNet(EffectCallback):
         if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
             raise ValueError(f"every={every!r}: give a whole number from 1 on.")
         w = disjoint_warmup
-        if w is not None and not (isinstance(w, (tuple, list)) and len(w) == 2 and all(isinstance(v, Real) for v in w) and 0 <= w[0] <= w[1] <= 1): raise ValueError(
+        pair = isinstance(w, (tuple, list)) and len(w) == 2 and all(isinstance(v, Real) for v in w)
+        if w is not None and not (pair and 0 <= w[0] <= w[1] <= 1): raise ValueError(
             f"disjoint_warmup={w!r}: give two positions in [0, 1], from where and until when it grows, "
             "or None.")
         check_weighting(layer_weighting)
@@ -201,7 +204,8 @@ class SplitNet(EffectCallback):
         if (st is None or not any(st.settings[k]
             for k in ('gamma_weight', 'gamma_disjoint', 'gamma_balance'))):
             return None
-        return ("this fit is without its penalty, so weights grow again between the groups, where `learn.split()` cuts. "
+        return ("this fit is without its penalty, so weights grow again between the groups, where "
+            "`learn.split()` cuts. "
                 "Fit with cbs=learn.split_net, or split first.")
 
     @property
@@ -277,9 +281,10 @@ def _check_layer(self:SplitNet, l):
     try: w = h.model.get_submodule(l.name)._parameters.get('weight')
     except AttributeError: w = None
     want = tuple(sum(len(p.index) for p in side) for side in (l.outputs, l.inputs))
-    if w is None or tuple(w.shape[:2]) != want: raise ValueError(
-        f"{l.name}: the layer was replaced after its units were "
-        f"assigned{'' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'}. Call `learn.release()`, then add the callback anew.")
+    if w is None or tuple(w.shape[:2]) != want:
+        now = '' if w is None else f': a weight of {tuple(w.shape)} for {want[0]} outputs and {want[1]} inputs'
+        raise ValueError(f"{l.name}: the layer was replaced after its units were assigned{now}. "
+            "Call `learn.release()`, then add the callback anew.")
 
 # %% ../../nbs/splitnet/07_callback.ipynb #45bf14de
 @patch
@@ -342,7 +347,8 @@ def groups(self:SplitNet,
 def _again_args(st):
     "Plain arguments that assign the same units; to which groups comes with the weights"
     h,side = st.holder,lambda parts: [[p.space, p.index, list(p.merges)] for p in parts]
-    return dict(settings=dict(st.settings), layers=[[l.name, side(l.inputs), side(l.outputs), l.groups] for l in h.layers],
+    return dict(settings=dict(st.settings), layers=[[l.name, side(l.inputs), side(l.outputs), l.groups]
+        for l in h.layers],
                 free={s: list(v) for s,v in h.free.items()}, classes=h.classes, norms=h.norms)
 
 @recipe_verb('split_net', _again_args)

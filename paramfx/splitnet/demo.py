@@ -1,4 +1,4 @@
-"""A row of `paramfx demo` for a network in two branches, and its pictures: weights in blocks, penalties, and the tree of classes.
+"""A row of `paramfx demo` for a network in two branches, and its pictures.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/demo.html.md"""
 

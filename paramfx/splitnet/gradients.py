@@ -1,4 +1,4 @@
-"""The gradients of a split's terms added after `backward`, at a fraction of what autograd takes
+"""Adds the gradients of the penalties after `backward`, much faster than autograd would.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/gradients.html.md"""
 
@@ -112,7 +112,7 @@ def add_split_grads(
     layer_weighting:str='weighted', # As in `split_totals`
     scale:float=1. # Further factor of everything
 ) -> tuple: # The three terms, without gradients; a list of gradients, one for each of `leaves`
-    "Add the gradients of `scale*(gammas*split_totals(...)).sum()` to those of the weights, and return those of `leaves`"
+    "Add the gradients of `scale*(gammas*split_totals(...)).sum()` to those of the weights; returns those of `leaves`"
     gammas,free = _factors(gammas),list(free.values() if isinstance(free, dict) else free)
     terms = [LayerTerm(SplitWeight(*l)) for l in layers]
     values = torch.stack([t.value for t in terms])

@@ -1,4 +1,4 @@
-"""Hard groups for a split: by chance, by clusters of the classifier's weights, or as people name them
+"""Groups classes and features for a split: at random, by clusters of the classifier's weights, or by hand.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/groups.html.md"""
 

@@ -1,4 +1,4 @@
-"""Which layers are split into how many groups, and where each unit of them is assigned once
+"""`split_plan` finds which layers are split into how many groups, and where each unit is assigned.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/plan.html.md"""
 
@@ -99,7 +99,8 @@ class SplitPlan:
             if s in {p.space for p in getattr(l, side)}]
         note = (f"{len(self.layers)} layers in {' and '.join(map(str, self.levels[::-1]))} groups"
             + (f"; reads each channel alone: {short_list(self.depthwise)}" if self.depthwise else ''))
-        return Table([dict(assigned=s, units=u, groups=g, merged=', '.join(map(str, self.merged.get(s, []))), produced=short_list(reads(s, 'outputs')) or 'by the trunk',
+        return Table([dict(assigned=s, units=u, groups=g, merged=', '.join(map(str, self.merged.get(s, []))),
+            produced=short_list(reads(s, 'outputs')) or 'by the trunk',
                            read=short_list(reads(s, 'inputs')) or 'the classes')
                            for s,(u,g) in self.free.items()]+[*self.matrices], note=note)
     def __repr__(self): return repr(self.table)
@@ -216,16 +217,20 @@ def _check_output(cmap, names, model, out):
     "The classifier's output space"
     found,out = out,only_tensor(out)
     if out is None: raise ValueError(
-        f'{type(model).__name__}: it returns {as_shapes(found)}, not one tensor, so there is no common class axis to split. '
+        f'{type(model).__name__}: it returns {as_shapes(found)}, not one tensor, so there is no '
+        'common class axis to split. '
         'Wrap it so that it returns the logits alone.')
     ends = [s for s in cmap if s.why == OUTPUT] # auxiliary heads are no classifier
     if len(ends) != 1 or not ends[0].producers:
         raise ValueError(f"{type(model).__name__}: its output is "
-            f"{f'of {len(ends)} spaces' if ends else 'not that of a layer whose channels can be followed'}, so there is no class axis. Wrap it so that it returns the logits of one classifier.")
+            f"{f'of {len(ends)} spaces' if ends else 'not that of a layer whose channels can be followed'}, "
+            "so there is no class axis. Wrap it so that it returns the logits of one classifier.")
     s = ends[0]
     if s.size < 2 or s.size != s.channels or s.size not in (out.shape[1:2]+out.shape[-1:]): raise ValueError(
         f"{s.name}: no class axis: {s.channels} "
-        f"outputs{' that are compared with each other, as by a softmax' if 1 <= s.size < s.channels else ''} of shape {list(out.shape)}. A classifier needs a logit for each of at least two classes; let it return logits.")
+        f"outputs{' that are compared with each other, as by a softmax' if 1 <= s.size < s.channels else ''} "
+        f"of shape {list(out.shape)}. A classifier needs a logit for each of at least two classes; "
+        "let it return logits.")
     left = [n for n in s.producers if n not in names]
     if left:
         raise ValueError(f"{_called(model, left[0])}: the split layers must reach the classifier, and "
@@ -318,8 +323,9 @@ def _free(model, cmap, sides, splits):
         for s in (['input'] if 'input' in groups else [])+[s.name for s in cmap if s.name in groups]}
     for s,(u,g) in res.items():
         if g > u:
-            raise ValueError(f"{s}: {g} groups of {u} "
-                f"{'unit' if u == 1 else 'units'}{f' (its {cmap[s].channels} channels are bound to each other)' if s != 'input' and cmap[s].channels > u else ''}. Use at most {u}.")
+            bound = s != 'input' and cmap[s].channels > u
+            why = f' (its {cmap[s].channels} channels are bound to each other)' if bound else ''
+            raise ValueError(f"{s}: {g} groups of {u} {'unit' if u == 1 else 'units'}{why}. Use at most {u}.")
     return res
 
 # %% ../../nbs/splitnet/02_plan.ipynb #7b2f7908
@@ -333,7 +339,7 @@ def _matrix_rows(model, splits, alone):
 def split_plan(
     model:nn.Module, # Any network; it is left as it was
     sample, # Input tensor, or a tuple of the positional inputs; small images will do
-    splits, # {layer, module, glob or position: groups}, or [..., last stage, classifier]: groups counted from the output
+    splits, # {layer, module, glob or position: groups}, or [..., last stage, classifier]: groups from the output on
     pin=None # Modules that the trace shall not enter, left whole, as in `trace_channels`
 ) -> SplitPlan: # What has to be assigned
     "Find out which units of the split layers need a group; raises where the network cannot be split like that"

@@ -1,4 +1,4 @@
-"""Weights sorted into blocks, who belongs to which group, how the penalties came down, and what the filters of a group look for
+"""Plots of weights sorted into blocks, group membership, penalties, and filters of a group.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/plots.html.md"""
 
@@ -99,8 +99,9 @@ def split_holder(
     held = next((st.holder for st in effects(model).values() if isinstance(st.holder, SplitHolder)),
         None)
     if held is None:
-        raise ValueError(f"{type(model).__name__}: "
-            f"{'it is split already. Draw before learn.split()' if '_split' in model.__dict__ else 'no groups are learned in it. Train with SplitNet'}, or give arrays.")
+        why = ('it is split already. Draw before learn.split()' if '_split' in model.__dict__
+            else 'no groups are learned in it. Train with SplitNet')
+        raise ValueError(f"{type(model).__name__}: {why}, or give arrays.")
     return held
 
 def _side(held, groups, parts):

@@ -1,4 +1,4 @@
-"""Once units have groups, the network is cut into branches that share no connection: smaller, faster, and with the outputs of the masked network
+"""`split_model` cuts a network whose units have groups into branches that share no connection.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/split.html.md"""
 
@@ -250,9 +250,9 @@ def _make(model, sample, groups, splits, classes, seed, pin=None):
 def split_model(
     model:nn.Module, # Dense network, trained or not; it is left alone
     sample, # Input tensor, or a tuple of the positional inputs
-    groups=None, # Space (`split_plan(...).free`), or a layer that produces it -> group of each of its units; or what is split, with `classes`
-    splits=None, # What is split, as in `split_plan`, such as {'layer4': 2, 'fc': 2}; None: the layers whose inputs and outputs have groups
-    classes=None, # In place of groups: 'random', 'cluster' (of the classifier's weights) or {class: group}; features go where their weights lead, by 'random' anywhere
+    groups=None, # Space, or layer that produces it -> group of each unit; or what is split, with `classes`
+    splits=None, # What is split, as in `split_plan`: {'layer4': 2, 'fc': 2}; None: layers with groups on both sides
+    classes=None, # In place of groups: 'random', 'cluster' (of the classifier's weights) or {class: group}
     seed:int=0, # For 'random' and 'cluster'
     pin=None # Modules that the trace shall not enter, left whole, as in `trace_channels`
 ) -> nn.Module: # Ordinary layers and `SplitBlock`s, with the outputs of the masked network
@@ -295,7 +295,9 @@ def _learned(model, splits, equal):
 def _for_plan(learned, counts, plan):
     "Of the groups that were learned, those that a split needs, neighbours merged where it is a coarser one"
     lost = [f'{g} of {s}' for s,(_,g) in plan.free.items() if s not in learned or g > counts[s]]
-    if lost: raise ValueError(f"splits: groups were not learned for this: {', '.join(lost)}. There are: {', '.join(f'{g} of {s}' for s,g in counts.items())}. "
+    if lost:
+        raise ValueError(f"splits: groups were not learned for this: {', '.join(lost)}. There are: "
+            f"{', '.join(f'{g} of {s}' for s,g in counts.items())}. "
                               "Split less, or train with `SplitNet` and these splits.")
     return {s: merged_index(counts[s], g)[learned[s]] for s,(_,g) in plan.free.items()}
 
@@ -328,7 +330,7 @@ def _ordinary(model, sample):
 
 @patch
 def split(self:Learner,
-    groups=None, # What is split, as for `SplitNet`: {'layer4': 2, 'fc': 2}, globs, stages; or the group of each unit, as for `split_model`; None: all that was learned
+    groups=None, # What is split, as for `SplitNet`, or the group of each unit, as for `split_model`; None: all learned
     splits=None, # What is split, by name
     classes=None, # As for `split_model`, also by the names in `dls.vocab`; None: the groups that were learned
     sample=None, # Input to trace and to compare with; None: from the loaders
@@ -351,8 +353,10 @@ def split(self:Learner,
             if hasattr(st.holder, 'groups') and 'pin' in st.settings), None)
     old = _ordinary(self.model, sample) if effects(self.model) else root_module(self.model)
     s,new = _make(old, sample, groups, splits, classes, seed, pin)
-    lost = told_loss(s.lost(old), "Train on under `SplitNet` until split_weight is near 0 and split again; or train the branches on." if learns
-                     else "Train the branches on, or learn groups with `SplitNet`.") if learns or has_trained(self) else None
+    lost = None
+    if learns or has_trained(self): lost = told_loss(s.lost(old),
+        "Train on under `SplitNet` until split_weight is near 0 and split again; or train the branches on."
+        if learns else "Train the branches on, or learn groups with `SplitNet`.")
     if lost: warnings.warn(f"split: {lost}")
     self.release()
     self.opt = None # its state is that of other parameters

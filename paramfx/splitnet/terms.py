@@ -1,4 +1,4 @@
-"""How far a layer is from groups of inputs and outputs that do not talk to each other: three numbers with gradients
+"""Three penalties with gradients say how far a layer is from groups of inputs and outputs without connections.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/terms.html.md"""
 
@@ -27,9 +27,9 @@ def root0(x:torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/splitnet/00_terms.ipynb #c2803374
 def check_assignment(p, name='p') -> int: # Number of groups
     "Raise where `p` is no soft assignment [groups, units] of two groups or more"
-    if not torch.is_tensor(p) or not p.is_floating_point() or p.ndim != 2: raise ValueError(
-        f"{name}: a soft assignment is a tensor of floats [groups, units], not "
-        f"{tuple(p.shape) if torch.is_tensor(p) else type(p).__name__}{f' of {p.dtype}' if torch.is_tensor(p) else ''}.")
+    if not torch.is_tensor(p) or not p.is_floating_point() or p.ndim != 2:
+        what = f'{tuple(p.shape)} of {p.dtype}' if torch.is_tensor(p) else type(p).__name__
+        raise ValueError(f"{name}: a soft assignment is a tensor of floats [groups, units], not {what}.")
     if len(p) < 2:
         raise ValueError(f"{name}: {len(p)} group in an assignment of shape {tuple(p.shape)}. Groups "
             "come first, and a split needs two.")
@@ -48,7 +48,7 @@ def check_layer(weight, p, q, layer='weight') -> None:
         f"{q.shape[1]} outputs (q). It has to be [{q.shape[1]}, {p.shape[1]}, ...].")
 
 def scales(shape, n_groups:int) -> tuple: # (rows, columns)
-    "What the sums over inputs and over outputs of a [K, D, ...] weight are multiplied with: 1 in all for undecided groups and plain weights"
+    "Factors of the sums over inputs and outputs of a weight: 1 in all for undecided groups and plain weights"
     k,d = shape[:2]
     n = torch.Size(shape[2:]).numel()
     c = n_groups/(2*(n_groups-1))*(n*d)**.5
@@ -89,7 +89,7 @@ def split_penalties(
 
 # %% ../../nbs/splitnet/00_terms.ipynb #ff687f8f
 def merge_sizes(n_fine:int, n:int) -> list:
-    "How many of `n_fine` groups each of `n` supergroups takes: neighbours, the first ones one more where it does not come out even"
+    "How many of `n_fine` neighbouring groups each of `n` supergroups takes; the first ones one more of the rest"
     if not 1 <= n <= n_fine:
         raise ValueError(f"{n_fine} groups cannot be merged into {n}: groups may only become fewer, "
             "and one is left at least.")
@@ -125,7 +125,7 @@ def split_totals(
     free, # The assignments that are learned, each once: a list or a dict
     layer_weighting:str='weighted' # How the layers' weight terms are averaged: 'weighted' or 'mean'
 ) -> Penalties:
-    "The three terms of a network: those of layers averaged, those of assignments the mean over the ones that are learned"
+    "The three terms of a network: the mean over layers, and for assignments the mean over those that are learned"
     layers,free = list(layers),list(free.values() if isinstance(free, dict) else free)
     if not layers or not free:
         raise ValueError(f"split_totals: {len(layers)} layers and {len(free)} assignments. Give at "

@@ -1,4 +1,4 @@
-"""Which classes belong together, and how wide the branches are that lead to them
+"""Shows which classes belong together, and how wide the branches are that lead to them.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/tree.html.md"""
 
@@ -24,7 +24,7 @@ def _coarse(groups, n, into, levels):
     return groups
 
 def _groups(model):
-    "Space -> (group of each unit, number of groups) as the layers that produce it are split, from the trunk to the classes; and the levels, the finest first"
+    "Space -> (group of each unit, number of groups), from the trunk to the classes; and the levels, the finest first"
     model = root_module(model)
     if '_split' in model.__dict__:
         splits,groups = model._split['splits'],{s: (np.asarray(g), max(g)+1)

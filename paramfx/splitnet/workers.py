@@ -1,4 +1,4 @@
-"""Each branch of a split network in a process of its own, for inference
+"""Runs each branch of a split network in a process of its own, for inference.
 
 Docs: https://paramfx.github.io/paramfx/splitnet/workers.html.md"""
 

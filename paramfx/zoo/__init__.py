@@ -1,4 +1,4 @@
-"""The published experiments' networks by name, what they cost, and what was printed about them
+"""Builds the published networks by name, and tells their cost and the printed results.
 
 Docs: https://paramfx.github.io/paramfx/zoo/names.html.md"""
 
@@ -23,7 +23,8 @@ from ..report.cost import count_macs, n_params
 
 # %% ../../nbs/zoo/01_names.ipynb #3b32bf9f
 _fine = dict(flowers102=102, aircraft=100, cub200=200, dogs=120, mit67=67)
-DATASETS = {'digits': (10,(1,8,8)), 'mnist': (10,(1,28,28)), 'cifar10': (10,(3,32,32)), 'cifar100': (100,(3,32,32)), 'grocery': (81,(3,64,64)),
+DATASETS = {'digits': (10,(1,8,8)), 'mnist': (10,(1,28,28)), 'cifar10': (10,(3,32,32)),
+    'cifar100': (100,(3,32,32)), 'grocery': (81,(3,64,64)),
     **{k: (n,(3,224,224)) for k,n in _fine.items()}, 'imagenet': (1000,(3,224,224)),
     'wikitext2': (13_777,(35,)), 'ptb': (10_000,(35,))}
 _small,_large,_text = ('cifar10','cifar100'),('grocery',*_fine,'imagenet'),('wikitext2','ptb')
@@ -112,7 +113,7 @@ _COUNTS,_FORMS,_FILES = {},{},{}
 def row_counts(
     family:str # Of the table
 ):
-    "Register `f(net, row)`, which counts what the row's form of the network has, and may change `net`, which is on the device meta: dict of `params`, perhaps `macs` and `flops` as printed"
+    "Register `f(net, row)` -> dict of `params`, perhaps `macs` and `flops`; `net`, on the device meta, may be changed"
     return lambda f: _COUNTS.setdefault(family, f)
 
 def row_forms(
@@ -156,7 +157,7 @@ def build(
 def list(
     pattern:str='*' # Shell pattern, such as 'cifar10/*'
 )->'list[str]':
-    "Names of the networks that `build` makes; it reads others by the same rules, such as cifar10/resnet110 or imagenet/<a network of torchvision>"
+    "Names of the networks that `build` makes; it reads others by the same rules, such as cifar10/resnet110"
     names = [f'{d}/{n}' for d in DATASETS for n in _LISTED[d]]
     return fnmatch.filter(names, pattern)
 

@@ -1,4 +1,4 @@
-"""The networks of the published experiments, from standard parts
+"""The networks of the published experiments, made of standard parts.
 
 Docs: https://paramfx.github.io/paramfx/zoo/networks.html.md"""
 
