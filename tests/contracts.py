@@ -101,7 +101,9 @@ def sparse(method, still={}, others={}, name=None, **defaults):
     make = lambda **kw: DynamicSparse(**{**dict(method=method, sparsity=.8), **defaults, **kw})
     shown = {'static': (), 'dsr': ('rewired', 'threshold')}.get(method, ('rewired',))
     return Method(name or method, make, sparse_facts, sparse_check, noop=partial(make, sparsity=0., **still), other=partial(make, sparsity=.5, **others),
-                  moves=method != 'static', coarse=method != 'deepr' and 'compute' not in defaults, compressed='compute' in defaults, shrinks=method == 'granet', dense_state=method == 'snfs', penalty=dict(l1=1e-2), columns=('density', *shown))
+                  moves=method != 'static', coarse=method != 'deepr' and 'compute' not in defaults,
+                  compressed='compute' in defaults, shrinks=method == 'granet', dense_state=method == 'snfs',
+                  penalty=dict(l1=1e-2), columns=('density', *shown))
 
 
 def prune_check(learn, grads=True):
@@ -142,8 +144,10 @@ def slice_check(learn, grads=True):
 def slicing(**defaults):
     "Line of `SliceTrain`; settings that only masks have are left out"
     def make(**kw): return SliceTrain(**{**defaults, **{k: v for k, v in kw.items() if k in ('rates', 'schedule', 'n_random', 'seed')}})
-    return Method('slice_train', make, slice_facts, slice_check, noop=partial(make, rates=(1, .5), schedule='random_max', n_random=0), other=partial(make, rates=(1, .75)),
-                  moves=False, columns=tuple(f'{n}@{r}' for r in (.5, .25) for n in ('valid_loss', 'accuracy')), effect='slice_train', rate='rates', coarse=False, masked=False,
+    return Method('slice_train', make, slice_facts, slice_check,
+        noop=partial(make, rates=(1, .5), schedule='random_max', n_random=0), other=partial(make, rates=(1, .75)),
+                  moves=False, columns=tuple(f'{n}@{r}' for r in (.5, .25) for n in ('valid_loss', 'accuracy')),
+                  effect='slice_train', rate='rates', coarse=False, masked=False,
                   told=r'\(1, 0\.5, 0\.25\) -> \(1, 0\.75\)', refusal='rates', steps=('slice', 'plain'))
 
 
@@ -152,7 +156,8 @@ def slicing(**defaults):
 def split_facts(learn):
     st = effects(learn.model)['split_net']
     held = {k: st.holder.model.get_buffer(k).clone() for k in st.holder.keys()}
-    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values) | held, history=[], masks={}, live=[], epochs=[dict(o) for o in st.history])
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values) | held,
+        history=[], masks={}, live=[], epochs=[dict(o) for o in st.history])
 
 
 def split_check(learn, grads=True):
@@ -167,8 +172,10 @@ def split_check(learn, grads=True):
 def splitting(**defaults):
     "Line of `SplitNet`; settings that only masks have are left out"
     def make(**kw): return SplitNet(**{**defaults, **{k: v for k, v in kw.items() if k in ('splits', 'every', 'seed') or k.startswith('gamma')}})
-    return Method('split_net', make, split_facts, split_check, noop=partial(make, gamma_weight=0., gamma_disjoint=0., gamma_balance=0.), other=partial(make, splits=[5]), moves=False,
-                  columns=('split_weight', 'split_disjoint', 'split_balance', 'split_smallest', 'classes_1', 'classes_2'), effect='split_net', rate='splits', coarse=False, masked=False,
+    return Method('split_net', make, split_facts, split_check,
+        noop=partial(make, gamma_weight=0., gamma_disjoint=0., gamma_balance=0.), other=partial(make, splits=[5]), moves=False,
+                  columns=('split_weight', 'split_disjoint', 'split_balance', 'split_smallest', 'classes_1',
+                  'classes_2'), effect='split_net', rate='splits', coarse=False, masked=False,
                   told=r'\[2\] -> \[5\]', refusal='groups', classes=True)
 
 
@@ -176,7 +183,8 @@ def splitting(**defaults):
 
 def evolve_facts(learn):
     st = effects(learn.model)['knowledge_evolution']
-    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values), history=[], masks={}, live=[], lineage=deepcopy(st.holder.run_state()))
+    return dict(clock={n: getattr(st.clock, n) for n in st.clock.names}, values=dict(st.values),
+        history=[], masks={}, live=[], lineage=deepcopy(st.holder.run_state()))
 
 
 def evolve_check(learn, grads=True):
@@ -194,7 +202,8 @@ def evolve_check(learn, grads=True):
 def evolving(name, **defaults):
     "Line of `KnowledgeEvolution`; settings that only masks have are left out"
     def make(**kw): return KnowledgeEvolution(**{**defaults, **{k: v for k, v in kw.items() if k in ('split_rate', 'seed')}})
-    return Method(name, make, evolve_facts, evolve_check, noop=lambda: KnowledgeEvolution(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'}), other=partial(make, split_rate=.75), moves=False,
+    return Method(name, make, evolve_facts, evolve_check,
+        noop=lambda: KnowledgeEvolution(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'}), other=partial(make, split_rate=.75), moves=False,
                   columns=('generation',) if defaults['policy'] == 'magnitude' else ('generation', 'reset_norm'),
                   effect='knowledge_evolution', rate='split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75', refusal='another policy or split_rate')
 
@@ -219,7 +228,9 @@ def ortho_check(learn, grads=True):
     "The basis is in the network and in the optimizer once"
     owner, user = [m for m in learn.model.modules() if isinstance(m, BasisConv2d)]
     assert user.owner is owner and user.basis is owner.shared and sum(p is owner.shared for p in learn.model.parameters()) == 1
-    if learn.opt is not None: assert sum(p is owner.shared for g in (learn.opt.param_lists if hasattr(learn.opt, 'param_lists') else [g['params'] for g in learn.opt.param_groups]) for p in g) == 1
+    if learn.opt is not None:
+        assert sum(p is owner.shared for g in (learn.opt.param_lists if hasattr(learn.opt, 'param_lists')
+            else [g['params'] for g in learn.opt.param_groups]) for p in g) == 1
 
 
 def ortho(**defaults):
@@ -357,7 +368,8 @@ def same(a, b, where=''):
 
 def footprint(model):
     "Everything an effect could leave behind in a network: attributes, buffers, hooks"
-    def size(v): return sorted(map(str, v)) if isinstance(v, dict) and not all(isinstance(k, int) for k in v) else len(v) if hasattr(v, '__len__') and not torch.is_tensor(v) else type(v).__name__
+    def size(v): return sorted(map(str, v)) if isinstance(v, dict) and not all(isinstance(k, int)
+        for k in v) else len(v) if hasattr(v, '__len__') and not torch.is_tensor(v) else type(v).__name__
     return {n: {k: size(v) for k, v in sorted(vars(m).items())} for n, m in model.named_modules()}
 
 
@@ -366,4 +378,5 @@ def run_record(learn):
     opt = learn.opt.state_dict()
     state = [{k: v for k, v in s.items()} for s in opt['state']] if isinstance(opt['state'], (list, L)) else opt['state']
     rec = learn.recorder
-    return dict(model=snapshot(learn.model), opt=state, values=[list(map(float, v)) for v in rec.values], losses=[float(o) for o in rec.losses], lrs=list(rec.lrs))
+    return dict(model=snapshot(learn.model), opt=state, values=[list(map(float, v)) for v in rec.values],
+        losses=[float(o) for o in rec.losses], lrs=list(rec.lrs))

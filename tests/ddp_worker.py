@@ -30,7 +30,8 @@ def train(m, out):
     with learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, 1e-2)
     learn.save(f'{m.name}_ddp')
     plain = learn.save_plain(f'{m.name}_plain')
-    torch.save(dict(facts=m.facts(learn), checksum=m.on(learn).store.checksum() if m.masked else 0, model=snapshot(learn.model), plain=str(plain)), out/f'{m.name}_{rank}.pt')
+    torch.save(dict(facts=m.facts(learn), checksum=m.on(learn).store.checksum() if m.masked else 0,
+        model=snapshot(learn.model), plain=str(plain)), out/f'{m.name}_{rank}.pt')
     with learn.distrib_ctx(sync_bn=False): learn.fit(1)  # a second context wraps the model anew
     torch.save(m.facts(learn), out/f'{m.name}_{rank}_again.pt')
 

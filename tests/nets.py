@@ -39,7 +39,8 @@ def run(model, xs):
     with torch.no_grad(): return [t for t in tree_leaves(model(*[x.clone() for x in xs])) if torch.is_tensor(t)]
 
 
-KEEPS = {'prefix': lambda n, k, rng: np.arange(k), 'subset': lambda n, k, rng: np.sort(rng.permutation(n)[:k]), 'shuffled': lambda n, k, rng: rng.permutation(n)[:k]}
+KEEPS = {'prefix': lambda n, k, rng: np.arange(k), 'subset': lambda n, k, rng: np.sort(rng.permutation(n)[:k]),
+    'shuffled': lambda n, k, rng: rng.permutation(n)[:k]}
 
 def keep(cmap, kind, seed=0):
     "Half of the units of each space that can be cut, chosen in one of three ways"

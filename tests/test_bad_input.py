@@ -44,9 +44,11 @@ BAD = {
     'granularity': (dict(granularity='channel'), "granularity='channel'", 'kernel'),
     'granularity of wrong pattern': (dict(granularity='4:2', method='static'), "4:2", '0 < n < m'),
     'block of nothing': (dict(granularity='0x4'), "granularity='0x4'", "'RxC'"),
-    'block that does not fit': (dict(granularity='4x4', exclude='0.3'), r"1\.\d\.weight: granularity='4x4': blocks of 4 by 4.*\(10, ", "another granularity.*exclude='1"),
+    'block that does not fit': (dict(granularity='4x4', exclude='0.3'), r"1\.\d\.weight: granularity='4x4': "
+    r"blocks of 4 by 4.*\(10, ", "another granularity.*exclude='1"),
     'mask that cuts through blocks': (dict(init_mask={'0.3.weight': mask().tril()}, granularity='4x4'), r'0\.3\.weight', "granularity='weight'"),
-    'mask of another pattern': (dict(init_mask={'0.3.weight': mask()}, granularity='2:4', method='static'), '0\\.3\\.weight does not keep 2 of each 4', "granularity='weight'"),
+    'mask of another pattern': (dict(init_mask={'0.3.weight': mask()}, granularity='2:4', method='static'),
+    '0\\.3\\.weight does not keep 2 of each 4', "granularity='weight'"),
     'pattern that does not fit': (dict(granularity='3:7', method='static'), r'0\.3\.weight', 'exclude'),
     'distribution': (dict(distribution='er'), "distribution='er'", 'uniform'),
     'init_mask name': (dict(init_mask='magic'), "init_mask='magic'", 'magnitude'),

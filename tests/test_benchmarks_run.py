@@ -45,7 +45,8 @@ def test_deepr_step(tmp_path, monkeypatch):
     assert all(r['ratio'] > 0 and r['target'] == 1.5 and r['met'] in ('yes', 'no') for r in rows)
     assert write_table('t', rows, deepr_step.NOTE, folder=tmp_path).exists()
     published = json.loads((Path(deepr_step.__file__).parent.parent/'results'/'deepr_step.json').read_text())['rows']
-    assert {(r['sparsity'], r['optimizer']) for r in published} == {(s, o) for s in deepr_step.TARGETS for o in deepr_step.OPTS} and all(r['moved'] > 1 for r in published)
+    assert {(r['sparsity'], r['optimizer']) for r in published} == {(s, o) for s in deepr_step.TARGETS
+        for o in deepr_step.OPTS} and all(r['moved'] > 1 for r in published)
 
 
 def test_split_forward(tmp_path, monkeypatch):
@@ -60,7 +61,8 @@ def test_split_forward(tmp_path, monkeypatch):
 def test_split_penalty(tmp_path, monkeypatch):
     toy = dict(splits=[2], net=partial(small_cnn, 4), pixels=32)
     rows = split_penalty.steps(rounds=2, repeats=1, bs=4, **toy)
-    assert [(r['how'], r['target']) for r in rows] == [('plain again', ''), ('every=1', .15), ('every=4', .05)] and all(r['ratio'] > 0 for r in rows) and all(r['share'] > 0 for r in rows[1:])
+    assert [(r['how'], r['target']) for r in rows] == [('plain again', ''), ('every=1', .15),
+        ('every=4', .05)] and all(r['ratio'] > 0 for r in rows) and all(r['share'] > 0 for r in rows[1:])
     forms = split_penalty.formulations(rounds=2, **toy)
     assert [r['how'] for r in forms] == ['matrix products under autograd', 'loops under autograd', 'closed form']
     assert split_penalty.missed([dict(rows[1], share=.2, met='no')]) == ['32 px step, every=1: 0.200, target 0.15']
@@ -73,7 +75,8 @@ def test_split_penalty(tmp_path, monkeypatch):
 
 def test_sparse_files(tmp_path):
     rows = sparse_files.run(['LeNet-300-100'], rounds=1, rates=(.9,))
-    assert [r['values'] for r in rows] == ['float32', 'float16'] and rows[0]['gzip'] > rows[0]['over_bound'] and not [m for m in sparse_files.missed(rows) if ' s (' not in m]
+    assert [r['values'] for r in rows] == ['float32', 'float16'] and rows[0]['gzip'] > rows[0][
+        'over_bound'] and not [m for m in sparse_files.missed(rows) if ' s (' not in m]
     assert sparse_files.missed([dict(rows[0], over_bound=1.06, save_s=3., load_layers=2.)])[1].endswith('(save_s), target 2.0')
     assert write_table('t', rows, sparse_files.NOTE, folder=tmp_path).exists()
     published = json.loads((Path(sparse_files.__file__).parent.parent/'results'/'sparse_files.json').read_text())['rows']
@@ -83,7 +86,8 @@ def test_sparse_files(tmp_path):
 def test_csr_infer(tmp_path, monkeypatch):
     for k, v in dict(TARGETS={.9: {1: .01, 32: 99.}}, BLOCKS=(16,), CONVS=((32, 48, 6, 2),)).items(): monkeypatch.setattr(csr_infer, k, v)
     rows = csr_infer.run(rounds=2, n=128)
-    assert [r['format'] for r in rows] == ['csr', 'csr', *['csr', 'bsr 8x8', 'bsr 16x16']*3, 'csr', 'csr', 'csr', 'csr'] and all(r.get('ratio', 1) > 0 for r in rows)
+    assert [r['format'] for r in rows] == ['csr', 'csr', *['csr', 'bsr 8x8', 'bsr 16x16']*3, 'csr',
+        'csr', 'csr', 'csr'] and all(r.get('ratio', 1) > 0 for r in rows)
     assert len(csr_infer.missed(rows)) == 1 and '0.9, 1 items' in csr_infer.missed(rows)[0] and all(0 < r['break_even'] < 1 for r in rows[-3:])
     assert write_table('t', rows, csr_infer.NOTE, folder=tmp_path).exists()
 
@@ -197,10 +201,12 @@ def test_mnist_table_cell_by_cell(tmp_path, short):
     file = go(seeds=2, only=['dense', 'static', 'pruned', 'dsr', 'set'])
     runs = mnist_table.read(tmp_path)
     assert [r for r in runs if r['method'] == 'pruned' and r['seed'] == 0] == first  # not run again
-    assert len(runs) == 2 + 4*3 and {r['live'] for r in runs} == {266_200, 5324, 26_620} and all(r['epochs'] == (3 if r['method'] == 'pruned' else 2) for r in runs)
+    assert len(runs) == 2 + 4*3 and {r['live'] for r in runs} == {266_200, 5324, 26_620} and all(r['epochs']
+        == (3 if r['method'] == 'pruned' else 2) for r in runs)
     assert len(list((tmp_path/'nets').iterdir())) == 2
     table = json.loads((tmp_path/'mnist_table.json').read_text())
-    assert [(r['method'], r['seeds']) for r in table['rows'] if r['sparsity'] in (0, .98)] == [('dense', 2), ('static', 2), ('set', 2), ('dsr', 2), ('pruned', 2)]
+    assert [(r['method'], r['seeds']) for r in table['rows'] if r['sparsity'] in (0, .98)] == [('dense', 2),
+        ('static', 2), ('set', 2), ('dsr', 2), ('pruned', 2)]
     assert table['machine']['torch'] and 'verdict' in file.read_text()
     n = len(said)
     go(seeds=2, only=['dense', 'static', 'pruned', 'dsr', 'set'])
@@ -224,6 +230,7 @@ def test_mnist_table_order_and_verdicts():
     assert mnist_table.cells(1, ['set'])[:2] == [('set', .98, 0), ('set', .95, 0)]
     with pytest.raises(ValueError, match="'snip'"): mnist_table.cells(1, ['snip'])
     v = mnist_table.verdict
-    assert [v(98.4, 98.1, None), v(98.41, 98.1, None), v(97.8, 98.1, None), v(97.7, 98.1, .1), v(97.7, 98.1, .2)] == ['within', 'better', 'within', 'below', 'within']
+    assert [v(98.4, 98.1, None), v(98.41, 98.1, None), v(97.8, 98.1, None), v(97.7, 98.1, .1),
+        v(97.7, 98.1, .2)] == ['within', 'better', 'within', 'below', 'within']
     p = mnist_table.printed()
     assert p['dsr', .98] == (98.14, None) and p['dense', 0.] == (98.69, None) and len(p) == 31

@@ -478,7 +478,8 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize('run,at', [('one cycle', 2*N_STEPS+4), ('one cycle', N_STEPS+1), ('fine_tune', N_STEPS+3), ('fine_tune', 2*N_STEPS+3), ('fine_tune', 4*N_STEPS+5)])
+@pytest.mark.parametrize('run,at', [('one cycle', 2*N_STEPS+4), ('one cycle', N_STEPS+1),
+    ('fine_tune', N_STEPS+3), ('fine_tune', 2*N_STEPS+3), ('fine_tune', 4*N_STEPS+5)])
 def test_resumed_run_is_the_uninterrupted_one(m, mk, whole, run, at):
     f, n = RUNS[run]
     a = dropout_run(mk, m)
@@ -930,7 +931,8 @@ def test_tabular(m, tmp_path):
     r = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=r.normal(size=128), b=r.normal(size=128), c=r.choice(list('xyz'), 128)))
     df['y'] = ((df.a+df.b > 0) ^ (df.c == 'x')).astype(str)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['a', 'b'], y_names='y', y_block=CategoryBlock, bs=32, num_workers=0)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['a', 'b'],
+        y_names='y', y_block=CategoryBlock, bs=32, num_workers=0)
     learn = tabular_learner(dls, layers=[32, 16], n_out=2, path=tmp_path, cbs=[m.make(sparsity=.5), Probe(m)])
     quiet(learn)
     learn.lr_find(num_it=6, show_plot=False)
@@ -983,9 +985,12 @@ NETS = {
     'lstm': (lambda: net_on_rows(lambda: nn.LSTM(8, 16, batch_first=True), lambda c, x: c(x)[0]), {'core.weight_ih_l0', 'core.weight_hh_l0', 'head.weight'}),
     'gru both ways': (lambda: net_on_rows(lambda: nn.GRU(8, 8, bidirectional=True, batch_first=True), lambda c, x: c(x)[0]), {'core.weight_hh_l0_reverse'}),
     'attention': (lambda: net_on_rows(Attend, lambda c, x: c(x)), {'core.att.in_proj_weight', 'core.att.out_proj.weight', 'core.up.weight'}),
-    'transposed': (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(512, 10)), {'2.weight', '4.weight'}),
-    'one dimension': (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv1d(8, 8, 5, stride=2), nn.Flatten(), nn.Linear(104, 10)), {'3.weight', '5.weight'}),
-    'depthwise': (lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(256, 10)), {'1.weight', '2.weight'}),
+    'transposed': (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 8, 3, groups=2),
+    nn.Flatten(), nn.Linear(512, 10)), {'2.weight', '4.weight'}),
+    'one dimension': (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 8, 5, stride=2), nn.ReLU(),
+    nn.Conv1d(8, 8, 5, stride=2), nn.Flatten(), nn.Linear(104, 10)), {'3.weight', '5.weight'}),
+    'depthwise': (lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3, groups=16),
+    nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(256, 10)), {'1.weight', '2.weight'}),
     'channels last': (lambda: small_net().to(memory_format=torch.channels_last), {'0.3.weight', '1.2.weight'}),
     'tied': (Tied, {'a.weight', 'head.weight'}),
     'half': (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(torch.bfloat16), {'1.weight', '3.weight'}),

@@ -34,7 +34,8 @@ class Feed(Callback):
     def after_step(self): getattr(self.average, 'update_parameters', getattr(self.average, 'update', None))(self.learn.model)
 
 
-AVERAGES = dict(swa=AveragedModel, ema=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(.9)), v3=lambda m: ModelEmaV3(m, decay=.9), v3_loop=lambda m: ModelEmaV3(m, decay=.9, foreach=False))
+AVERAGES = dict(swa=AveragedModel, ema=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(.9)),
+    v3=lambda m: ModelEmaV3(m, decay=.9), v3_loop=lambda m: ModelEmaV3(m, decay=.9, foreach=False))
 UNION = dict(ema_buffers=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(.9), use_buffers=True), v2=lambda m: ModelEmaV2(m, decay=.9))
 
 
@@ -72,7 +73,8 @@ def test_an_average_is_within_the_budget(method, kind, tmp_path):
     assert torch.equal(load_recipe(save_recipe(m, tmp_path/'r.pth'), net()).eval()(X), y)
 
 
-@pytest.mark.parametrize('first', (lambda m, f: m.state_dict(), lambda m, f: save_sparse(m, f/'a.safetensors'), lambda m, f: update_bn([X], AveragedModel(m)), lambda m, f: save_recipe(m, f/'a.pth')))
+@pytest.mark.parametrize('first', (lambda m, f: m.state_dict(), lambda m, f: save_sparse(m, f/'a.safetensors'),
+    lambda m, f: update_bn([X], AveragedModel(m)), lambda m, f: save_recipe(m, f/'a.pth')))
 def test_whatever_reads_it_first_masks_it(first, tmp_path):
     m = fed(learner(), AveragedModel).module
     assert outside(m) or held(m).items[0].late

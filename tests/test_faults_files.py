@@ -97,18 +97,22 @@ def test_file_that_does_not_tell(how, kind, tmp_path):
     if again is None: pytest.skip('it fits')
     learn = change(new(tmp_path))
     state = dict(learn.model.state_dict())
-    torch.save(state if kind == 'weights of torch' else dict(model=state, opt=None), tmp_path/'models'/'it.pth') if (tmp_path/'models').mkdir(exist_ok=True) is None else None
+    torch.save(state if kind == 'weights of torch' else dict(model=state, opt=None),
+        tmp_path/'models'/'it.pth') if (tmp_path/'models').mkdir(exist_ok=True) is None else None
     other = new(tmp_path, seed=3)
-    with pytest.raises(ValueError, match='The file does not tell how its network was changed.*do the same to the network as it was built, then load') as e: other.load('it')
+    with pytest.raises(ValueError, match='The file does not tell how its network was changed.*do the same to the network as it was built, then load') as e:
+        other.load('it')
     assert 'after' not in str(e.value)
-    with pytest.raises(ValueError, match='no file of `save_recipe`, but a file of .*`learn.load.*does not tell how'): load_recipe(tmp_path/'models'/'it.pth', net())
+    with pytest.raises(ValueError, match='no file of `save_recipe`, but a file of .*`learn.load.*does not tell how'):
+        load_recipe(tmp_path/'models'/'it.pth', net())
 
 
 def test_changed_in_another_way(tmp_path):
     new(tmp_path).share_bases(**SHARED).save('it')
     learn = new(tmp_path).tie(.5)
     state, facts = snapshot(learn.model), [dict(s.values) for s in effects(learn.model).values()]
-    with pytest.raises(ValueError, match=r'after `share_bases` .*, and this one is after `tie`.*`learn.share_bases\(...\)`\), then load, or begin with `load_recipe'): learn.load('it')
+    with pytest.raises(ValueError, match=r'after `share_bases` .*, and this one is after '
+        r'`tie`.*`learn.share_bases\(...\)`\), then load, or begin with `load_recipe'): learn.load('it')
     assert not same(snapshot(learn.model), state) and [dict(s.values) for s in effects(learn.model).values()] == facts
 
 
@@ -196,7 +200,8 @@ from fastai.basics import *
 from fastai.test_utils import synth_dbunch
 w = json.loads({widths!r})
 conv = lambda i, **kw: nn.Conv2d(w[f'0.{{i}}.weight'][1], w[f'0.{{i}}.weight'][0], 3, padding=1, **kw)
-body = nn.Sequential(conv(0), nn.BatchNorm2d(w['0.1.weight'][0]), nn.ReLU(), conv(3, stride=2), nn.BatchNorm2d(w['0.4.weight'][0]), nn.ReLU(), conv(6), nn.ReLU(), conv(8), nn.ReLU())
+body = nn.Sequential(conv(0), nn.BatchNorm2d(w['0.1.weight'][0]), nn.ReLU(),
+        conv(3, stride=2), nn.BatchNorm2d(w['0.4.weight'][0]), nn.ReLU(), conv(6), nn.ReLU(), conv(8), nn.ReLU())
 net = nn.Sequential(body, nn.Sequential(nn.Flatten(), nn.Dropout(0), nn.Linear(*w['1.2.weight'][::-1]), nn.ReLU(), nn.Linear(*w['1.4.weight'][::-1])))
 net.load_state_dict(torch.load({str(tmp_path/'models'/'bare.pth')!r}, weights_only=True))
 learn = Learner(synth_dbunch(), net, path={str(tmp_path)!r}, loss_func=nn.MSELoss(), splitter=lambda m: [params(m[0]), params(m[1])])

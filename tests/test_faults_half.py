@@ -43,7 +43,8 @@ def test_live_sparse_layers_in_half_precision_are_named(dtype, tmp_path):
     y = model(X)
     for m in (model, deepcopy(model), pickle.loads(pickle.dumps(model)), load_recipe(save_recipe(model, tmp_path/'r.pth'), net())):
         m.to(dtype)
-        with pytest.raises(TypeError, match=rf'^0: there are no sparse kernels for {str(dtype)[6:]}.*`model = materialize\(model\.float\(\), x\)') as e: m(X.to(dtype))
+        with pytest.raises(TypeError, match=rf'^0: there are no sparse kernels for {str(dtype)[6:]}.*`model = materialize\(model\.float\(\), x\)') as e:
+            m(X.to(dtype))
         new = pasted(str(e.value), model=m, x=X)['model']
         assert type(new[0]) is nn.Linear and new[0].weight.dtype == dtype
         assert torch.allclose(new(X.to(dtype)).float(), y, atol=.05)
@@ -80,7 +81,8 @@ def test_autocast_computes_in_the_type_of_the_values():
     assert torch.allclose(learn.model(X.double()).float(), y, atol=.05)
 
 
-def convs(): return nn.Sequential(nn.Conv2d(3, 8, 3), *[nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(3)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+def convs(): return nn.Sequential(nn.Conv2d(3, 8, 3), *[nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    for _ in range(3)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
 
 def tied():
@@ -100,7 +102,8 @@ def test_no_weight_is_put_in_the_place_of_a_computed_one(make):
     model = make()
     name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, paramfx.core.optimizers.ComputedWeight))
     w, keys = layer.weight.detach().clone(), [*model.state_dict()]
-    for put in (lambda: setattr(layer, 'weight', nn.Parameter(w)), lambda: setattr(layer, 'weight', w), lambda: layer.register_parameter('weight', nn.Parameter(w))):
+    for put in (lambda: setattr(layer, 'weight', nn.Parameter(w)), lambda: setattr(layer, 'weight', w),
+        lambda: layer.register_parameter('weight', nn.Parameter(w))):
         with pytest.raises(TypeError, match=r'weight is calculated .* `model = materialize\(model, x\)`') as e: put()
         assert torch.equal(layer.weight, w) and keys == [*model.state_dict()]
     if not isinstance(model[0], nn.Conv2d): assert str(e.value).startswith(f'{name}:')
@@ -121,7 +124,8 @@ def test_with_torchao():
         warnings.simplefilter('ignore')
         quantization = pytest.importorskip('torchao.quantization', reason='torchao is not installed')
     model = live().model
-    with pytest.raises(TypeError, match=r'^0: its weight is calculated .* `model = materialize\(model, x\)`') as e: quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(TypeError, match=r'^0: its weight is calculated .* `model = materialize\(model, x\)`') as e:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     new = pasted(str(e.value), model=model, x=X)['model']
     y = new.eval()(X)
     quantization.quantize_(new, quantization.Int8WeightOnlyConfig())

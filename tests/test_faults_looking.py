@@ -10,7 +10,10 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner
 from torch import nn
 
-from paramfx.all import DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, cost, extract_slim, kels_masks, masked_model, materialize, share_bases, slice_model, split_model, split_plan, tensor_dls, tie_weights, trace_channels
+from paramfx.all import (
+    DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, cost, extract_slim, kels_masks,
+    masked_model, materialize, share_bases, slice_model, split_model, split_plan, tensor_dls, tie_weights,
+    trace_channels)
 from paramfx.core.forward import copy_model
 from paramfx.report.cost import layer_macs
 from paramfx.slicing.slice import plan_slices
@@ -229,7 +232,8 @@ LOOKS = {
     'learn.plan refused': lambda m, x, learn: learn.plan(DynamicSparse(.5, include='nothing')),
     'snip': lambda m, x, learn: _snip(m, x, learn),
 } | {f'learn.plan {k}': lambda m, x, learn, k=k: learn.plan(DynamicSparse(.5, method=k)) for k in ('set', 'rigl', 'static')} | {
-    f'learn.plan {k}': lambda m, x, learn, k=k: learn.plan(KnowledgeEvolution(policy=k, generations=2)) for k in ('kels', 'wels', 'llf', 'lw', 'magnitude', 'snip')}
+    f'learn.plan {k}': lambda m, x, learn, k=k: learn.plan(KnowledgeEvolution(policy=k, generations=2))
+    for k in ('kels', 'wels', 'llf', 'lw', 'magnitude', 'snip')}
 
 
 def _snip(m, x, learn):

@@ -9,7 +9,9 @@ from fastai.basics import Learner, accuracy, set_seed
 from fastai.callback.schedule import *  # noqa: F403  fit_one_cycle, fine_tune, lr_find
 from torch import nn
 
-from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, OrthoReg, SliceTrain, SplitNet, at_rate, effects, masked_model, materialize, set_rate, slice_model, split_model, tensor_dls
+from paramfx.all import (
+    DynamicSparse, IterativePrune, KnowledgeEvolution, OrthoReg, SliceTrain, SplitNet, at_rate, effects,
+    masked_model, materialize, set_rate, slice_model, split_model, tensor_dls)
 from paramfx.core.samples import sample_batch
 from paramfx.core.forward import copy_model
 
@@ -24,7 +26,8 @@ def few_dls(n=96, valid=32):
     "Stripes along one of two axes, of one of two widths, and some noise"
     x, y = torch.randn(n+valid, 1, 8, 8, generator=torch.Generator().manual_seed(0))*.5, torch.arange(n+valid)%4
     wave = torch.sin(torch.arange(8)*1.5)*2
-    for i, k in enumerate(y): x[i, 0] += (wave if k < 2 else wave.sign()*(torch.arange(8) % 4 < 2))[None if k%2 else slice(None), None if not k%2 else slice(None)]
+    for i, k in enumerate(y):
+        x[i, 0] += (wave if k < 2 else wave.sign()*(torch.arange(8) % 4 < 2))[None if k%2 else slice(None), None if not k%2 else slice(None)]
     return tensor_dls(x[:n], y[:n], x[n:], y[n:], bs=32)
 
 
@@ -364,7 +367,8 @@ def test_what_is_cut_out_is_what_began_anew(name):
 def test_an_evolution_that_cannot_go_on_is_refused_before_it_trains(policy, tmp_path):
     learn = learner(path=tmp_path)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    with pytest.raises(ValueError, match="weight: under dynamic_sparse .* compute='dense'"): learn.evolve(2, 1, policy=policy, cbs=DynamicSparse(.5, compute='csr'))
+    with pytest.raises(ValueError, match="weight: under dynamic_sparse .* compute='dense'"):
+        learn.evolve(2, 1, policy=policy, cbs=DynamicSparse(.5, compute='csr'))
     assert learn.opt is None and not effects(learn.model) and not [*tmp_path.rglob('*.pth')]
     assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in before.items()) and 'dynamic_sparse' not in learn.__dict__
     with warnings.catch_warnings():

@@ -92,8 +92,10 @@ def test_plans_of_weights_list_every_matrix(name):
     model, x = Mixed().eval(), torch.randn(2, 8, 8)
     rows = PLANS[name](model, x)
     assert sizes(rows) == held(model)
-    for n, what in (('times.w', 'Times'), ('gpt.weight', 'Conv1D'), ('raw_conv.k', 'Kernels'), ('pos', 'Mixed')): assert f'a parameter of {what}, which is no known' in note(rows, n)
-    assert note(rows, 'emb') == 'an embedding' and 'shared with the embedding emb' in note(rows, 'dec') and 'norm' in note(rows, 'norm') and 'parametrized' in note(rows, 'par')
+    for n, what in (('times.w', 'Times'), ('gpt.weight', 'Conv1D'), ('raw_conv.k', 'Kernels'), ('pos', 'Mixed')):
+        assert f'a parameter of {what}, which is no known' in note(rows, n)
+    assert note(rows, 'emb') == 'an embedding' and 'shared with the embedding emb' in note(
+        rows, 'dec') and 'norm' in note(rows, 'norm') and 'parametrized' in note(rows, 'par')
     assert not [n for n in told(rows) if 'in_proj' in n and told(rows)[n] and 'only Linear' not in told(rows)[n]]
 
 
@@ -141,7 +143,8 @@ def test_plan_of_bases_lists_every_matrix():
     assert 'Kernels' in note(rows, '2.k') and note(rows, '5.weight') == 'Linear: only convolutions share filters'
 
 
-@pytest.mark.parametrize('cb', [lambda: DynamicSparse(.5), lambda: IterativePrune(.5), lambda: KnowledgeEvolution('wels'), lambda: KnowledgeEvolution(LLF('dec')), 'tie'])
+@pytest.mark.parametrize('cb', [lambda: DynamicSparse(.5), lambda: IterativePrune(.5),
+    lambda: KnowledgeEvolution('wels'), lambda: KnowledgeEvolution(LLF('dec')), 'tie'])
 def test_a_learner_lists_them_too(tmp_path, cb):
     learn = build(tmp_path, model=Mixed, dls=lambda: tiny_dls(n=32, n_valid=16, bs=16))
     for n, p in list(learn.model.named_modules()):
@@ -159,15 +162,19 @@ def test_large_unknown_parts_are_told_of():
 
 
 @pytest.mark.parametrize('spec,text', [
-    ('3', r"'3' is of class Times, and none of its matrices can be taken: 3.w \(12x24\) is a parameter of Times"), ('3.w', r"called '3.w'.*3.w \(12x24\) is a parameter of Times"),
-    ('0.weight', "'0.weight' is a parameter: name its layer, '0'"), ('0.bias', r"'0.bias' is a parameter of shape \[12\]"), ('1', "'1' is of class ReLU and holds no matrix"),
+    ('3', r"'3' is of class Times, and none of its matrices can be taken: 3.w \(12x24\) is a parameter "
+    r"of Times"), ('3.w', r"called '3.w'.*3.w \(12x24\) is a parameter of Times"),
+    ('0.weight', "'0.weight' is a parameter: name its layer, '0'"),
+    ('0.bias', r"'0.bias' is a parameter of shape \[12\]"), ('1', "'1' is of class ReLU and holds no matrix"),
     ('*.w', 'a parameter of Times'), ('nothing', "No layer is called 'nothing'")])
 def test_include_names_something_else(spec, text):
-    for f in (lambda: pick_layers(small(), spec), lambda: sparsify(small(), include=[spec]), lambda: tie_weights(small(), include=spec), lambda: wels_masks(small(), {spec: .5})):
+    for f in (lambda: pick_layers(small(), spec), lambda: sparsify(small(), include=[spec]),
+        lambda: tie_weights(small(), include=spec), lambda: wels_masks(small(), {spec: .5})):
         with pytest.raises(ValueError, match=text): f()
     model = small()
     with pytest.raises(ValueError, match="'3' is of class Times"): pick_layers(model, model[3])
-    with pytest.raises(ValueError, match=r"'0' is of class Embedding.*0.weight \(5x6\) is an embedding"): pick_layers(nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 2)), '0')
+    with pytest.raises(ValueError, match=r"'0' is of class Embedding.*0.weight \(5x6\) is an embedding"):
+        pick_layers(nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 2)), '0')
 
 
 def language_model(linear=False):
@@ -193,7 +200,8 @@ def test_embeddings_are_drawn_anew_only_for_who_asks():
     only = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 12)) # an embedding that nothing shares
     assert list(wels_masks(only)) == ['1.weight'] and not wels_masks(only, {'0': .5})['0.weight'].all()
     model = language_model(True)
-    for masks in (wels_masks(model), Magnitude(.5)(model, x, 1), LLF('3')(model, x, 1), wels_masks(model, {'*': .5})): assert masks['0.weight'].all() and not masks['3.weight'].all()
+    for masks in (wels_masks(model), Magnitude(.5)(model, x, 1), LLF('3')(model, x, 1), wels_masks(model, {'*': .5})):
+        assert masks['0.weight'].all() and not masks['3.weight'].all()
     with pytest.raises(ValueError, match=r"policy=LLF\('5'\)"): Head()(model, x, 1)
     assert not LLF('5')(model, x, 1)['0.weight'].any() and not LLF('fc')(model, x, 1)['0.weight'].any()
 
@@ -265,7 +273,8 @@ def test_every_way_to_less_channels(tmp_path):
 
 def test_torchvision_follows():
     from torchvision import models as tv
-    for make, names in ((tv.resnet18, ['inplanes']), (tv.mobilenet_v2, ['last_channel', 'features.1.out_channels']), (tv.squeezenet1_0, ['features.3.inplanes'])):
+    for make, names in ((tv.resnet18, ['inplanes']),
+        (tv.mobilenet_v2, ['last_channel', 'features.1.out_channels']), (tv.squeezenet1_0, ['features.3.inplanes'])):
         model, x = make(weights=None).eval(), torch.randn(1, 3, 64, 64)
         with warnings.catch_warnings():
             warnings.filterwarnings('error', '.*width of before')

@@ -27,7 +27,8 @@ def same(a, b):
     return a == b
 
 
-DATA = dict(data=np.arange(24, dtype=np.uint8).reshape(2, 12), other=[np.zeros((2, 3), order='F'), np.array(3.), np.array(['ab', 'c']), np.arange(3, dtype='>i4')],
+DATA = dict(data=np.arange(24, dtype=np.uint8).reshape(2, 12),
+    other=[np.zeros((2, 3), order='F'), np.array(3.), np.array(['ab', 'c']), np.arange(3, dtype='>i4')],
             labels=[1, 2, 3], names=('a', 'é'), raw=b'\x00\xff', nothing=None, number=np.float64(.5), whole=np.int64(-3), flag=True)
 
 
@@ -42,14 +43,17 @@ def test_plain_data_are_read(tmp_path, protocol):
 def test_the_published_form_is_read(tmp_path):
     "Python 2, protocol 2, NumPy 1: strings of bytes in the place of text, as in the archives of CIFAR"
     fn, raw = tmp_path/'data_batch_1', bytes(range(200, 206))
-    fn.write_bytes(b'\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x02K\x03\x86'
-                   b'cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06' + raw + b'tbU\x06labelsq\x08]q\x09(K\x03K\x01eu.')
+    fn.write_bytes(
+        b'\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x02K\x03\x86'
+                   b'cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06'
+                   + raw + b'tbU\x06labelsq\x08]q\x09(K\x03K\x01eu.')
     assert same(dict(data=np.frombuffer(raw, np.uint8).reshape(2, 3), labels=[3, 1]), read_pickle(fn))
     assert same(pickle.loads(fn.read_bytes(), encoding='latin1'), read_pickle(fn))
 
 
 @pytest.mark.parametrize('what,name', [
-    (Runs(os.system, 'touch was_run'), f'{os.name}.system'), (Runs(eval, "open('was_run', 'w')"), 'builtins.eval'), (Runs(getattr, 'a', 'b'), 'builtins.getattr'),
+    (Runs(os.system, 'touch was_run'), f'{os.name}.system'),
+    (Runs(eval, "open('was_run', 'w')"), 'builtins.eval'), (Runs(getattr, 'a', 'b'), 'builtins.getattr'),
     (OrderedDict(a=1), 'collections.OrderedDict'), (Path('a'), 'pathlib')])
 def test_nothing_else_is_built(tmp_path, monkeypatch, what, name):
     monkeypatch.chdir(tmp_path)
@@ -97,7 +101,8 @@ def calls(tree):
 def test_no_reader_runs_what_it_reads(file):
     "No module reads in a way that may run code: see the table in the notebook on loading"
     for name, kw in calls(ast.parse(file.read_text(encoding='utf8'))):
-        assert name not in ('pickle.load', 'pickle.loads', 'cloudpickle.load', 'cloudpickle.loads', 'load_learner', 'yaml.load', 'yaml.unsafe_load', 'eval', 'exec', 'joblib.load',
+        assert name not in ('pickle.load', 'pickle.loads', 'cloudpickle.load', 'cloudpickle.loads',
+            'load_learner', 'yaml.load', 'yaml.unsafe_load', 'eval', 'exec', 'joblib.load',
                             'torch.jit.load', 'torch.package.PackageImporter', 'pd.read_pickle', 'marshal.loads', 'dill.load'), f'{name} in {file.name}'
         if name == 'torch.load': assert kw.get('weights_only') == 'True', f'torch.load without weights_only=True in {file.name}'
         if name in ('np.load', 'numpy.load'): assert kw.get('allow_pickle', 'False') == 'False'

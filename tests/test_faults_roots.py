@@ -21,9 +21,12 @@ TINY = torch.finfo(torch.float32).tiny
 def wrapped(cls, **kw): return lambda params, lr=1e-2, **_: OptimWrapper(params, cls, lr=lr, **kw)
 
 
-OPTS = dict(adam=Adam, radam=RAdam, lamb=Lamb, qhadam=QHAdam, rmsprop=RMSProp, larc=Larc, sgd=partial(SGD, mom=.9), lookahead=lambda *a, **kw: Lookahead(Adam(*a, **kw)),
-            t_adamw=wrapped(torch.optim.AdamW), t_adam=wrapped(torch.optim.Adam), t_amsgrad=wrapped(torch.optim.AdamW, amsgrad=True), t_radam=wrapped(torch.optim.RAdam), t_nadam=wrapped(torch.optim.NAdam),
-            t_rmsprop=wrapped(torch.optim.RMSprop), t_centered=wrapped(torch.optim.RMSprop, centered=True, momentum=.9), t_adagrad=wrapped(torch.optim.Adagrad), t_sgd=wrapped(torch.optim.SGD, momentum=.9))
+OPTS = dict(adam=Adam, radam=RAdam, lamb=Lamb, qhadam=QHAdam, rmsprop=RMSProp, larc=Larc,
+    sgd=partial(SGD, mom=.9), lookahead=lambda *a, **kw: Lookahead(Adam(*a, **kw)),
+            t_adamw=wrapped(torch.optim.AdamW), t_adam=wrapped(torch.optim.Adam),
+            t_amsgrad=wrapped(torch.optim.AdamW, amsgrad=True), t_radam=wrapped(torch.optim.RAdam), t_nadam=wrapped(torch.optim.NAdam),
+            t_rmsprop=wrapped(torch.optim.RMSprop), t_centered=wrapped(torch.optim.RMSprop, centered=True,
+            momentum=.9), t_adagrad=wrapped(torch.optim.Adagrad), t_sgd=wrapped(torch.optim.SGD, momentum=.9))
 
 
 def learner(opt_func, *cbs, width=40):
@@ -56,7 +59,8 @@ def one_step(learn):
     return r
 
 
-METHODS = dict(static=lambda **kw: DynamicSparse(.9, method='static', include='*', **kw), set=lambda **kw: DynamicSparse(.9, method='set', period=3, include='*', **kw),
+METHODS = dict(static=lambda **kw: DynamicSparse(.9, method='static', include='*', **kw),
+    set=lambda **kw: DynamicSparse(.9, method='set', period=3, include='*', **kw),
                prune=lambda **kw: IterativePrune(.9, n_prunes=2, include='*', **kw))
 
 
@@ -66,7 +70,8 @@ def test_no_root_of_what_is_next_to_nothing(opt, state):
     if state == 'keep' and opt == 'lookahead': pytest.skip('as adam')
     for make in METHODS.values() if opt in ('adam', 't_adamw') else [METHODS['set']]:
         learn = fit(learner(OPTS[opt], make(state=state)))
-        rooted = [v for p in learn.model.parameters() for k, v in opt_state(learn.opt, p).items() if k in ('sqr_avg', 'exp_avg_sq', 'square_avg', 'sum', 'max_exp_avg_sq')]
+        rooted = [v for p in learn.model.parameters() for k, v in opt_state(learn.opt, p).items()
+            if k in ('sqr_avg', 'exp_avg_sq', 'square_avg', 'sum', 'max_exp_avg_sq')]
         assert all(type(v) is torch.Tensor for v in rooted)
         for v in rooted:
             if v.ndim > 1: v[:, ::2].fill_(7e-44); v[:, 1::4].zero_()
@@ -80,7 +85,8 @@ def test_no_root_of_what_is_next_to_nothing(opt, state):
 def test_live_weights_stay_the_same_to_the_bit(opt, state, monkeypatch):
     def run():
         learn = fit(learner(OPTS[opt], METHODS['set'](state=state)), 3)
-        return [p.detach().clone() for p in learn.model.parameters()] + [v.clone() for p in learn.model.parameters() for v in opt_state(learn.opt, p).values() if torch.is_tensor(v)]
+        return [p.detach().clone() for p in learn.model.parameters()] + [v.clone()
+            for p in learn.model.parameters() for v in opt_state(learn.opt, p).values() if torch.is_tensor(v)]
     new = run()
     monkeypatch.setattr(paramfx.sparse.sparsify, 'spare_roots', lambda opt: None)
     monkeypatch.setattr(paramfx.masks.store.MaskStore, 'fade_', lambda self, opt: None)

@@ -7,7 +7,10 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
 from torch import nn
 
-from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, SliceTrain, SplitNet, check_same, cost, cut_dead, materialize, save_recipe, save_sparse, share_bases, slice_model, sparsify, split_model, tensor_dls, tie_weights, trace_channels
+from paramfx.all import (
+    DynamicSparse, IterativePrune, KnowledgeEvolution, SliceTrain, SplitNet, check_same, cost, cut_dead,
+    materialize, save_recipe, save_sparse, share_bases, slice_model, sparsify, split_model, tensor_dls,
+    tie_weights, trace_channels)
 from paramfx.sparse.sparsify import plan_masks
 from paramfx.kernels.timing import sparse_infer
 
@@ -16,11 +19,13 @@ X, Y = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), tor
 
 def convs(device=None):
     kw = dict(device=device)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, **kw), nn.BatchNorm2d(8, **kw), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, **kw), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, **kw), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, **kw), nn.BatchNorm2d(8, **kw), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, **kw), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, **kw), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4, **kw))
 
 
-def learner(model=None, n_valid=8, **kw): return Learner(tensor_dls(X, Y, X[:n_valid], Y[:n_valid], bs=8, device='cpu'), model or convs(), loss_func=CrossEntropyLossFlat(), **kw)
+def learner(model=None, n_valid=8, **kw):
+    return Learner(tensor_dls(X, Y, X[:n_valid], Y[:n_valid], bs=8, device='cpu'), model or convs(), loss_func=CrossEntropyLossFlat(), **kw)
 
 
 def fit(learn, *cbs, n=2):
@@ -42,7 +47,8 @@ def test_a_validation_set_may_be_empty(x, normalize):
     with pytest.raises(ValueError, match='no training item'): tensor_dls(x[:0], Y[:0], x, Y, bs=8, device='cpu')
 
 
-@pytest.mark.parametrize('make', (lambda: DynamicSparse(.5, method='set', period=1), lambda: IterativePrune(.5), lambda: SliceTrain(), lambda: SplitNet({'9': 2}), lambda: KnowledgeEvolution()))
+@pytest.mark.parametrize('make', (lambda: DynamicSparse(.5, method='set', period=1), lambda: IterativePrune(.5),
+    lambda: SliceTrain(), lambda: SplitNet({'9': 2}), lambda: KnowledgeEvolution()))
 def test_methods_train_without_a_validation_set(make):
     learn = fit(learner(n_valid=0, metrics=accuracy), make())
     assert all(v[1] is None for v in learn.recorder.values) and learn.recorder.values[-1][0] is not None
@@ -51,11 +57,16 @@ def test_methods_train_without_a_validation_set(make):
 
 # -- no values
 
-META = dict(sparsify=lambda m, x, f: sparsify(m, .5), magnitude=lambda m, x, f: sparsify(m, .5, init_mask='magnitude'), trace=lambda m, x, f: trace_channels(m, x), slice=lambda m, x, f: slice_model(m, x),
-            split=lambda m, x, f: split_model(m, x, splits=[2], classes='random'), materialize=lambda m, x, f: materialize(m, x), infer=lambda m, x, f: sparse_infer(m, x), dead=lambda m, x, f: cut_dead(m, x),
-            same=lambda m, x, f: check_same(m, m, x), save_sparse=lambda m, x, f: save_sparse(m, f/'a.safetensors'), save_recipe=lambda m, x, f: save_recipe(m, f/'a.pth'))
-ON_LEARNER = dict(sparsify=lambda l: l.sparsify(.5), prune=lambda l: l.prune(.5), current=lambda l: l.prune(.5, init_mask='current'), slice=lambda l: l.slice(), evolve=lambda l: l.evolve(2, 1), wels=lambda l: l.evolve(2, 1, policy='wels'),
-                  materialize=lambda l: l.materialize(), split=lambda l: l.split(splits=[2], classes='random'), ke=lambda l: l.add_cb(KnowledgeEvolution('wels')), train=lambda l: l.add_cbs([SliceTrain()]), net=lambda l: l.add_cb(SplitNet({'9': 2})))
+META = dict(sparsify=lambda m, x, f: sparsify(m, .5),
+    magnitude=lambda m, x, f: sparsify(m, .5, init_mask='magnitude'), trace=lambda m, x, f: trace_channels(m, x), slice=lambda m, x, f: slice_model(m, x),
+            split=lambda m, x, f: split_model(m, x, splits=[2], classes='random'),
+            materialize=lambda m, x, f: materialize(m, x), infer=lambda m, x, f: sparse_infer(m, x), dead=lambda m, x, f: cut_dead(m, x),
+            same=lambda m, x, f: check_same(m, m, x),
+            save_sparse=lambda m, x, f: save_sparse(m, f/'a.safetensors'), save_recipe=lambda m, x, f: save_recipe(m, f/'a.pth'))
+ON_LEARNER = dict(sparsify=lambda l: l.sparsify(.5), prune=lambda l: l.prune(.5), current=lambda l: l.prune(
+    .5, init_mask='current'), slice=lambda l: l.slice(), evolve=lambda l: l.evolve(2, 1), wels=lambda l: l.evolve(2, 1, policy='wels'),
+                  materialize=lambda l: l.materialize(), split=lambda l: l.split(splits=[2], classes='random'),
+                  ke=lambda l: l.add_cb(KnowledgeEvolution('wels')), train=lambda l: l.add_cbs([SliceTrain()]), net=lambda l: l.add_cb(SplitNet({'9': 2})))
 
 
 @pytest.mark.parametrize('verb', META)
@@ -64,7 +75,8 @@ def test_a_network_without_values_is_named(verb, whole, tmp_path):
     model = convs('meta' if whole else None)
     if not whole: model[3] = nn.Conv2d(8, 8, 3, padding=1, device='meta')
     keys, vs = [*model.state_dict()], {n: [*vars(m)] for n, m in model.named_modules()}
-    with pytest.raises(ValueError, match=f"^{0 if whole else 3}.weight: it is on the meta device .*`model.to_empty\\(device='cpu'\\)`") as e: META[verb](model, X[:2], tmp_path)
+    with pytest.raises(ValueError, match=f"^{0 if whole else 3}.weight: it is on the meta device .*`model.to_empty\\(device='cpu'\\)`") as e:
+        META[verb](model, X[:2], tmp_path)
     assert keys == [*model.state_dict()] and vs == {n: [*vars(m)] for n, m in model.named_modules()} and not [*tmp_path.iterdir()]
     exec(re.findall('`(.*?)`', str(e.value))[0], {'model': model})  # the remedy
     model.load_state_dict(convs().state_dict())
@@ -105,19 +117,22 @@ class Size(nn.Module):
 
 def spectral(last=True):
     kw = dict(dtype=torch.complex64)
-    return nn.Sequential(To(), nn.Conv2d(3, 8, 3, padding=1, **kw), Parts(), nn.Conv2d(8, 8, 3, padding=1, **kw), *([Size()] if last else []), nn.Flatten(), *([nn.Linear(512, 4)] if last else []))
+    return nn.Sequential(To(), nn.Conv2d(3, 8, 3, padding=1, **kw), Parts(),
+        nn.Conv2d(8, 8, 3, padding=1, **kw), *([Size()] if last else []), nn.Flatten(), *([nn.Linear(512, 4)] if last else []))
 
 
 @pytest.mark.parametrize('kw', (dict(method='deepr'), dict(method='set', two_ended=True)))
 def test_complex_weights_have_no_sign(kw):
     learn = learner(spectral())
     keys = [*learn.model.state_dict()]
-    with pytest.raises(ValueError, match=r"^1\.weight: .* goes by the signs of weights, and these are complex.*exclude='1'"): learn.add_cb(DynamicSparse(.5, include='*', **kw))
+    with pytest.raises(ValueError, match=r"^1\.weight: .* goes by the signs of weights, and these are complex.*exclude='1'"):
+        learn.add_cb(DynamicSparse(.5, include='*', **kw))
     assert keys == [*learn.model.state_dict()]
     fit(learner(spectral()), DynamicSparse(.5, include='*', exclude=['1', '3'], **{'period': 1, **kw}))
 
 
-@pytest.mark.parametrize('make', (lambda: DynamicSparse(.5, method='set', l1=1e-4, group_lasso=True, period=1, include='*'), lambda: DynamicSparse(.5, method='rigl', period=1, include='*'), lambda: IterativePrune(.5, include='*')))
+@pytest.mark.parametrize('make', (lambda: DynamicSparse(.5, method='set', l1=1e-4, group_lasso=True,
+    period=1, include='*'), lambda: DynamicSparse(.5, method='rigl', period=1, include='*'), lambda: IterativePrune(.5, include='*')))
 def test_masks_of_complex_weights(make):
     learn = fit(learner(spectral(), cbs=(cb := make())))
     for n, m in cb.masks.items():

@@ -66,8 +66,10 @@ CUT = 'trace_channels(model, x).cut(.5).apply(model)'
 CASES = {
     # verbs on a model
     'share under masks': (resnet, 'sparsify(model)', SHARE, 'under dynamic_sparse', 0, True),
-    'share before a cut': (resnet, "defer(model, trace_channels(model, x).cut(.5, whole='keep'))", SHARE, 'cut waits', 0, 'share_bases(model, x, shared_rank=2, unique_rank=0)'),
-    'share again': (net, "share_bases(model, x, 4, groups={'a': ['3', '5']})", "share_bases(model, x, 4, groups={'b': ['3', '5']})", 'shares filters already', 0, True),
+    'share before a cut': (resnet, "defer(model, trace_channels(model, x).cut(.5, whole='keep'))",
+    SHARE, 'cut waits', 0, 'share_bases(model, x, shared_rank=2, unique_rank=0)'),
+    'share again': (net, "share_bases(model, x, 4, groups={'a': ['3', '5']})", "share_bases(model, "
+    "x, 4, groups={'b': ['3', '5']})", 'shares filters already', 0, True),
     'share a masked part': (net, 'sparsify(model[3])', "share_bases(model, x, 4, groups={'a': ['3', '5']})", 'masked', 0, True),
     'join elsewhere': (resnet, '', 'join_bases(model, x)', 'no stage has two bottleneck', 0, None),
     'filters of none': (resnet, '', 'stage_filters(model)', 'no layer of this model shares', 1, True),
@@ -86,10 +88,12 @@ CASES = {
     'a rate not prepared': (net, 'slice_model(model, x)', 'set_rate(model, .4)', 'not prepared', 0, True),
     'a rate too low': (net, 'slice_model(model, x)', 'set_rate(model, .1)', 'narrowest', 0, 'slice_model(model, x, (1, .1)); set_rate(model, .1)'),
     'no statistics': (net, "slice_model(model, x, norm='recal'); set_rate(model.eval(), .5)", 'model(x)', 'no statistics', 0, True),
-    'no statistics in a file': (net, "slice_model(model, x, norm='recal'); save_slices(model, file)", 'load_slice(file, .5)', 'without statistics', 0, 'save_slices(model, file); load_slice(file, .5)'),
+    'no statistics in a file': (net, "slice_model(model, x, norm='recal'); save_slices(model, file)",
+    'load_slice(file, .5)', 'without statistics', 0, 'save_slices(model, file); load_slice(file, .5)'),
     'split under masks': (net, 'sparsify(model)', "split_model(model, x, splits=[2], classes='cluster')", 'under dynamic_sparse', 0, True),
     'split tied weights': (tied_net, '', "split_model(model, x, splits={'3': 2, '5': 2, '7': 2}, classes='random')", 'is tied', 0, True),
-    'split shared filters': (net, "share_bases(model, x, 4, groups={'a': ['3', '5']})", "split_model(model, x, splits={'3': 2, '5': 2, '9': 2}, classes='random')", 'is computed', 0, True),
+    'split shared filters': (net, "share_bases(model, x, 4, groups={'a': ['3', '5']})",
+    "split_model(model, x, splits={'3': 2, '5': 2, '9': 2}, classes='random')", 'is computed', 0, True),
     'branches of one': (net, '', 'branches(model)', 'not split', 0, True),
     'processes of one': (net, '', "BranchProcesses(model, method='fork').close()", 'not split', 0, True),
     'mask twice': (net, 'sparsify(model)', 'sparsify(model, .8)', 'masked already', 0, True),
@@ -198,7 +202,8 @@ class Fft(nn.Module):
 
 
 @pytest.mark.parametrize('call,again', [
-    ('slice_model(model, x{})', 'set_rate(model, .5)(x)'), ('learn.slice({})', 'learn.fit(1, cbs=SliceTrain())'), ('learn.add_cb(SliceTrain({}))', 'learn.fit(1)')])
+    ('slice_model(model, x{})', 'set_rate(model, .5)(x)'),
+    ('learn.slice({})', 'learn.fit(1, cbs=SliceTrain())'), ('learn.add_cb(SliceTrain({}))', 'learn.fit(1)')])
 def test_a_module_without_a_rule_is_pinned_as_the_message_says(call, again, tmp_path):
     ns = space(Odd, tmp_path)
     told = run(call.format(''), ns)

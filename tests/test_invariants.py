@@ -29,7 +29,8 @@ from paramfx.sparse.rewire import DynamicSparse
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule
 
-def examples(n): return settings(max_examples=n, derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def examples(n):
+    return settings(max_examples=n, derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 OPTIMIZERS = {'sgd': partial(SGD, mom=.9), 'adam': Adam, 'torch nesterov': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)),
               'torch adamw': partial(OptimWrapper, opt=torch.optim.AdamW)}
@@ -45,7 +46,8 @@ def data():
     return tensor_dls(x[4:], torch.arange(24)%4, x[:4], torch.arange(4), bs=4, normalize=False, device='cpu')
 
 def network(a, b, c, k, groups):
-    return nn.Sequential(nn.Conv2d(4, a, k, padding=1), nn.Tanh(), nn.Conv2d(a, b, k), nn.BatchNorm2d(b), nn.Tanh(), nn.ConvTranspose2d(b, b, k, groups=groups), nn.Tanh(),
+    return nn.Sequential(nn.Conv2d(4, a, k, padding=1), nn.Tanh(), nn.Conv2d(a, b, k), nn.BatchNorm2d(b),
+        nn.Tanh(), nn.ConvTranspose2d(b, b, k, groups=groups), nn.Tanh(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(b, c), nn.Tanh(), nn.Linear(c, 4))
 
 
@@ -55,7 +57,8 @@ def learner(case, method, cbs=(), weights=0, path=None, plain=False, **kw):
     dls, model = data(), network(*case['shape'])
     cbs = [*cbs, *([GradientAccumulation(8)] if case['accumulate'] else [])]
     learn = quiet(Learner(dls, model, CrossEntropyLossFlat(), opt_func=OPTIMIZERS[case['opt']], lr=.05, wd=case['wd'], cbs=cbs, path=path))
-    args = {**METHODS[method], **case['more'], **dict(method=method, granularity=case['granularity'], include=case['include'], l1=case['l1'], stop_pct=1.), **kw}
+    args = {**METHODS[method], **case['more'], **dict(method=method, granularity=case['granularity'],
+        include=case['include'], l1=case['l1'], stop_pct=1.), **kw}
     args.setdefault('sparsity', {'0': 0., '*': case['sparsity']} if case['full'] and case['include'] else case['sparsity'])
     if not plain: learn.add_cb(DynamicSparse(**args, **({} if method in ('deepr', 'static') else dict(period=PERIOD))))
     return learn
@@ -66,11 +69,14 @@ def cases(draw, method):
     gran = draw(st.sampled_from(['weight'] if method == 'deepr' else ['weight', 'kernel', 'filter', '2x2'] + ['2:4']*(method != 'granet')))
     width = st.sampled_from([4, 8] if gran in ('2x2', '2:4') else [4, 6, 7])
     a, b, c = draw(width), draw(width), draw(width)
-    more = {'dsr': dict(threshold=[.01, .1, 1e9], across_layers=[True, True, False], grow_init=['zero', 'random']), 'set': dict(two_ended=[False]+[True]*(gran == 'weight'), grow_init=['zero', 'random']),
+    more = {'dsr': dict(threshold=[.01, .1, 1e9], across_layers=[True, True, False],
+        grow_init=['zero', 'random']), 'set': dict(two_ended=[False]+[True]*(gran == 'weight'), grow_init=['zero', 'random']),
             'deepr': dict(noise=['grad', 'weight'], sign=['first_step', 'random']), 'snfs': dict(across_layers=[True, False])}.get(method, {})
     full = method != 'granet' and gran != '2:4' and draw(st.booleans())
-    return dict(shape=(a, b, c, draw(st.integers(1, 3)), 2 if b%4 == 0 and draw(st.booleans()) else 1), granularity=gran, sparsity=draw(st.sampled_from([.5, .7] if gran == 'weight' else [.5])), full=full,
-                include='*' if full else draw(st.sampled_from([None, '*'])), opt=draw(st.sampled_from(list(OPTIMIZERS))), wd=draw(st.sampled_from([0., .1])), l1=draw(st.sampled_from([0., 1e-2])),
+    return dict(shape=(a, b, c, draw(st.integers(1, 3)), 2 if b%4 == 0 and draw(st.booleans()) else 1),
+        granularity=gran, sparsity=draw(st.sampled_from([.5, .7] if gran == 'weight' else [.5])), full=full,
+                include='*' if full else draw(st.sampled_from([None, '*'])),
+                opt=draw(st.sampled_from(list(OPTIMIZERS))), wd=draw(st.sampled_from([0., .1])), l1=draw(st.sampled_from([0., 1e-2])),
                 accumulate=draw(st.booleans()), more={k: draw(st.sampled_from(v)) for k, v in more.items()})
 
 
@@ -125,13 +131,16 @@ class Watch(Callback):
     def before_step(self):
         "2, of the gradients; SNFS asks for those of dead weights, by design"
         for n, m in self.seen.was.items():
-            if self.seen.method != 'snfs': assert not self.model.get_parameter(n).grad.numpy()[~whole(m, self.before[n].shape)].any(), f'{n}: gradient of a dead weight'
+            if self.seen.method != 'snfs':
+                assert not self.model.get_parameter(n).grad.numpy()[~whole(m, self.before[n].shape)].any(), f'{n}: gradient of a dead weight'
 
     def after_batch(self): self.batches += 1
     def after_step(self):
         now, after, seen = masks_of(self.model), weights_of(self.model, self.seen.was), self.seen
-        layers = [SimpleNamespace(name=n, was=m, now=now[n], gone=m & ~now[n], new=now[n] & ~m, live=int(m.sum()), free=int((~m).sum()), before=self.before[n], stepped=seen.stepped[n], after=after[n],
-            score=per_unit(seen.stepped[n], m), grad=per_unit(seen.grads[n], m), momentum=per_unit(seen.momentum[n], m) if seen.method == 'snfs' else None) for n, m in seen.was.items()]
+        layers = [SimpleNamespace(name=n, was=m, now=now[n], gone=m & ~now[n], new=now[n] & ~m,
+            live=int(m.sum()), free=int((~m).sum()), before=self.before[n], stepped=seen.stepped[n], after=after[n],
+            score=per_unit(seen.stepped[n], m), grad=per_unit(seen.grads[n], m),
+            momentum=per_unit(seen.momentum[n], m) if seen.method == 'snfs' else None) for n, m in seen.was.items()]
         due = seen.method != 'static' and (self.steps%PERIOD == 0 and self.steps > 0 or seen.method == 'deepr')
         self.pos = self.mark/(self.learn.n_epoch*BATCHES)
         for l in layers: self.clean(l)
@@ -141,7 +150,8 @@ class Watch(Callback):
             for l in layers: self.moved(l)
         else: assert not any(l.gone.any() or l.new.any() for l in layers), 'masks changed out of turn'
         total = sum(int(l.now.sum()) for l in layers)
-        assert total == (self.goal() if seen.method == 'granet' and due else sum(l.live for l in layers)) and (seen.method == 'granet' or total == self.first), 'the budget is off'
+        assert total == (self.goal() if seen.method == 'granet' and due else sum(l.live for l in layers)) and (
+            seen.method == 'granet' or total == self.first), 'the budget is off'
         if self.case['granularity'] == '2:4':
             for l in layers:  # inputs lie side by side in a group
                 if l.now.ndim == 2: assert (l.now.reshape(-1, 4).sum(1) == 2).all()
@@ -186,9 +196,11 @@ def exchanged(layers, chosen, within, quotas=None):
             assert not (l.gone & ~c).any() and l.gone.sum() == l.new.sum() == min(n, l.free), f'{l.name}: {l.gone.sum()} went, {l.new.sum()} came'
         return
     assert sum(grown) == min(sum(k), sum(free)) == sum(int(l.gone.sum()) for l in layers)
-    for l, c in zip(layers, chosen): assert not (l.gone & ~c).any() and (sum(k) > sum(free) or np.array_equal(l.gone, c)), f'{l.name}: others went than those to be dropped'
+    for l, c in zip(layers, chosen):
+        assert not (l.gone & ~c).any() and (sum(k) > sum(free) or np.array_equal(l.gone, c)), f'{l.name}: others went than those to be dropped'
     if all(g < f for g, f in zip(grown, free)):  # 5: no layer is full
-        for l, g, q in zip(layers, grown, quotas): assert abs(g-sum(k)*q/sum(quotas)) < 1+1e-6, f'{l.name}: {g} units came, its quota was {sum(k)*q/sum(quotas):.2f}'
+        for l, g, q in zip(layers, grown, quotas):
+            assert abs(g-sum(k)*q/sum(quotas)) < 1+1e-6, f'{l.name}: {g} units came, its quota was {sum(k)*q/sum(quotas):.2f}'
 
 
 def dsr(w, layers):
@@ -218,7 +230,8 @@ def rigl(w, layers):
         rest = ~l.was | smallest(l.score, l.was, int(w.share()*l.live))
         assert np.array_equal(l.before, l.stepped), f'{l.name}: the optimizer made its step, too'
         assert not (l.gone & ~rest).any() and l.now.sum() == l.live, f'{l.name}: {l.live} units before, {l.now.sum()} after'
-        if w.case['granularity'] != '2:4' and (rest & l.now).any() and (~l.now).any(): assert l.grad[rest & l.now].min() >= l.grad[~l.now].max()-1e-6, f'{l.name}: a larger gradient was passed over'
+        if w.case['granularity'] != '2:4' and (rest & l.now).any() and (~l.now).any():
+            assert l.grad[rest & l.now].min() >= l.grad[~l.now].max()-1e-6, f'{l.name}: a larger gradient was passed over'
 
 
 def snfs(w, layers):
@@ -226,7 +239,8 @@ def snfs(w, layers):
     exchanged(layers, [smallest(l.score, l.was, int(w.share()*l.live)) for l in layers], within, [float(l.momentum[l.was].mean()) for l in layers])
     for l in layers:
         left = ~l.was & ~l.now
-        if w.case['granularity'] != '2:4' and l.new.any() and left.any(): assert l.momentum[l.new].min() >= l.momentum[left].max()-1e-6, f'{l.name}: a larger momentum was passed over'
+        if w.case['granularity'] != '2:4' and l.new.any() and left.any():
+            assert l.momentum[l.new].min() >= l.momentum[left].max()-1e-6, f'{l.name}: a larger momentum was passed over'
 
 
 def granet(w, layers):
@@ -311,7 +325,8 @@ def stands_for_itself(learn, shape):
 
 # -- 4: at its edges
 
-@pytest.mark.parametrize('tol,n,moves', [(.1, 90, 1.), (.1, 89, 2.), (.1, 110, 1.), (.1, 111, .5), (.25, 75, 1.), (.25, 74, 2.), (.25, 125, 1.), (.25, 126, .5)])
+@pytest.mark.parametrize('tol,n,moves', [(.1, 90, 1.), (.1, 89, 2.), (.1, 110, 1.), (.1, 111, .5),
+    (.25, 75, 1.), (.25, 74, 2.), (.25, 125, 1.), (.25, 126, .5)])
 def test_the_threshold_stays_at_the_edges_of_its_tolerance(tol, n, moves):
     "By whole rewires of a layer in which `n` of 1000 live units lie below it; at the threshold itself they stay. A quarter is exact in binary, a tenth is not"
     model = nn.Sequential(nn.Linear(40, 50))
@@ -328,7 +343,8 @@ def test_the_threshold_stays_at_the_edges_of_its_tolerance(tol, n, moves):
 # -- 8
 
 def after(seed, method, weights=0, **kw):
-    case = dict(shape=(6, 8, 8, 2, 1), granularity='weight', sparsity=.6, full=False, include=None, opt='sgd', wd=0., l1=0., accumulate=False, more=dict(threshold=.1) if method == 'dsr' else {})
+    case = dict(shape=(6, 8, 8, 2, 1), granularity='weight', sparsity=.6, full=False, include=None,
+        opt='sgd', wd=0., l1=0., accumulate=False, more=dict(threshold=.1) if method == 'dsr' else {})
     learn = learner(case, method, weights=weights, seed=seed, **kw)
     start = masks_of(learn.model)
     random.random(), torch.rand(3), np.random.rand()
@@ -355,12 +371,14 @@ def test_growth_is_drawn_from_the_seed_or_not_drawn(method):
 
 # -- 9
 
-VARIANTS = {'dsr': dict(threshold=.1), 'dsr random': dict(threshold=.1, grow_init='random'), 'set': {}, 'set two_ended': dict(two_ended=True), 'rigl': {}, 'snfs': {}, 'snfs within': dict(across_layers=False),
+VARIANTS = {'dsr': dict(threshold=.1), 'dsr random': dict(threshold=.1, grow_init='random'), 'set': {},
+    'set two_ended': dict(two_ended=True), 'rigl': {}, 'snfs': {}, 'snfs within': dict(across_layers=False),
             'granet': {}, 'deepr': dict(noise='weight'), 'deepr random': dict(sign='random'), 'static': {}}
 
 def varied(name, **case):
     method = name.split()[0]
-    return method, {**dict(shape=(4, 8, 6, 2, 2), granularity='weight', sparsity=.6, full=False, include='*', opt='torch nesterov', wd=.1, l1=1e-3, accumulate=False, more=VARIANTS[name]), **case}
+    return method, {**dict(shape=(4, 8, 6, 2, 2), granularity='weight', sparsity=.6, full=False,
+        include='*', opt='torch nesterov', wd=.1, l1=1e-3, accumulate=False, more=VARIANTS[name]), **case}
 
 def everything(learn): return snapshot(learn.model), sparse_facts(learn), {n: opt_state_of(learn.opt, p) for n, p in learn.model.named_parameters()}
 

@@ -149,4 +149,5 @@ from fastai.basics import *
 def f():
     from paramfx.zoo import build
 '''
-    assert sorted(own_imports(ast.parse(src), 'sparse.sparsify')) == ['core.layers', 'losses', 'masks.store', 'report.cost', 'report.plots', 'sparse.moves', 'zoo', 'zoo']
+    assert sorted(own_imports(ast.parse(src), 'sparse.sparsify')) == ['core.layers', 'losses', 'masks.store',
+        'report.cost', 'report.plots', 'sparse.moves', 'zoo', 'zoo']

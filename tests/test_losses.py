@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from contracts import build, digit, label, same, small_net, snapshot, tiny_dls
 from functools import partial
-from fastai.basics import (CancelFitException, CancelTrainException, Callback, CrossEntropyLossFlat, DataLoader, Datasets, L, MSELossFlat, SGD, load_learner, nn)
+from fastai.basics import (CancelFitException, CancelTrainException, Callback, CrossEntropyLossFlat,
+    DataLoader, Datasets, L, MSELossFlat, SGD, load_learner, nn)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 import fastai.callback.schedule # brings `fit_one_cycle` and `lr_find`  # noqa: F401
@@ -35,7 +36,8 @@ class Seen(Callback):
     order, run_valid = 12, False
     def __init__(self): self.__dict__.update(rows=[])
     def before_backward(self):  # after everyone's `after_loss`
-        self.rows.append(dict(x=self.x.clone(), y=self.y.clone(), pred=self.pred.detach().clone(), loss=self.learn.loss.item(), trained=self.loss_grad.item(), auto=torch.is_autocast_enabled('cpu')))
+        self.rows.append(dict(x=self.x.clone(), y=self.y.clone(), pred=self.pred.detach().clone(),
+            loss=self.learn.loss.item(), trained=self.loss_grad.item(), auto=torch.is_autocast_enabled('cpu')))
 
 
 class Amp(MixedPrecision):
@@ -203,7 +205,8 @@ def test_the_teacher_stays_behind(mk, tmp_path):
     learn.fit(1)
 
 
-@pytest.mark.parametrize('kwargs,msg', [(dict(weight=-.1), 'weight=-0.1'), (dict(weight=1.1), 'from 0 to 1'), (dict(weight=float('nan')), 'weight=nan'), (dict(weight='a'), "weight='a'"),
+@pytest.mark.parametrize('kwargs,msg', [(dict(weight=-.1), 'weight=-0.1'), (dict(weight=1.1), 'from 0 to 1'),
+    (dict(weight=float('nan')), 'weight=nan'), (dict(weight='a'), "weight='a'"),
                                         (dict(temperature=0), 'temperature=0'), (dict(temperature=-1), 'above 0'), (dict(match=3), 'match=3')])
 def test_bad_settings(kwargs, msg):
     with pytest.raises(ValueError, match=msg): Distill(teacher(), **kwargs)
@@ -326,7 +329,8 @@ def test_pieces_of_a_distributed_run(monkeypatch):
 
 def test_labels_that_are_none():
     dl = tiny_dls(n=50).train
-    for bad, msg in ((torch.rand(50), 'one class per item'), (torch.ones(50, 2).long(), 'one class per item'), ([[1, 2]]*50, 'one class per item'), ([0]*49, '49 labels for 50')):
+    for bad, msg in ((torch.rand(50), 'one class per item'), (torch.ones(50, 2).long(), 'one class per item'),
+        ([[1, 2]]*50, 'one class per item'), ([0]*49, '49 labels for 50')):
         with pytest.raises(ValueError, match=msg): class_labels(dl, bad)
     class Blind:
         def __len__(self): return 50
@@ -351,7 +355,8 @@ def test_the_term_by_hand(mk):
         assert torch.equal(learn.dls.train_ds.y[who], o['y'])
         with torch.no_grad(): pred, other = net(o['x']), net(xs[p[who]])
         ce, kd = F.cross_entropy(pred, o['y']), F.kl_div((pred/3).log_softmax(1), (other/3).softmax(1), reduction='batchmean')*9
-        assert torch.allclose(pred, o['pred'], atol=1e-5) and o['trained'] == pytest.approx((ce+2*kd).item(), rel=1e-4) and o['loss'] == pytest.approx(ce.item(), rel=1e-5)
+        assert torch.allclose(pred, o['pred'], atol=1e-5) and o['trained'] == pytest.approx(
+            (ce+2*kd).item(), rel=1e-4) and o['loss'] == pytest.approx(ce.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize('update', [False, True])

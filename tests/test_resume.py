@@ -78,7 +78,8 @@ def finished(learn, m):
     "All that a run leaves, and the random numbers that would come next"
     rec = learn.recorder
     return dict(run_record(learn), facts=m.facts(learn), hps={k: [float(o) for o in v] for k, v in vars(rec).get('hps', {}).items()},
-                rng=rng_state(learn.dls), draw=torch.rand(3), fits=learn.__dict__['_n_fits'], grads=[None if p.grad is None else p.grad.clone() for p in learn.model.parameters()])
+                rng=rng_state(learn.dls), draw=torch.rand(3), fits=learn.__dict__['_n_fits'],
+                grads=[None if p.grad is None else p.grad.clone() for p in learn.model.parameters()])
 
 
 def moments(tmp, m, script, opt, tracked, monkeypatch):
@@ -114,7 +115,8 @@ def resumed(folder, m, script, opt, tracked):
 def sweep(tmp, monkeypatch, m, script, opt, tracked, every=1):
     "Number of cells, and those in which something differs"
     whole, at = moments(tmp, m, script, opt, tracked, monkeypatch)
-    assert {'mid-epoch', 'before the file of an epoch', 'after an epoch', 'as the fit ends', 'before the file of a fit', 'between fits', 'during the write'} == {w for w, _ in at}
+    assert {'mid-epoch', 'before the file of an epoch', 'after an epoch', 'as the fit ends',
+        'before the file of a fit', 'between fits', 'during the write'} == {w for w, _ in at}
     cells = at[::every]
     bad = [f'{i} {what}: {where}' for i, (what, folder) in enumerate(cells) if (where := same(resumed(folder, m, script, opt, tracked), whole))]
     return len(cells), bad

@@ -86,7 +86,8 @@ def test_probe_sees_a_wrong_map():
 
 def test_probe_finds_what_a_grouped_layer_cannot_lose():
     conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1)).eval()
-    with pytest.raises(AssertionError, match='1: its groups are left with different shapes'): nan_probe(conv, pictures(), lambda name, m, n: [0] if name == '0' else [])
+    with pytest.raises(AssertionError, match='1: its groups are left with different shapes'):
+        nan_probe(conv, pictures(), lambda name, m, n: [0] if name == '0' else [])
     with pytest.raises(AssertionError, match='NaN in the output'): nan_probe(conv, pictures(), lambda name, m, n: [0] if name == '2' else [])
     live = nan_probe(conv, pictures(), lambda name, m, n: {'0': [0, 1, 2, 3], '1': None, '2': []}[name])
     assert live['1'][1].tolist() == live['2'][0].tolist() == [False]*4 + [True]*4
@@ -123,7 +124,8 @@ def test_torch_pruning_sees_a_wrong_map():
     cmap = trace_channels(model, pictures(1))
     lab = cmap.bindings['inception4b.branch1.conv', 'weight', 1][1]
     lab[:] = np.roll(lab, 1)
-    assert {at[0] for at,ours,theirs in couplings(model, pictures(1), cmap) if ours != theirs} == {f'inception4a.branch{b}.conv' for b in ('1', '2.1', '3.1', '4.1')}
+    assert {at[0] for at,ours,theirs in couplings(model, pictures(1), cmap) if ours != theirs} == {
+        f'inception4a.branch{b}.conv' for b in ('1', '2.1', '3.1', '4.1')}
 
 
 # --- the sweep: what the checked-in table says, and whether it is still true
@@ -174,7 +176,8 @@ def test_the_table_is_judged_by_its_numbers(rows):
 
 def assert_same(new, old):
     assert {k: new[k] for k in ('verdict', 'spaces', 'reason')} == {k: old[k] for k in ('verdict', 'spaces', 'reason')}
-    assert (new['coverage'], new['left']) == (pytest.approx(old['coverage'], abs=1e-9), pytest.approx(old['left'], abs=1e-9)) if old['f32'] != '' else new['f32'] == ''
+    assert (new['coverage'], new['left']) == (pytest.approx(old['coverage'], abs=1e-9),
+        pytest.approx(old['left'], abs=1e-9)) if old['f32'] != '' else new['f32'] == ''
 
 
 @pytest.mark.parametrize('name', FAST)

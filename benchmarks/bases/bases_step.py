@@ -89,7 +89,8 @@ def penalty_step(net):
 def rows_of(times, base, rank, layout, targets):
     for name, target in targets.items():
         q = quartiles([t/b for t, b in zip(times[name], times[base])])
-        yield dict(what=f'S{rank}U1, {name} / {base}', layout=layout, ratio=q['median'], q1=q['q1'], q3=q['q3'], target=target, met='yes' if q['median'] <= target else 'no')
+        yield dict(what=f'S{rank}U1, {name} / {base}', layout=layout, ratio=q['median'], q1=q['q1'],
+            q3=q['q3'], target=target, met='yes' if q['median'] <= target else 'no')
 
 
 def measure(rank, layout, rounds, bs=64):
@@ -123,11 +124,12 @@ def run(rounds=8, ranks=(16, 8), bs=64):
         return [r for rank in ranks for k in LAYOUTS for f in (measure, inference) for r in f(rank, k, rounds, bs)]
 
 
-NOTE = """ResNet-32 (widths 16, 32, 64) on random pictures of 32x32, batch 64: forward, backward and a step of SGD with momentum, {steps} steps in a row
-as in training, one thread, CPU time, medians and quartiles of the ratios within {rounds} interleaved rounds. `norm`: the published batch norm between
-filters and coefficients; in the others the kernel is formed each step and run as a plain convolution. `frozen norm`: nothing of it is trained, as
-under fastai's `BnFreeze`; `frozen statistics`: its scale and shift are. What such a norm adds becomes a bias, whose gradient reads all maps once
-more: `plain with biases` is the plain network with a bias in the same convolutions. `penalty`: value and gradient with unique filters."""
+NOTE = """ResNet-32 (widths 16, 32, 64) on random pictures of 32x32, batch 64: forward, backward and a step of SGD with
+momentum, {steps} steps in a row as in training, one thread, CPU time, medians and quartiles of the ratios within {rounds}
+interleaved rounds. `norm`: the published batch norm between filters and coefficients; in the others the kernel is formed each
+step and run as a plain convolution. `frozen norm`: nothing of it is trained, as under fastai's `BnFreeze`; `frozen statistics`:
+its scale and shift are. What such a norm adds becomes a bias, whose gradient reads all maps once more: `plain with biases` is
+the plain network with a bias in the same convolutions. `penalty`: value and gradient with unique filters."""
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """What generations add to the trainings they consist of, and what it takes to trace and re-initialise a network.
 
-Everything that `learn.evolve` does besides its fits: the trace, re-initialisation, the slim network, the file. Measuring the slim network on the validation set is a column of
-its own, because it is asked for (`eval_slim=`). The second network needs `PARAMFX_DATA`."""
+Everything that `learn.evolve` does besides its fits: the trace, re-initialisation, the slim network, the file. Measuring the
+slim network on the validation set is a column of its own, because it is asked for (`eval_slim=`). The second network needs
+`PARAMFX_DATA`."""
 import argparse
 import os
 import tempfile
@@ -62,12 +63,14 @@ def measure(name, cases=None):
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         learn, fit = learner(build(), data(), 0, path=Path(folder)), Timed(unseen=False)
-        with watched({'validating': (generations, 'valid_row'), 'slim': (generations.Evolution, 'slim'), 'file': (generations.Evolution, 'save'), 'reset': (generations.Evolution, 'forget_')}) as spent:
+        with watched({'validating': (generations, 'valid_row'), 'slim': (generations.Evolution, 'slim'),
+            'file': (generations.Evolution, 'save'), 'reset': (generations.Evolution, 'forget_')}) as spent:
             start = time.process_time()
             learn.evolve(n, epochs, split_rate=RATE, lr=lr, fit_method=fit)
             total = time.process_time()-start
     added, trained = total-sum(fit.cpu)-spent['validating'], sum(fit.cpu)
-    return dict(what=name, generations=n, epochs=epochs, training_s=trained, added_s=added, share=added/trained, target=GOAL, met='yes' if added <= GOAL*trained else 'no',
+    return dict(what=name, generations=n, epochs=epochs, training_s=trained, added_s=added, share=added/trained,
+        target=GOAL, met='yes' if added <= GOAL*trained else 'no',
                 **{f'{k}_s': v for k, v in spent.items() if k != 'validating'}, slim_validation_s=spent['validating'])
 
 
@@ -80,10 +83,11 @@ def trace_and_reset(name='resnet50', rounds=5, size=224):
     return dict(what=f'{name}: trace and re-initialise, {size} pixels', added_s=s, target=GOAL_SECONDS, met='yes' if s <= GOAL_SECONDS else 'no')
 
 
-NOTE = """CPU seconds on one thread. `share`: all that `learn.evolve` does besides its fits (`added_s`, of which `slim_s` to cut out the slim network, `file_s` to write the state after
-each generation, `reset_s` to re-initialise; the rest is the first trace, the norms, and what a call of `evolve` costs) over the fits, which validate after each epoch; at most 1 %.
-`slim_validation_s` comes on top: the slim network is measured once per generation, and `eval_slim=False` spares it. The trace is not repeated between generations; for the last row
-it is, at most .4 s."""
+NOTE = """CPU seconds on one thread. `share`: all that `learn.evolve` does besides its fits (`added_s`, of which `slim_s` to cut
+out the slim network, `file_s` to write the state after each generation, `reset_s` to re-initialise; the rest is the first
+trace, the norms, and what a call of `evolve` costs) over the fits, which validate after each epoch; at most 1 %.
+`slim_validation_s` comes on top: the slim network is measured once per generation, and `eval_slim=False` spares it. The trace
+is not repeated between generations; for the last row it is, at most .4 s."""
 
 
 if __name__ == '__main__':

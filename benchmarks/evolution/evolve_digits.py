@@ -1,7 +1,7 @@
 """Generations on a hundred digits: what the whole network and its slim part are worth, beside one run of as many epochs.
 
-scikit-learn's digits, 100 of them for training and the others to measure on; a residual network of four convolutions and width 32. Further rows: other policies,
-and a teacher from the generation before (born-again networks)."""
+scikit-learn's digits, 100 of them for training and the others to measure on; a residual network of four convolutions and width
+32. Further rows: other policies, and a teacher from the generation before (born-again networks)."""
 import argparse
 import os
 import statistics
@@ -31,7 +31,8 @@ def everything(model, sample, gen):
     return {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters() if p.ndim > 1}
 
 
-WAYS = {'kels': {}, 'kels, taught': dict(distill=.5), 'wels': dict(policy='wels'), 'llf': dict(policy='llf', from_layer='b1'), 'born again': dict(policy=everything, distill=.5)}
+WAYS = {'kels': {}, 'kels, taught': dict(distill=.5), 'wels': dict(policy='wels'),
+    'llf': dict(policy='llf', from_layer='b1'), 'born again': dict(policy=everything, distill=.5)}
 
 
 class Net(nn.Module):
@@ -105,15 +106,17 @@ def rows(runs):
     return res
 
 
-NOTE = """Accuracy in percent on the 1,697 digits that are not trained on, means over {seeds} seeds; {generations} generations of {epochs} epochs, one-cycle Adam at {lr:g}, batches of 16, split rate .5.
-`sd` is over seeds, of the last generation; seconds are CPU time of training. `one run`: the same first network, trained once for {all} epochs - what the generations cost. `taught` and
-`born again` learn from the generation before, too (weight .5); `born again` keeps no weight. `slim` is cut out as it is and has {slim:,} of {dense:,} parameters. Goal: slim at least
-87 % and within 2 points of the whole."""
+NOTE = """Accuracy in percent on the 1,697 digits that are not trained on, means over {seeds} seeds; {generations} generations
+of {epochs} epochs, one-cycle Adam at {lr:g}, batches of 16, split rate .5. `sd` is over seeds, of the last generation; seconds
+are CPU time of training. `one run`: the same first network, trained once for {all} epochs - what the generations cost. `taught`
+and `born again` learn from the generation before, too (weight .5); `born again` keeps no weight. `slim` is cut out as it is and
+has {slim:,} of {dense:,} parameters. Goal: slim at least 87 % and within 2 points of the whole."""
 
 
 def note(seeds, generations, epochs, lr):
     net, x = network(0), sample_batch(digits())
-    return NOTE.format(seeds=seeds, generations=generations, epochs=epochs, lr=lr, all=generations*epochs, slim=n_params(extract_slim(net, x, RATE))[0], dense=n_params(net)[0])
+    return NOTE.format(seeds=seeds, generations=generations, epochs=epochs, lr=lr, all=generations*epochs,
+        slim=n_params(extract_slim(net, x, RATE))[0], dense=n_params(net)[0])
 
 
 if __name__ == '__main__':

@@ -28,20 +28,23 @@ def run(generations=6, epochs=4, lr=1e-2, seed=0, net=network, dls=None, folder=
     "A row per generation, one of the long run, and one of costs"
     learn, timed = learner(net(seed), dls or grocery_dls(bs=bs, device='cpu'), seed, path=folder, model_dir='.'), Timed()
     set_seed(seed)
-    log = learn.evolve(generations, epochs, split_rate=RATE, lr=lr, fit_method=timed, long_run=True, file='evolve_grocery', resume=(folder/'evolve_grocery.pth').exists())
+    log = learn.evolve(generations, epochs, split_rate=RATE, lr=lr, fit_method=timed, long_run=True,
+        file='evolve_grocery', resume=(folder/'evolve_grocery.pth').exists())
     minutes = dict(zip(range(generations+1, generations+1-len(timed.cpu), -1), reversed(timed.cpu)))  # where it went on, the first are missing
     rows = [dict(trained=f"generation {r['generation']}", epochs=epochs, dense=100*r['accuracy'], slim=100*r['slim_accuracy'], reset_norm=r['reset_norm'],
                  cpu_minutes=minutes.get(r['generation'], 0)/60, minutes=r['seconds']/60) for r in log]
     x = sample_batch(learn.dls)
     macs = [cost(m, x, latency=False).macs/1e6 for m in (learn.model, extract_slim(learn.model, x, RATE))]
-    return rows + [dict(trained='one run', epochs=log.long_run['epochs'], dense=100*log.long_run['accuracy'], cpu_minutes=minutes[generations+1]/60, minutes=log.long_run['seconds']/60),
+    return rows + [dict(trained='one run', epochs=log.long_run['epochs'], dense=100*log.long_run['accuracy'],
+        cpu_minutes=minutes[generations+1]/60, minutes=log.long_run['seconds']/60),
                    dict(trained='million multiply-adds', dense=macs[0], slim=macs[1])]
 
 
-NOTE = """Top-1 on the 2,485 test photos of 81 classes, in percent; ResNet18 at 64x64 pixels from scratch, {generations} generations of {epochs} epochs, split rate .5, batches of 32,
-one-cycle Adam at {lr:g}, one seed. `slim` is the fit part alone, cut out and measured as it is. `one run`: the same first network, trained once for as many epochs as all
-generations have. Generations this short show the mechanism, not the published gain; `reset_norm` is the norm of what the next generation loses over that of what it keeps.
-Minutes of CPU time in training, one thread, and minutes on the clock of a machine that others use."""
+NOTE = """Top-1 on the 2,485 test photos of 81 classes, in percent; ResNet18 at 64x64 pixels from scratch, {generations}
+generations of {epochs} epochs, split rate .5, batches of 32, one-cycle Adam at {lr:g}, one seed. `slim` is the fit part alone,
+cut out and measured as it is. `one run`: the same first network, trained once for as many epochs as all generations have.
+Generations this short show the mechanism, not the published gain; `reset_norm` is the norm of what the next generation loses
+over that of what it keeps. Minutes of CPU time in training, one thread, and minutes on the clock of a machine that others use."""
 
 
 if __name__ == '__main__':

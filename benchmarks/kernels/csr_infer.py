@@ -34,7 +34,8 @@ def masked(layer, sparsity, block=1):
 def check(net, kind):
     "Fail where the layer is not of this kind"
     want = KINDS[kind.split()[0]]
-    if type(net[0]) is not want or (kind != 'csr' and net[0].block != int(kind.rpartition('x')[2])): raise SystemExit(f'The layer was to be {kind} and is {net[0]}.')
+    if type(net[0]) is not want or (kind != 'csr' and net[0].block != int(kind.rpartition('x')[2])):
+        raise SystemExit(f'The layer was to be {kind} and is {net[0]}.')
 
 
 def repeated(m, x, n):
@@ -72,7 +73,8 @@ def conv(shape, rounds, sparsity=.9):
     "A row of a 1x1 convolution"
     i, o, size, items = shape
     net, x = masked(nn.Conv2d(i, o, 1), sparsity), torch.randn(items, i, size, size)
-    return measure(net, {'csr': materialize(net, x, fmt='csr', dead=False)}, x, rounds, layer=f'1x1 convolution {o}x{i}, {size}x{size} pixels', zeros='single', sparsity=sparsity)
+    return measure(net, {'csr': materialize(net, x, fmt='csr', dead=False)}, x, rounds,
+        layer=f'1x1 convolution {o}x{i}, {size}x{size} pixels', zeros='single', sparsity=sparsity)
 
 
 def even(items, n=4096):
@@ -84,11 +86,10 @@ def even(items, n=4096):
 def missed(rows): return [f"{r['sparsity']}, {r['items']} items: {r['ratio']:.3f} > {r['target']}" for r in rows if r.get('met') == 'no']
 
 
-NOTE = """A forward of layers with bias that `materialize(fmt='csr')` made sparse, and of the same with blocks, relative to the dense layer:
-medians and quartiles of the ratios within a round, CPU time, one thread, random inputs. A pass is
-repeated 50 times in a row with one item, 5 times with 32, so that a matrix that is small enough stays in the cache, as in a server;
-a first pass after other work takes longer. `break_even` is the density below which
-rows were faster, found by timing."""
+NOTE = """A forward of layers with bias that `materialize(fmt='csr')` made sparse, and of the same with blocks, relative to the
+dense layer: medians and quartiles of the ratios within a round, CPU time, one thread, random inputs. A pass is repeated 50
+times in a row with one item, 5 times with 32, so that a matrix that is small enough stays in the cache, as in a server; a first
+pass after other work takes longer. `break_even` is the density below which rows were faster, found by timing."""
 
 
 def run(rounds=15, n=4096):

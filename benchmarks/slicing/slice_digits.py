@@ -1,7 +1,7 @@
 """Accuracy of one sliced network at each rate, against networks trained at that width alone, on scikit-learn's digits.
 
-Five seeds; the network is `zoo.build('digits/convnet')`. Rows of comparison: the network trained at full width only and then sliced,
-as it is and with statistics measured again; what it would cost to train each width on its own is the last column."""
+Five seeds; the network is `zoo.build('digits/convnet')`. Rows of comparison: the network trained at full width only and then
+sliced, as it is and with statistics measured again; what it would cost to train each width on its own is the last column."""
 import argparse
 import os
 import statistics
@@ -93,8 +93,9 @@ def rows(runs):
     return res
 
 
-NOTE = f"""Validation accuracy in percent on 360 digits after {{epochs}} epochs, means over {{seeds}} seeds; `sd` is the largest deviation over
-seeds of a column. `worst_difference` is over the rates, from a network trained at that width alone; it may be -{NEAR}. Seconds of CPU time."""
+NOTE = f"""Validation accuracy in percent on 360 digits after {{epochs}} epochs, means over {{seeds}} seeds; `sd` is the largest
+deviation over seeds of a column. `worst_difference` is over the rates, from a network trained at that width alone; it may be
+-{NEAR}. Seconds of CPU time."""
 
 
 if __name__ == '__main__':
@@ -107,4 +108,5 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     runs = [run_seed(s, a.epochs, a.lr) for s in range(a.seeds)]
     if a.dry: print(table(rows(runs)))
-    else: print(write_table('slice_digits', rows(runs), NOTE.format(epochs=a.epochs, seeds=a.seeds), runs=[{k: v[0] for k, v in r.items()} for r in runs]).read_text())
+    else: print(write_table('slice_digits', rows(runs), NOTE.format(epochs=a.epochs, seeds=a.seeds),
+        runs=[{k: v[0] for k, v in r.items()} for r in runs]).read_text())

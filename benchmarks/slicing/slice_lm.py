@@ -78,11 +78,15 @@ def measure(path=None, settings=SETTINGS, rates=RATES):
 
 def note(dls, s):
     "What the table shows"
-    return (f"""Perplexities on WikiText-2 without its training text: trained on wiki.valid.txt ({len(dls.train_ds):,} words, {dls.c:,} different ones), `valid` is the first half
-of wiki.test.txt, `final` the second; rarer words count as `<unk>`, so that **figures of another vocab are not comparable**. One LSTM layer, embedding and decoder one matrix, all of it sliced.
+    return (f"""Perplexities on WikiText-2 without its training text: trained on wiki.valid.txt ({len(dls.train_ds):,} words, {dls.c:,} different
+ones), `valid` is the first half
+of wiki.test.txt, `final` the second; rarer words count as `<unk>`, so that **figures of another vocab are not comparable**. One LSTM layer,
+embedding and decoder one matrix, all of it sliced.
 
-slice-trained: one network, each step at the widest, the narrowest and one rate between, gradients summed, a state per rate, no distillation; `seconds` (CPU) are those of the whole training.
-on its own: a network of this width, as many steps. trained at 1, sliced: what slicing does without slice training. {', '.join(f'{k} {v}' for k, v in s.items())}; Adam, one cycle.""")
+slice-trained: one network, each step at the widest, the narrowest and one rate between, gradients summed, a state per rate, no distillation;
+`seconds` (CPU) are those of the whole training.
+on its own: a network of this width, as many steps. trained at 1, sliced: what slicing does without slice training.
+{', '.join(f'{k} {v}' for k, v in s.items())}; Adam, one cycle.""")
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """One training step with layers in compressed rows, relative to the dense step.
 
-Each network is trained in a bare torch loop and through `learn.fit`, in turns with the dense one. Live values, bytes of gradients
-and optimizer state, and the peak memory of a step are measured beside the time. The script fails where a target is missed, or
-where a layer that was to be sparse was not."""
+Each network is trained in a bare torch loop and through `learn.fit`, in turns with the dense one. Live values, bytes of
+gradients and optimizer state, and the peak memory of a step are measured beside the time. The script fails where a target is
+missed, or where a layer that was to be sparse was not."""
 import argparse
 import json
 import os
@@ -54,7 +54,8 @@ class Products(TorchDispatchMode):
         self.sparse = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if 'addmm' in func.__name__: self.sparse.update((func.overloadpacket.__name__, tuple(a.shape)) for a in args[:2] if torch.is_tensor(a) and a.layout == torch.sparse_csr)
+        if 'addmm' in func.__name__:
+            self.sparse.update((func.overloadpacket.__name__, tuple(a.shape)) for a in args[:2] if torch.is_tensor(a) and a.layout == torch.sparse_csr)
         return func(*args, **(kwargs or {}))
 
 
@@ -68,7 +69,8 @@ def check(net, layers, shape=None, bs=2):
     net.zero_grad()
     for n, m in mods.items():
         for op in ('addmm', 'sparse_sampled_addmm'):
-            if seen.sparse[op, m.size] < sum(o.size == m.size for o in mods.values()): raise SystemExit(f'{n} ran dense: no sparse {op} of {m.size[0]}x{m.size[1]}')
+            if seen.sparse[op, m.size] < sum(o.size == m.size for o in mods.values()):
+                raise SystemExit(f'{n} ran dense: no sparse {op} of {m.size[0]}x{m.size[1]}')
 
 
 class Loop:
@@ -107,7 +109,8 @@ def measure(name, opt, rounds, repeats):
 
 def row(name, opt, way, dense, csr, goal):
     q, batches = quartiles([b/a for a, b in zip(dense, csr)]), NETS[name][3]
-    return dict(network=name, optimizer=opt, what=f'step, {way}', ratio=q['median'], q1=q['q1'], q3=q['q3'], target=goal, met='yes' if q['median'] <= goal else 'no',
+    return dict(network=name, optimizer=opt, what=f'step, {way}', ratio=q['median'], q1=q['q1'],
+        q3=q['q3'], target=goal, met='yes' if q['median'] <= goal else 'no',
                 dense=f'{1e3*statistics.median(dense)/batches:.3g} ms', csr=f'{1e3*statistics.median(csr)/batches:.3g} ms')
 
 
@@ -155,7 +158,8 @@ def memory(name, opt):
     human = lambda b: f'{b/2**20:.3g} MiB'
     base = dict(network=name, optimizer=opt[0])
     return [base | dict(what='parameters', ratio=share, dense=f"{dense['values']:,}", csr=f"{csr['values']:,}"),
-            base | dict(what='gradients and state, over the live share', ratio=over, target=MEMORY, met='yes' if over <= MEMORY else 'no', dense=human(dense['trained']), csr=human(csr['trained'])),
+            base | dict(what='gradients and state, over the live share', ratio=over, target=MEMORY,
+            met='yes' if over <= MEMORY else 'no', dense=human(dense['trained']), csr=human(csr['trained'])),
             base | dict(what='peak of three steps', ratio=csr['peak']/dense['peak'], dense=human(dense['peak']), csr=human(csr['peak']))]
 
 
@@ -174,15 +178,15 @@ def rewires(name, opt, rounds=6):
     return dict(network=name, optimizer=opt, what='rewire, a tenth of the live weights', csr=f'{1e3*statistics.median(moves):.3g} ms')
 
 
-NOTE = """One whole training step with layers that hold and multiply their live weights only (`compute='csr'`), relative to the dense
-step: medians and quartiles of the ratios within a round, CPU time, one thread. Random data; LeNet-300-100 with batch norm, batch
-100, sparsity .98 in its first two layers, the third one dense; an MLP of two matrices of 2048x2048, batch 128, sparsity .95.
-`loop` is a bare torch loop, `Learner` a running `learn.fit` with loading, all events and the optimizer, against a plain fit.
-Gradients and optimizer state are given over the share of the parameters that is left. The peak is that of the process during
-three steps of the loop, over what it held before the network was made, without the pages of torch's own libraries. These pages
-are read at first use, some 4 MiB more of them for sparse kernels; they are shared among processes and as many for any network.
-With them LeNet-300-100 had a peak of 6.4 MiB, and 4.5 MiB as a dense one: its tensors need 1.4 MiB during a sparse step, by
-torch's own count, index and transposed copies included, and 4.5 MiB during a dense one."""
+NOTE = """One whole training step with layers that hold and multiply their live weights only (`compute='csr'`), relative to the
+dense step: medians and quartiles of the ratios within a round, CPU time, one thread. Random data; LeNet-300-100 with batch
+norm, batch 100, sparsity .98 in its first two layers, the third one dense; an MLP of two matrices of 2048x2048, batch 128,
+sparsity .95. `loop` is a bare torch loop, `Learner` a running `learn.fit` with loading, all events and the optimizer, against a
+plain fit. Gradients and optimizer state are given over the share of the parameters that is left. The peak is that of the
+process during three steps of the loop, over what it held before the network was made, without the pages of torch's own
+libraries. These pages are read at first use, some 4 MiB more of them for sparse kernels; they are shared among processes and as
+many for any network. With them LeNet-300-100 had a peak of 6.4 MiB, and 4.5 MiB as a dense one: its tensors need 1.4 MiB during
+a sparse step, by torch's own count, index and transposed copies included, and 4.5 MiB during a dense one."""
 
 
 if __name__ == '__main__':

@@ -26,11 +26,11 @@ NAME, NETWORK = 'mnist_table', 'mnist/lenet_300_100'
 METHODS = 'dense', 'static', 'set', 'deepr', 'dsr', 'pruned'
 MAIN, EXTRA = (.98, .95), (.99, .97, .96, .9)  # with several seeds, with one
 NEAR = .3  # points from the printed mean that are no difference, where two printed deviations are not more
-NOTE = f"""Accuracy on the 10,000 test images after the last epoch, in percent: mean over seeds, with its deviation, beside what was
-printed. Recipes are those of `sparse_recipe('{NETWORK}', ...)`: batches of 100, no augmentation, 100 epochs, for pruning 39 more
-from the dense run of the same seed. `live` counts masked weights that are not zero, of 266,200. A cell is `within` at most two
-printed deviations or {NEAR} points of the printed mean, else `better` or `below`; where no deviation is printed per cell, the raw
-runs' were .03 to .2, with static masks up to 6.5. Minutes are of one training on one thread of a shared machine."""
+NOTE = f"""Accuracy on the 10,000 test images after the last epoch, in percent: mean over seeds, with its deviation, beside what
+was printed. Recipes are those of `sparse_recipe('{NETWORK}', ...)`: batches of 100, no augmentation, 100 epochs, for pruning 39
+more from the dense run of the same seed. `live` counts masked weights that are not zero, of 266,200. A cell is `within` at most
+two printed deviations or {NEAR} points of the printed mean, else `better` or `below`; where no deviation is printed per cell,
+the raw runs' were .03 to .2, with static masks up to 6.5. Minutes are of one training on one thread of a shared machine."""
 
 
 def cells(seeds=3, only=None):
@@ -162,7 +162,8 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, default=3, help='for sparsities .98 and .95')
     p.add_argument('--out', type=Path, default=RESULTS, help='folder of the results')
     p.add_argument('--networks', type=Path, help='folder of the trained dense networks; default: a temporary one')
-    p.add_argument('--cell', nargs=3, action='append', metavar=('METHOD', 'SPARSITY', 'SEED'), help='this training only, also with a seed that the table does not ask for; may be repeated')
+    p.add_argument('--cell', nargs=3, action='append', metavar=('METHOD', 'SPARSITY', 'SEED'),
+        help='this training only, also with a seed that the table does not ask for; may be repeated')
     p.add_argument('--list', action='store_true', help='only tell which cells there are, and which are done')
     a = p.parse_args()
     todo = [(m, float(s), int(seed)) for m, s, seed in a.cell or ()]

@@ -104,7 +104,9 @@ def measure(net, sparsity, rounds=3, zips=True, memory=True):
             load = seconds(lambda: load_sparse(file, empty), rounds)
             size = file.stat().st_size
             rows.append(dict(network=net, sparsity=sparsity, values=dtype, bytes=size, over_bound=size/bound(model, width), save_s=save, load_s=load))
-        if memory: rows[0] |= {f'{w}_layers': '' if (mb := memory_apart(net, sparsity, w, Path(tmp)/'float32.safetensors')) == '' else mb/layer for w in ('save', 'load')}
+        if memory:
+            rows[0] |= {f'{w}_layers': ''
+                if (mb := memory_apart(net, sparsity, w, Path(tmp)/'float32.safetensors')) == '' else mb/layer for w in ('save', 'load')}
     if zips:
         for name, f in dict(gzip=lambda b: gzip.compress(b, 6), xz=lambda b: lzma.compress(b, preset=1)).items():
             start = time.perf_counter()
@@ -123,12 +125,12 @@ def missed(rows):
     return res
 
 
-NOTE = f"""Files of `save_sparse`, with random masks of `sparsify` on all layers but a first convolution. `over_bound`: bytes over the sum of
-all values that are kept (live ones in the given precision, norms, biases and buffers as they are) and the entropy of the masks,
-N H(density) per layer; target {SIZE}. `save_s`, `load_s`: seconds on the clock, medians, one thread; target {SECONDS:g}. `save_layers`,
-`load_layers`: peak of the resident memory over what was there before, in sizes of the largest layer (9 MB of 97 in ResNet-50), in a process
-of its own; target {LAYERS}. `gzip` (level 6) and `xz` (preset 1): the plain state dict by `torch.save`, compressed, over the same bound, and
-the seconds that takes; at .9 only."""
+NOTE = f"""Files of `save_sparse`, with random masks of `sparsify` on all layers but a first convolution. `over_bound`: bytes
+over the sum of all values that are kept (live ones in the given precision, norms, biases and buffers as they are) and the
+entropy of the masks, N H(density) per layer; target {SIZE}. `save_s`, `load_s`: seconds on the clock, medians, one thread;
+target {SECONDS:g}. `save_layers`, `load_layers`: peak of the resident memory over what was there before, in sizes of the
+largest layer (9 MB of 97 in ResNet-50), in a process of its own; target {LAYERS}. `gzip` (level 6) and `xz` (preset 1): the
+plain state dict by `torch.save`, compressed, over the same bound, and the seconds that takes; at .9 only."""
 
 
 def run(nets=tuple(NETS), rounds=3, rates=RATES, zips=True):

@@ -1,7 +1,7 @@
 """CIFAR-100: groups of classes that a small residual network learns, beside the 20 superclasses; and what the split costs.
 
-Three stages of basic blocks on half-size pictures, so that a run takes minutes; needs `PARAMFX_DATA`. Three networks go on from one
-trained start: dense, with `SplitNet`, and nothing at all, which is what is split at random."""
+Three stages of basic blocks on half-size pictures, so that a run takes minutes; needs `PARAMFX_DATA`. Three networks go on from
+one trained start: dense, with `SplitNet`, and nothing at all, which is what is split at random."""
 import argparse
 import os
 import time
@@ -61,8 +61,10 @@ def network(seed, n_classes=100, widths=WIDTHS):
         down = None if stride == 1 and n_in == n else nn.Sequential(nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n))
         return BasicBlock(n_in, n, stride, down)
     a, b, c = widths
-    return nn.Sequential(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU()), layer1=block(a, a, 1), layer2=block(a, b, 2),
-                                     layer3=nn.Sequential(block(b, c, 2), block(c, c, 1)), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(c, n_classes)))
+    return nn.Sequential(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a),
+        nn.ReLU()), layer1=block(a, a, 1), layer2=block(a, b, 2),
+                                     layer3=nn.Sequential(block(b, c, 2), block(c, c, 1)),
+                                     pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(c, n_classes)))
 
 
 class NoValid(Callback):
@@ -88,7 +90,8 @@ def agreement(groups, supers):
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     g = np.asarray(groups)
     same = (supers[:, None] == supers) & ~np.eye(len(g), dtype=bool)
-    return dict(ari=float(adjusted_rand_score(supers, g)), nmi=float(normalized_mutual_info_score(supers, g)), together=100*float((g[:, None] == g)[same].mean()))
+    return dict(ari=float(adjusted_rand_score(supers, g)), nmi=float(normalized_mutual_info_score(supers, g)),
+        together=100*float((g[:, None] == g)[same].mean()))
 
 
 def by_chance(groups, supers, n=1000):
@@ -109,7 +112,8 @@ def classes_of(model, x, how, seed=0):
 
 def row(what, model, dls, x, seconds=None, **kw):
     c = cost(model, x, latency=False)
-    return dict(network=what, accuracy=score(model, dls), parameters=c.params, million_macs=c.macs/1e6) | ({} if seconds is None else dict(seconds=seconds)) | kw
+    return dict(network=what, accuracy=score(model, dls), parameters=c.params,
+        million_macs=c.macs/1e6) | ({} if seconds is None else dict(seconds=seconds)) | kw
 
 
 def kept(model, file, go):
@@ -158,12 +162,12 @@ def run(seed=0, epochs=8, tune=3, lr=1e-2, make=learner, net=network, table=SUPE
     return rows, {f'group {g+1}': [c for c, i in zip(dls.vocab, top.tolist()) if i == g] for g in range(GROUPS)}
 
 
-NOTE = """{groups} groups of classes, learned by a residual network in its last stage and classifier, one seed, 100 training images per class, all test
-images, pictures of 16x16 after the first layer. One dense network is trained for {epochs} epochs; dense and SplitNet go on from there for {epochs} more,
-the dense one is then cut along spectral clusters of its classifier's rows, and at random; all are finetuned for {tune} epochs.
-SplitNet's settings: {gammas}.
-Accuracy in percent; seconds of CPU time of each row's own training, {minutes:.0f} minutes in all. Agreement with the 20 superclasses: adjusted
-Rand index, normalized mutual information, and the percentage of pairs of one superclass that are in one group.
+NOTE = """{groups} groups of classes, learned by a residual network in its last stage and classifier, one seed, 100 training
+images per class, all test images, pictures of 16x16 after the first layer. One dense network is trained for {epochs} epochs;
+dense and SplitNet go on from there for {epochs} more, the dense one is then cut along spectral clusters of its classifier's
+rows, and at random; all are finetuned for {tune} epochs. SplitNet's settings: {gammas}. Accuracy in percent; seconds of CPU
+time of each row's own training, {minutes:.0f} minutes in all. Agreement with the 20 superclasses: adjusted Rand index,
+normalized mutual information, and the percentage of pairs of one superclass that are in one group.
 
 {named}"""
 
@@ -178,5 +182,7 @@ if __name__ == '__main__':
     a = ap.parse_args()
     torch.set_num_threads(1)
     rows, named = run(epochs=a.epochs, tune=a.tune, lr=a.lr, keep=a.networks, tell=lambda r: print(r, flush=True))
-    note = NOTE.format(groups=GROUPS, epochs=a.epochs, tune=a.tune, gammas=', '.join(f'{k}={v}' for k, v in HOW.items()), minutes=sum(r.get('seconds', 0) for r in rows)/60, named='\n'.join(f'- {k} ({len(v)}): {", ".join(v)}' for k, v in named.items()))
+    note = NOTE.format(groups=GROUPS, epochs=a.epochs, tune=a.tune,
+        gammas=', '.join(f'{k}={v}' for k, v in HOW.items()), minutes=sum(r.get('seconds', 0) for r in rows)/60,
+        named='\n'.join(f'- {k} ({len(v)}): {", ".join(v)}' for k, v in named.items()))
     print(table(rows)+note if a.dry else write_table('split_cifar100', rows, note, runs=[named]).read_text())

@@ -1,7 +1,8 @@
 """Accuracy of networks split along learned groups, beside the dense and a randomly split one, on scikit-learn's digits.
 
-A perceptron 64-128-128-10 and the zoo's convnet, two groups, four seeds of the initial assignments, batches and random splits. All begin
-with one trained network, as the warm-up of `gamma_disjoint` asks for, and one row goes without both: there the initial noise decides."""
+A perceptron 64-128-128-10 and the zoo's convnet, two groups, four seeds of the initial assignments, batches and random splits.
+All begin with one trained network, as the warm-up of `gamma_disjoint` asks for, and one row goes without both: there the
+initial noise decides."""
 import argparse
 import os
 import statistics
@@ -85,7 +86,8 @@ def rows(name, runs):
     res, mean = [], {k: statistics.mean(r[k][0] for r in runs) for k in runs[0]}
     for k in runs[0]:
         accs, parts = [r[k][0] for r in runs], [r[k][2] for r in runs]
-        row = dict(network=name, trained=k, accuracy=mean[k], sd=statistics.stdev(accs) if len(accs) > 1 else 0., parameters=round(statistics.mean(r[k][1] for r in runs)))
+        row = dict(network=name, trained=k, accuracy=mean[k], sd=statistics.stdev(accs) if len(accs) > 1
+            else 0., parameters=round(statistics.mean(r[k][1] for r in runs)))
         if None not in parts: row['same_partition'] = f'{Counter(parts).most_common(1)[0][1]} of {len(runs)}'
         if k == 'with SplitNet, uncut': row['met'] = 'yes' if Counter(parts).most_common(1)[0][1] >= SAME/4*len(runs) else 'no'
         if k == 'masked': row |= dict(change=mean[k]-mean['with SplitNet, uncut'], met='yes' if mean['with SplitNet, uncut']-mean[k] <= COST+1e-6 else 'no')
@@ -104,9 +106,10 @@ def run(seeds=4, epochs=40, tune=10, first=20):
     return res, every
 
 
-NOTE = f"""Validation accuracy in percent on 360 digits, means and deviations over {{seeds}} seeds. One network is trained for {{first}} epochs; dense and SplitNet go on
-from there for {{epochs}}; split networks are finetuned for {{tune}}. `change` is what masking, or a random split of the dense network, does at once; masking may
-cost {COST} points. `same_partition`: seeds that found the most frequent partition of the ten classes; {SAME} of 4 are asked for."""
+NOTE = f"""Validation accuracy in percent on 360 digits, means and deviations over {{seeds}} seeds. One network is trained for
+{{first}} epochs; dense and SplitNet go on from there for {{epochs}}; split networks are finetuned for {{tune}}. `change` is
+what masking, or a random split of the dense network, does at once; masking may cost {COST} points. `same_partition`: seeds that
+found the most frequent partition of the ten classes; {SAME} of 4 are asked for."""
 
 
 if __name__ == '__main__':
@@ -120,4 +123,5 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     how = dict(seeds=a.seeds, epochs=a.epochs, tune=a.tune, first=a.first)
     res, every = run(**how)
-    print(table(res) if a.dry else write_table('split_digits', res, NOTE.format(**how), runs=[dict(network=n, seed=i, **r) for n, rs in every.items() for i, r in enumerate(rs)]).read_text())
+    print(table(res) if a.dry else write_table('split_digits', res, NOTE.format(**how),
+        runs=[dict(network=n, seed=i, **r) for n, rs in every.items() for i, r in enumerate(rs)]).read_text())

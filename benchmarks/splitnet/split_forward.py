@@ -31,7 +31,8 @@ def forwards(m, x, n=1):
 
 def row(network, what, groups, batch, pixels, ratios, macs, target):
     q = quartiles([r/target[0] for r in ratios])
-    return dict(network=network, what=what, groups=groups, batch=batch, pixels=pixels, time=quartiles(ratios)['median'], macs=macs, ratio=q['median'], q1=q['q1'], q3=q['q3'],
+    return dict(network=network, what=what, groups=groups, batch=batch, pixels=pixels,
+        time=quartiles(ratios)['median'], macs=macs, ratio=q['median'], q1=q['q1'], q3=q['q3'],
                 target=target[1], met='yes' if q['median'] <= target[1] else 'no')
 
 
@@ -69,8 +70,9 @@ def wrn(rounds):
     return rows
 
 
-NOTE = """In evaluation, without gradients, CPU time on one thread: medians and quartiles of the ratios within a round. `time` is that of the
-split network relative to the dense one, `macs` the same for multiply-adds; `ratio` is `time` as `what` says, and is compared with the target."""
+NOTE = """In evaluation, without gradients, CPU time on one thread: medians and quartiles of the ratios within a round. `time`
+is that of the split network relative to the dense one, `macs` the same for multiply-adds; `ratio` is `time` as `what` says, and
+is compared with the target."""
 
 
 if __name__ == '__main__':

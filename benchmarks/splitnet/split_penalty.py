@@ -64,7 +64,8 @@ def steps(pixels, splits=SPLITS, rounds=12, repeats=3, opt='SGD', net=NET, bs=32
                 share.setdefault(k, []).append((cb.spent-before[k])/mean)
         for run in runs.values(): run.close()
     ms, goals = 1e3*statistics.median(plain)/PERIOD, {f'every={k}': t for k, t in SIZES.get(pixels, SIZES[32]).items()}
-    return [_row(f'{pixels} px step', k, quartiles(v), quartiles(share[k])['median'] if k in share else None, goals.get(k), plain_ms=ms) for k, v in ratio.items()]
+    return [_row(f'{pixels} px step', k, quartiles(v), quartiles(share[k])['median'] if k in share else None,
+        goals.get(k), plain_ms=ms) for k, v in ratio.items()]
 
 
 def _row(what, how, q, value=None, goal=None, up=False, **more):
@@ -121,12 +122,13 @@ def formulations(rounds=20, splits=SPLITS, net=NET, pixels=32):
         dict(what='formulation', how='closed form', ratio=1., ms=1e3*statistics.median(times['closed form']))]
 
 
-NOTE = """ResNet-18 with ten classes in batches of 32, `layer4` and `fc` in two groups. Above: steps of a running `learn.fit` (loading, every event,
-SGD with momentum) in four fits that take turns; a turn is four steps, so that with `every=4` each has one penalty. `ratio` is a whole step over the mean of two
-plain fits; `plain again`, the second plain fit over the first, is noise as far as it is off from 1. `share` is the time spent on the penalty and the update of the
-assignments, measured inside of these steps, over that of a plain step: it is held against the target. Below: value and gradients of the penalty alone,
-relative to the closed form, where a larger ratio means that the closed form is that many times faster. Medians and quartiles within a round, CPU
-time, one thread."""
+NOTE = """ResNet-18 with ten classes in batches of 32, `layer4` and `fc` in two groups. Above: steps of a running `learn.fit`
+(loading, every event, SGD with momentum) in four fits that take turns; a turn is four steps, so that with `every=4` each has
+one penalty. `ratio` is a whole step over the mean of two plain fits; `plain again`, the second plain fit over the first, is
+noise as far as it is off from 1. `share` is the time spent on the penalty and the update of the assignments, measured inside of
+these steps, over that of a plain step: it is held against the target. Below: value and gradients of the penalty alone, relative
+to the closed form, where a larger ratio means that the closed form is that many times faster. Medians and quartiles within a
+round, CPU time, one thread."""
 
 
 def missed(rows):

@@ -40,11 +40,14 @@ class Block(nn.Module):
     "Two convolutions and a shortcut"
     def __init__(self, n, k=3):
         super().__init__()
-        self.conv1, self.bn1, self.conv2, self.bn2 = nn.Conv2d(n, n, k, padding=k//2, bias=False), nn.BatchNorm2d(n), nn.Conv2d(n, n, k, padding=k//2), nn.BatchNorm2d(n)
+        self.conv1, self.bn1, self.conv2, self.bn2 = nn.Conv2d(
+            n, n, k, padding=k//2, bias=False), nn.BatchNorm2d(n), nn.Conv2d(n, n, k, padding=k//2), nn.BatchNorm2d(n)
     def forward(self, x): return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
 
 
-def block_net(c_in=1, n=8, blocks=3): return nn.Sequential(nn.Sequential(nn.Conv2d(c_in, n, 3, 2, 1), nn.Sequential(*[Block(n) for _ in range(blocks)])), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 10)))
+def block_net(c_in=1, n=8, blocks=3):
+    return nn.Sequential(nn.Sequential(nn.Conv2d(c_in, n, 3, 2, 1),
+        nn.Sequential(*[Block(n) for _ in range(blocks)])), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 10)))
 def two_parts(m): return [params(m[0]), params(m[1])]
 
 
@@ -98,20 +101,26 @@ def test_penalty_in_half_precision_and_under_autocast():
 
 B = torch.randn(4, 2, 3, 3)
 @pytest.mark.parametrize('groups,kw,text', [
-    ([], {}, 'at least one'), (None, {}, 'groups=None'), ([B], {}, r'groups\[0\]: give a pair'), ([([B.int()], [])], {}, 'int32'), ([([B[0, 0, 0]], [])], {}, 'shape'),
-    ([([[1.]], [])], {}, 'is a list'), ([([B, B[:, :1]], [])], {}, '9 and 18 entries.*joint=False'), ([([], [B])], {}, 'unique=True'), ([([B[:0]], [])], {}, 'at least one'),
-    ([([B], [])], dict(norm='mean'), "norm='mean'"), ([([B], [])], dict(side='left'), "side='left'"), ([([B], [])], dict(joint=1), 'joint=1'), ([([B], [])], dict(unique=None), 'unique=None')])
+    ([], {}, 'at least one'), (None, {}, 'groups=None'), ([B], {}, r'groups\[0\]: give a pair'),
+    ([([B.int()], [])], {}, 'int32'), ([([B[0, 0, 0]], [])], {}, 'shape'),
+    ([([[1.]], [])], {}, 'is a list'), ([([B, B[:, :1]], [])], {}, '9 and 18 entries.*joint=False'),
+    ([([], [B])], {}, 'unique=True'), ([([B[:0]], [])], {}, 'at least one'),
+    ([([B], [])], dict(norm='mean'), "norm='mean'"), ([([B], [])], dict(side='left'), "side='left'"),
+    ([([B], [])], dict(joint=1), 'joint=1'), ([([B], [])], dict(unique=None), 'unique=None')])
 def test_penalty_bad_input(groups, kw, text):
     with pytest.raises(ValueError, match=text): ortho_penalty(groups, **kw)
 
 
 # -- the layer
-FORMS = [dict(), dict(stride=2), dict(padding=0), dict(dilation=2, padding=2), dict(padding_mode='reflect'), dict(padding_mode='circular', stride=2), dict(padding='same'), dict(groups=2), dict(groups=4, stride=2),
-         dict(bias=False), dict(norm=False), dict(norm=False, groups=2, bias=False), dict(unique=0), dict(shared=0, unique=4), dict(kernel_size=1, padding=0), dict(kernel_size=(3, 1), padding=(1, 0))]
+FORMS = [dict(), dict(stride=2), dict(padding=0), dict(dilation=2, padding=2), dict(padding_mode='reflect'),
+    dict(padding_mode='circular', stride=2), dict(padding='same'), dict(groups=2), dict(groups=4, stride=2),
+         dict(bias=False), dict(norm=False), dict(norm=False, groups=2, bias=False), dict(unique=0),
+         dict(shared=0, unique=4), dict(kernel_size=1, padding=0), dict(kernel_size=(3, 1), padding=(1, 0))]
 
 def layer(**kw):
     torch.manual_seed(0)
-    m = BasisConv2d(**{**dict(in_channels=8, out_channels=12, kernel_size=3, shared=4*kw.get('groups', 1), unique=2*kw.get('groups', 1), padding=1), **kw}).double()
+    m = BasisConv2d(**{**dict(in_channels=8, out_channels=12, kernel_size=3, shared=4*kw.get('groups', 1),
+        unique=2*kw.get('groups', 1), padding=1), **kw}).double()
     if m.bias is not None: m.bias.data.normal_()
     if m.norm is not None:
         for t in (m.norm.weight, m.norm.bias, m.norm.running_mean): t.data.normal_()
@@ -124,7 +133,8 @@ def by_hand(m, x, train):
     conv = lambda w: nn.Conv2d._conv_forward(m, x, w, None)
     zs = [conv(w).unflatten(1, (m.groups, -1)) for w in (m.unique, m.basis) if w is not None]
     z = torch.cat(zs, 2).flatten(1, 2)
-    if m.norm is not None: z = F.batch_norm(z, None if train else m.norm.running_mean, None if train else m.norm.running_var, m.norm.weight, m.norm.bias, train, 0., m.norm.eps)
+    if m.norm is not None:
+        z = F.batch_norm(z, None if train else m.norm.running_mean, None if train else m.norm.running_var, m.norm.weight, m.norm.bias, train, 0., m.norm.eps)
     return F.conv2d(z, m.coeff, m.bias, groups=m.groups)
 
 
@@ -145,7 +155,8 @@ def test_layer_by_a_second_route(kw):
         close(deepcopy(m).float().plain()(x.float()).double(), by_hand(m, x, False), 1e-5)
 
 
-@pytest.mark.parametrize('kw', [dict(shared=12), dict(shared=12, padding_mode='reflect', stride=2), dict(shared=4), dict(shared=12, unique=4, groups=2)], ids=str)
+@pytest.mark.parametrize('kw', [dict(shared=12), dict(shared=12, padding_mode='reflect', stride=2),
+    dict(shared=4), dict(shared=12, unique=4, groups=2)], ids=str)
 @pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last])
 def test_the_layout_of_maps_stays(kw, fmt):
     "Wide layers go by channels last inside: single precision, both layouts, outputs and gradients by a second route"
@@ -213,7 +224,8 @@ def test_torch_func():
 
 
 # -- one tensor, once
-@pytest.mark.parametrize('kw', [dict(), dict(n_bases=2), dict(mode='tie'), dict(mode='tie', n_bases=2), dict(basis_norm=False), dict(init='svd', basis_norm='calibrated')], ids=str)
+@pytest.mark.parametrize('kw', [dict(), dict(n_bases=2), dict(mode='tie'), dict(mode='tie', n_bases=2),
+    dict(basis_norm=False), dict(init='svd', basis_norm='calibrated')], ids=str)
 def test_a_basis_is_one_parameter(kw, tmp_path):
     net = nets.resnet_cifar(20).eval()
     table = share_bases(net, X, 4, 1, **kw)
@@ -223,7 +235,8 @@ def test_a_basis_is_one_parameter(kw, tmp_path):
     state = net.state_dict()
     assert len({t.data_ptr() for t in state.values() if t.numel()}) == sum(t.numel() > 0 for t in state.values())
     assert sum(k.endswith('.shared') for k in state) == (0 if 'mode' in kw else len(owners))
-    assert len([*net.parameters()]) == len({id(p) for _, p in net.named_parameters(remove_duplicate=False)}) == len([*net.named_parameters(remove_duplicate=False)])
+    assert len([*net.parameters()]) == len(
+        {id(p) for _, p in net.named_parameters(remove_duplicate=False)}) == len([*net.named_parameters(remove_duplicate=False)])
     rows = [r for r in table if 'params_after' in r]
     assert n_params(net)[0] == n_params(nets.resnet_cifar(20))[0]+sum(r['params_after']-r['params_before'] for r in rows)
     assert count_macs(net, X)[0] == count_macs(nets.resnet_cifar(20), X)[0]+sum(r['macs_after']-r['macs_before'] for r in rows)
@@ -248,8 +261,10 @@ def test_a_basis_is_one_parameter(kw, tmp_path):
 
 
 COUNTED = {'ResNet32-S8U1': (lambda: nets.resnet_cifar(32), dict(shared_rank=8)), 'ResNet32-S16U1*': (lambda: nets.resnet_cifar(32), dict(n_bases=2)),
-           'ResNet56-S16U1': (lambda: nets.resnet_cifar(56), dict()), 'ResNet32 shared-only S16': (lambda: nets.resnet_cifar(32), dict(unique_rank=0, n_bases=2)),
-           'ResNet56 non-shared U16': (lambda: nets.resnet_cifar(56), dict(shared_rank=0, unique_rank=16)), 'DenseNet121-S16U1': (lambda: nets.densenet_cifar(), dict(skip_first=False)),
+           'ResNet56-S16U1': (lambda: nets.resnet_cifar(56), dict()), 'ResNet32 shared-only '
+           'S16': (lambda: nets.resnet_cifar(32), dict(unique_rank=0, n_bases=2)),
+           'ResNet56 non-shared U16': (lambda: nets.resnet_cifar(56), dict(shared_rank=0, unique_rank=16)),
+           'DenseNet121-S16U1': (lambda: nets.densenet_cifar(), dict(skip_first=False)),
            'MobileNetV2-Shared': (lambda: nets.mobilenet_v2(100, small=True), dict(mode='tie'))}
 
 @pytest.mark.parametrize('row', COUNTED)
@@ -326,7 +341,8 @@ def odd(what):
     if what == 'padding': b.conv1.padding_mode = 'reflect'; b.conv1._reversed_padding_repeated_twice = [1]*4
     return net
 
-ODD = dict(depthwise='depthwise', grouped='only one of its kind', pointwise='1x1', transposed='ConvTranspose2d', lazy='lazy', own='Own', shared='another layer', masked='masked', parametrized='parametrization', padding='only one of its kind')
+ODD = dict(depthwise='depthwise', grouped='only one of its kind', pointwise='1x1', transposed='ConvTranspose2d',
+    lazy='lazy', own='Own', shared='another layer', masked='masked', parametrized='parametrization', padding='only one of its kind')
 
 @pytest.mark.parametrize('what', ODD)
 def test_what_cannot_share_is_skipped_or_refused(what):
@@ -347,7 +363,8 @@ def test_what_cannot_share_is_skipped_or_refused(what):
 def test_pointwise_layers_share_if_asked_and_grouped_ones_if_ranks_divide():
     net = nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 12, 3, padding=1, groups=4), nn.Conv2d(12, 8, 1)) for _ in range(3)])
     x = torch.randn(2, 8, 6, 6)
-    with pytest.raises(ValueError, match='0.1: 3 shared and 1 unique filters do not divide into its 4 groups'): share_bases(net, x, 3, 1, groups={'a': ['0.1', '1.1', '2.1']})
+    with pytest.raises(ValueError, match='0.1: 3 shared and 1 unique filters do not divide into its 4 groups'):
+        share_bases(net, x, 3, 1, groups={'a': ['0.1', '1.1', '2.1']})
     found = find_groups(net, 4, 4)[0]
     assert [g.layers for g in found] == [['1.1', '2.1']]
     share_bases(net, x, 4, 4, groups={'a': ['0.1', '1.1', '2.1'], 'b': ['0.0', '1.0']}, scale_rank=False)
@@ -356,15 +373,25 @@ def test_pointwise_layers_share_if_asked_and_grouped_ones_if_ranks_divide():
 
 
 @pytest.mark.parametrize('kw,text', [
-    (dict(shared_rank=1.5), 'shared_rank=1.5'), (dict(shared_rank=True), 'shared_rank=True'), (dict(unique_rank=-1), 'unique_rank=-1'), (dict(unique_rank='2'), "unique_rank='2'"),
-    (dict(shared_rank=0, unique_rank=0), 'no filter'), (dict(n_bases=0), 'n_bases=0'), (dict(n_bases=True), 'n_bases=True'), (dict(mode='share'), "mode='share'"), (dict(init='pca'), "init='pca'"),
-    (dict(basis_norm=None), 'basis_norm=None'), (dict(basis_norm=0), 'basis_norm=0'), (dict(scale_rank=1), 'scale_rank=1'), (dict(skip_first='no'), "skip_first='no'"), (dict(groups=[]), r'groups=\[\]'),
-    (dict(groups={}), 'groups={}'), (dict(groups={'a': ['nope']}), "No layer is called 'nope'"), (dict(groups={'a': ['0.1.1.conv1']}), 'the only layer of group'),
-    (dict(groups={'a': ['0.1.1', '0.0']}), 'in_channels'), (dict(groups={'a': ['0.1.1'], 'b': ['0.1.1.conv2', '0.1.2.conv2']}), '0.1.1.conv2: named in the groups'),
-    (dict(shared_rank=float('nan')), 'shared_rank=nan'), (dict(sweeps=-1), 'sweeps=-1'), (dict(sweeps=1.5, init='svd'), 'sweeps=1.5'), (dict(sweeps=True), 'sweeps=True'),
-    (dict(batches=[torch.zeros(1, 1, 8, 8)]), "batches: .*basis_norm=True"), (dict(batches=[], basis_norm='calibrated'), 'batches: there is none'), (dict(batches=torch.zeros(2, 1, 8, 8), basis_norm='calibrated'), 'batches is a tensor'),
-    (dict(mode='tie', basis_norm='calibrated'), 'a tied layer has no norm'), (dict(groups={'a': ['0.1.1'], 'b': []}), r"groups\['b'\]: \[\] stands for no layer"), (dict(groups=lambda n, m: [n]), 'the only layer'),
-    (dict(shared_rank=200), 'Nothing to share: .*72 dimensions'), (dict(shared_rank=200, groups={'a': ['0.1.1']}), '0.1.1.conv1: 200.1 filters.*lower ranks'), (dict(sample='x'), 'sample')])
+    (dict(shared_rank=1.5), 'shared_rank=1.5'), (dict(shared_rank=True), 'shared_rank=True'),
+    (dict(unique_rank=-1), 'unique_rank=-1'), (dict(unique_rank='2'), "unique_rank='2'"),
+    (dict(shared_rank=0, unique_rank=0), 'no filter'), (dict(n_bases=0), 'n_bases=0'),
+    (dict(n_bases=True), 'n_bases=True'), (dict(mode='share'), "mode='share'"), (dict(init='pca'), "init='pca'"),
+    (dict(basis_norm=None), 'basis_norm=None'), (dict(basis_norm=0), 'basis_norm=0'),
+    (dict(scale_rank=1), 'scale_rank=1'), (dict(skip_first='no'), "skip_first='no'"), (dict(groups=[]), r'groups=\[\]'),
+    (dict(groups={}), 'groups={}'), (dict(groups={'a': ['nope']}), "No layer is called 'nope'"),
+    (dict(groups={'a': ['0.1.1.conv1']}), 'the only layer of group'),
+    (dict(groups={'a': ['0.1.1', '0.0']}), 'in_channels'),
+    (dict(groups={'a': ['0.1.1'], 'b': ['0.1.1.conv2', '0.1.2.conv2']}), '0.1.1.conv2: named in the groups'),
+    (dict(shared_rank=float('nan')), 'shared_rank=nan'), (dict(sweeps=-1), 'sweeps=-1'),
+    (dict(sweeps=1.5, init='svd'), 'sweeps=1.5'), (dict(sweeps=True), 'sweeps=True'),
+    (dict(batches=[torch.zeros(1, 1, 8, 8)]), "batches: .*basis_norm=True"),
+    (dict(batches=[], basis_norm='calibrated'), 'batches: there is none'),
+    (dict(batches=torch.zeros(2, 1, 8, 8), basis_norm='calibrated'), 'batches is a tensor'),
+    (dict(mode='tie', basis_norm='calibrated'), 'a tied layer has no norm'),
+    (dict(groups={'a': ['0.1.1'], 'b': []}), r"groups\['b'\]: \[\] stands for no layer"), (dict(groups=lambda n, m: [n]), 'the only layer'),
+    (dict(shared_rank=200), 'Nothing to share: .*72 dimensions'),
+    (dict(shared_rank=200, groups={'a': ['0.1.1']}), '0.1.1.conv1: 200.1 filters.*lower ranks'), (dict(sample='x'), 'sample')])
 def test_errors_come_before_anything_changes(kw, text):
     net = block_net()
     state, keys = snapshot(net), {n: id(m) for n, m in net.named_modules()}
@@ -376,7 +403,8 @@ def test_errors_come_before_anything_changes(kw, text):
 def test_a_failing_calibration_puts_the_layers_back():
     net = block_net()
     keys = {n: id(m) for n, m in net.named_modules()}
-    with pytest.raises(ValueError, match="does not run through the model"): share_bases(net, torch.zeros(1, 1, 8, 8), 4, basis_norm='calibrated', batches=[torch.zeros(1, 3, 8, 8)])
+    with pytest.raises(ValueError, match="does not run through the model"):
+        share_bases(net, torch.zeros(1, 1, 8, 8), 4, basis_norm='calibrated', batches=[torch.zeros(1, 3, 8, 8)])
     assert {n: id(m) for n, m in net.named_modules()} == keys
 
 
@@ -419,20 +447,24 @@ def test_frozen_layers_stay_frozen(kw):
     assert {n for n, p in net.named_parameters() if p.requires_grad} == {'0.0.weight', '0.0.bias', '1.2.weight', '1.2.bias'}
 
 
-@pytest.mark.parametrize('kw', [dict(shared_rank=.5, unique_rank=2), dict(n_bases=2, shared_rank=4, unique_rank=0), dict(shared_rank=4, basis_norm=False), dict(shared_rank=4, init='svd', basis_norm='calibrated', sweeps=1),
-                                dict(mode='tie'), dict(shared_rank=4, scale_rank=False, skip_first=False), dict(shared_rank=4, groups={'a': ['0.1.1']})], ids=str)
+@pytest.mark.parametrize('kw', [dict(shared_rank=.5, unique_rank=2),
+    dict(n_bases=2, shared_rank=4, unique_rank=0), dict(shared_rank=4, basis_norm=False), dict(shared_rank=4, init='svd', basis_norm='calibrated', sweeps=1),
+                                dict(mode='tie'), dict(shared_rank=4, scale_rank=False, skip_first=False),
+                                dict(shared_rank=4, groups={'a': ['0.1.1']})], ids=str)
 def test_the_plan_is_what_is_done(kw):
     net, x = block_net(), torch.zeros(1, 1, 8, 8)
     table = plan_bases(net, x, **kw)
     assert not sharing_layers(net) and not net.__dict__.get('_recipe')
     done = share_bases(net, x, **kw)
-    assert list(done) == list(table) and done.note == table.note and f'-> {n_params(net)[0]:,}' in done.note and done.note.endswith(f'-> {count_macs(net, x)[0]:,}')
+    assert list(done) == list(
+        table) and done.note == table.note and f'-> {n_params(net)[0]:,}' in done.note and done.note.endswith(f'-> {count_macs(net, x)[0]:,}')
     with pytest.raises(TypeError, match='shared_rnk'): plan_bases(net, x, shared_rnk=4)
 
 
 @pytest.mark.parametrize('kw', [dict(), dict(basis_norm=False, unique_rank=0), dict(n_bases=2)], ids=str)
 def test_grouped_layers_are_counted(kw):
-    net, x = nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, groups=4), nn.Conv2d(16, 8, 3, 2, 1, groups=2)) for _ in range(3)]), torch.randn(2, 8, 16, 16)
+    net, x = nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, groups=4),
+        nn.Conv2d(16, 8, 3, 2, 1, groups=2)) for _ in range(3)]), torch.randn(2, 8, 16, 16)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         table = share_bases(net, x, **{**dict(shared_rank=4, unique_rank=4, scale_rank=False), **kw})
@@ -460,8 +492,10 @@ def test_sharing_twice_and_under_an_effect_is_refused(mk):
 
 def test_warnings():
     net, x = block_net(), torch.zeros(1, 1, 8, 8)
-    with pytest.warns(UserWarning, match='0.1: 30 shared and 1 unique filters in 4 layers need .* ordinary ones 2,304. Give lower ranks'): plan_bases(net, x, shared_rank=30)
-    with pytest.warns(UserWarning, match='n_bases=2: no block has a second layer'): plan_bases(nets.densenet_cifar(), X, skip_first=False, scale_rank=False, n_bases=2)
+    with pytest.warns(UserWarning, match='0.1: 30 shared and 1 unique filters in 4 layers need .* ordinary ones 2,304. Give lower ranks'):
+        plan_bases(net, x, shared_rank=30)
+    with pytest.warns(UserWarning, match='n_bases=2: no block has a second layer'):
+        plan_bases(nets.densenet_cifar(), X, skip_first=False, scale_rank=False, n_bases=2)
     with pytest.warns(UserWarning, match="calibrated"): plan_bases(net, x, shared_rank=4, init='svd')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -526,7 +560,8 @@ def test_sweeps_that_go_wrong_are_left_out(monkeypatch):
     torch.manual_seed(0)
     ws = [torch.randn(8, 6, 3, 3, dtype=torch.float64) for _ in range(4)]
     want, top = svd_filters(ws, 4, 2, sweeps=0), svd_filters.__globals__['_top']
-    monkeypatch.setitem(svd_filters.__globals__, '_top', lambda m, n, start=None: top(m, n) if start is None else torch.linalg.qr(torch.randn(1, 54, n, dtype=torch.float64))[0].mT)
+    monkeypatch.setitem(svd_filters.__globals__, '_top', lambda m, n, start=None: top(m, n) if start is None
+        else torch.linalg.qr(torch.randn(1, 54, n, dtype=torch.float64))[0].mT)
     got = svd_filters(ws, 4, 2, sweeps=5)
     assert got[3] == want[3] and torch.equal(got[0], want[0]) and all(torch.equal(a, b) for a, b in zip(got[1]+got[2], want[1]+want[2]))
 
@@ -544,7 +579,8 @@ def test_folded_and_converted_again_is_the_same():
     net, x = nets.resnet_cifar(20).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     share_bases(net, x, 6, 0, n_bases=2)
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5); m.weight.data.uniform_(.5, 1.5); m.bias.data.normal_(0, .1)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5); m.weight.data.uniform_(.5, 1.5); m.bias.data.normal_(0, .1)
     plain = materialize(net, x)
     assert {type(m) for m in plain.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
     share_bases(plain, x, 6, 0, n_bases=2, init='svd', basis_norm=False)
@@ -589,7 +625,8 @@ def test_first_and_second_bases_apart():
     net = nets.resnet_cifar(20)
     share_bases(net, X, 8, 2, n_bases=2)
     parts = basis_groups(net, joint=False)
-    assert [[(len(s), len(u)) for s, u in p] for p in parts] == [[(1, 2)]*3]*2 and not {id(t) for s, _ in parts[0] for t in s} & {id(t) for s, _ in parts[1] for t in s}
+    assert [[(len(s), len(u)) for s, u in p] for p in parts] == [[(1, 2)]*3]*2 and not {id(t)
+        for s, _ in parts[0] for t in s} & {id(t) for s, _ in parts[1] for t in s}
     for p, conv in zip(parts, ('conv1', 'conv2')):
         assert p[0][0][0] is sharing_layers(net)[f'layer1.1.{conv}'].basis and p[0][1][1] is sharing_layers(net)[f'layer1.2.{conv}'].unique
 
@@ -621,7 +658,8 @@ def test_ranks_are_rounded_to_the_nearest():
     ranks = lambda *args, **kw: [(g.shared, g.unique) for g in find_groups(net, *args, **kw)[0]]
     assert ranks(3, 1) == [(3, 1), (5, 2)] and ranks(3, 1, scale_rank=False) == [(3, 1), (3, 1)]
     assert ranks(.3, .07) == ranks(.3, .07, scale_rank=False) == [(5, 1), (7, 2)]
-    assert ranks(16*9-1, 1, scale_rank=False)[0] == (143, 1) and ranks(16*9, 1, scale_rank=False) == [(144, 1)]  # as many as there are dimensions, then one more
+    # as many as there are dimensions, then one more
+    assert ranks(16*9-1, 1, scale_rank=False)[0] == (143, 1) and ranks(16*9, 1, scale_rank=False) == [(144, 1)]
 
 
 def test_init_is_orthonormal_in_all_of_a_stage():
@@ -675,7 +713,8 @@ def test_plain_files(mk, ext, mode):
 def test_file_of_ordinary_layers_is_explained(mk):
     a = mk()
     a.create_opt(); a.save('dense')
-    with pytest.raises(RuntimeError, match='0.1.1.conv1: the file holds the weight of an ordinary layer'): mk().share_bases(shared_rank=6).load('dense', with_opt=False)
+    with pytest.raises(RuntimeError, match='0.1.1.conv1: the file holds the weight of an ordinary layer'):
+        mk().share_bases(shared_rank=6).load('dense', with_opt=False)
 
 
 def test_recipe_in_a_fresh_process(mk, tmp_path):
@@ -782,7 +821,8 @@ def test_a_splitter_that_knows_the_old_layers(mk, kind):
     learn = mk(opt_func=SGD, splitter=split)
     learn.fit(1)
     before, opt = {n: id(m) for n, m in learn.model.named_modules()}, learn.opt
-    with pytest.raises((KeyError, ValueError), match=dict(raises='weight', computed='group 0 .* computed tensor of shape .8, 8, 3, 3.', twice='2 times')[kind]): learn.share_bases(shared_rank=4)
+    with pytest.raises((KeyError, ValueError), match=dict(raises='weight', computed='group 0 .* computed tensor of shape .8, 8, 3, 3.', twice='2 times')[kind]):
+        learn.share_bases(shared_rank=4)
     assert {n: id(m) for n, m in learn.model.named_modules()} == before and learn.opt is opt and not learn.paramfx and '_recipe' not in vars(learn.model)
     learn.fit(1)
 
@@ -807,7 +847,9 @@ def test_timm_body():
 
 
 # -- the callback
-DECAYING = {'fastai sgd': partial(SGD, mom=.9), 'fastai adam': Adam, 'fastai l2': partial(SGD, mom=.9, decouple_wd=False), 'torch sgd': partial(OptimWrapper, opt=partial(torch.optim.SGD, weight_decay=.1)), 'torch adamw': partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))}
+DECAYING = {'fastai sgd': partial(SGD, mom=.9), 'fastai adam': Adam,
+    'fastai l2': partial(SGD, mom=.9, decouple_wd=False), 'torch sgd': partial(OptimWrapper,
+    opt=partial(torch.optim.SGD, weight_decay=.1)), 'torch adamw': partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))}
 
 @pytest.mark.parametrize('opt', DECAYING)
 @pytest.mark.parametrize('unique', [False, True])
@@ -821,7 +863,8 @@ def test_bases_out_of_weight_decay(mk, opt, unique):
         learn = mk(opt_func=DECAYING[opt], **{} if 'torch' in opt else dict(wd=.1)).share_bases(shared_rank=6, unique_rank=2)
         start = snapshot(learn.model)
         learn.fit(1, 1e-2, cbs=[OrthoReg(1., unique=unique, **kw), NoGrad()])
-        return learn, {k: bool((snapshot(learn.model)[k].abs().sum() < start[k].abs().sum()*.999)) for k in ('0.1.1.conv1.shared', '0.1.1.conv1.unique', '0.1.1.conv1.coeff', '1.2.weight')}
+        return learn, {k: bool((snapshot(learn.model)[k].abs().sum() < start[k].abs().sum()*.999))
+            for k in ('0.1.1.conv1.shared', '0.1.1.conv1.unique', '0.1.1.conv1.coeff', '1.2.weight')}
     assert all(run()[1].values())
     learn, shrunk = run(basis_wd=False)
     assert list(shrunk.values()) == [False, not unique, True, True]
@@ -836,7 +879,8 @@ def test_bases_out_of_weight_decay(mk, opt, unique):
 
 def test_split_groups_are_exact():
     "A torch optimizer with split groups against one built with two groups"
-    for make in (partial(torch.optim.SGD, lr=.1, momentum=.9, weight_decay=.1), partial(torch.optim.AdamW, lr=.1, weight_decay=.1), partial(torch.optim.Adam, lr=.1, weight_decay=.1)):
+    for make in (partial(torch.optim.SGD, lr=.1, momentum=.9, weight_decay=.1),
+        partial(torch.optim.AdamW, lr=.1, weight_decay=.1), partial(torch.optim.Adam, lr=.1, weight_decay=.1)):
         torch.manual_seed(0)
         a = [nn.Parameter(torch.randn(3)) for _ in range(3)]
         b = deepcopy(a)
@@ -862,7 +906,8 @@ def test_a_group_that_counts_keeps_count():
     for p in ps: p.grad = torch.zeros(2)
     for _ in range(3): opt.step()
     off.remove()
-    assert [(g['k'], g['weight_decay'], len(g['params'])) for g in opt.param_groups] == [(3, .5, 2), (3, .5, 1)] and ps[1].tolist() == ps[2].tolist() == [1, 1] and ps[0][0] < 1
+    assert [(g['k'], g['weight_decay'], len(g['params'])) for g in opt.param_groups] == [
+        (3, .5, 2), (3, .5, 1)] and ps[1].tolist() == ps[2].tolist() == [1, 1] and ps[0][0] < 1
 
 
 def test_files_of_another_setting(mk):
@@ -903,7 +948,9 @@ def test_no_shared_bases_and_bad_settings(mk):
     with pytest.raises(ValueError, match='learn.share_bases'): learn.add_cb(OrthoReg())
     with pytest.raises(ValueError, match='learn.share_bases'): learn.fit(1, cbs=OrthoReg())
     assert not same(snapshot(learn.model), state)
-    for kw, text in ((dict(ortho_lambda=-1), 'ortho_lambda=-1'), (dict(ortho_lambda=float('nan')), 'nan'), (dict(ortho_lambda='1'), "'1'"), (dict(norm='x'), "norm='x'"), (dict(side='x'), "side='x'"), (dict(joint=2), 'joint=2'), (dict(basis_wd=0), 'basis_wd=0'), (dict(unique='y'), "unique='y'")):
+    for kw, text in ((dict(ortho_lambda=-1), 'ortho_lambda=-1'), (dict(ortho_lambda=float('nan')), 'nan'),
+        (dict(ortho_lambda='1'), "'1'"), (dict(norm='x'), "norm='x'"), (dict(side='x'), "side='x'"),
+        (dict(joint=2), 'joint=2'), (dict(basis_wd=0), 'basis_wd=0'), (dict(unique='y'), "unique='y'")):
         with pytest.raises(ValueError, match=text): OrthoReg(**kw)
 
 
@@ -941,7 +988,8 @@ def test_balance_formula():
     assert torch.allclose(b.flatten(1).square().sum(1), torch.tensor(1-wd*n*n/(4*lam)), atol=1e-3)
 
 
-AT_REST = {'sgd': (partial(SGD, mom=.9), .02), 'sgd l2': (partial(SGD, mom=.9, decouple_wd=False), .02), 'torch sgd': (partial(torch.optim.SGD, weight_decay=.2, momentum=.9, nesterov=True), .02),
+AT_REST = {'sgd': (partial(SGD, mom=.9), .02), 'sgd l2': (partial(SGD, mom=.9, decouple_wd=False), .02),
+    'torch sgd': (partial(torch.optim.SGD, weight_decay=.2, momentum=.9, nesterov=True), .02),
            'torch nadam': (partial(torch.optim.NAdam, weight_decay=.2), .01), 'torch adagrad': (partial(torch.optim.Adagrad, weight_decay=.2), .05)}
 
 @pytest.mark.parametrize('name', AT_REST)
@@ -958,7 +1006,9 @@ def test_pull_of_weight_decay(name):
     assert torch.allclose(b.flatten(1).square().sum(1), torch.tensor(1-decay_pull(opt, hyper)*4*4/4), atol=5e-3)
 
 
-@pytest.mark.parametrize('kw,warns', [(dict(wd=.1), True), (dict(wd=.1, opt_func=partial(SGD, mom=.9)), False), (dict(wd=.1, opt_func=partial(SGD, mom=.9, decouple_wd=False)), True), (dict(wd=1e-4), False), (dict(wd=.1, opt_func=Adam), False), (dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, weight_decay=.1))), True),
+@pytest.mark.parametrize('kw,warns', [(dict(wd=.1), True), (dict(wd=.1, opt_func=partial(SGD, mom=.9)), False),
+    (dict(wd=.1, opt_func=partial(SGD, mom=.9, decouple_wd=False)), True), (dict(wd=1e-4), False),
+    (dict(wd=.1, opt_func=Adam), False), (dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, weight_decay=.1))), True),
                                       (dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))), False)],
                          ids=['SGD', 'momentum', 'momentum, l2', 'little decay', 'decoupled', 'torch SGD', 'torch AdamW'])
 def test_warning_where_unit_norm_cannot_hold(mk, kw, warns):
@@ -970,10 +1020,13 @@ def test_warning_where_unit_norm_cannot_hold(mk, kw, warns):
         assert any('settle at a norm' in str(w.message) for w in ws) == told
 
 
-@pytest.mark.parametrize('ranks,kw,entries', [((6, 2), {}, 2*36), ((6, 2), dict(norm='group'), 36), ((6, 2), dict(norm='sum'), 1), ((6, 2), dict(unique=True), 2*(6*(6+4*2)+4*4)), ((0, 2), dict(unique=True), 2*4*4)], ids=str)
+@pytest.mark.parametrize('ranks,kw,entries', [((6, 2), {}, 2*36), ((6, 2), dict(norm='group'), 36),
+    ((6, 2), dict(norm='sum'), 1), ((6, 2), dict(unique=True), 2*(6*(6+4*2)+4*4)), ((0, 2), dict(unique=True), 2*4*4)], ids=str)
 def test_warning_tells_the_norm_of_the_formula(mk, ranks, kw, entries):
     "1 - w c/(4 lambda) is the squared norm; two stages of two blocks that share"
-    def net(): return nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), *[nn.Sequential(*[Block(8) for _ in range(3)]) for _ in range(2)]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))
+    def net():
+        return nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1),
+            *[nn.Sequential(*[Block(8) for _ in range(3)]) for _ in range(2)]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))
     for low in (.3, -.2, .55):
         learn = mk(model=net, opt_func=SGD, wd=.01).share_bases(shared_rank=ranks[0], unique_rank=ranks[1])
         learn.add_cb(OrthoReg(.01*entries/(4*(1-low)), **kw))

@@ -20,11 +20,13 @@ def test_cifar(tmp_path):
         from fastai.callback.progress import ProgressCallback
         g = torch.Generator().manual_seed(seed)
         x, y = torch.randn(32, 3, 16, 16, generator=g), torch.randint(10, (32,), generator=g)
-        return Learner(tensor_dls(x, y, x, y, bs=16, device='cpu'), net, loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=.9), cbs=bases_cifar.NoValidation).remove_cb(ProgressCallback)
+        return Learner(tensor_dls(x, y, x, y, bs=16, device='cpu'), net, loss_func=CrossEntropyLossFlat(),
+            opt_func=partial(SGD, mom=.9), cbs=bases_cifar.NoValidation).remove_cb(ProgressCallback)
     rows = bases_cifar.run(epochs=1, make=make)
     named = {r['network']: r for r in rows}
     assert [*named][:3] == ['plain ResNet-20', 'plain ResNet-32', 'ResNet-32-S16U1, converted by SVD'] and len(named) == len(rows) == 14
-    assert named['ResNet-32-S8U1']['params'] == named['ResNet-32-S8U1, converted, an epoch more']['params'] == 150_666 and rows[1]['params'] == 464_154  # the published counts
+    # the published counts
+    assert named['ResNet-32-S8U1']['params'] == named['ResNet-32-S8U1, converted, an epoch more']['params'] == 150_666 and rows[1]['params'] == 464_154
     assert all(0 <= r['error'] <= 100 for r in rows)
     assert write_table('t', rows, bases_cifar.NOTE.format(epochs=1, lr=.1, n=32), folder=tmp_path).exists()
     assert [r['network'] for r in recorded('bases_cifar')] == [r['network'] for r in rows]

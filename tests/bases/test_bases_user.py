@@ -55,7 +55,8 @@ def test_a_calibrated_norm_can_be_kept(mk, opt):
     if opt: learn.create_opt()
     learn.share_bases(shared_rank=6, init='svd', basis_norm='calibrated')
     for n in norms(learn): n.requires_grad_(False)
-    was, coeff, bn = states(norms(learn)), [*sharing_layers(learn.model).values()][0].coeff.detach().clone(), [m for m in learn.model.modules() if type(m) is nn.BatchNorm2d and m not in norms(learn)][0]
+    was, coeff, bn = states(norms(learn)), [*sharing_layers(learn.model).values()][0].coeff.detach().clone(), [m
+        for m in learn.model.modules() if type(m) is nn.BatchNorm2d and m not in norms(learn)][0]
     mean = bn.running_mean.clone()
     with quiet(learn): learn.fit(2, cbs=[BnFreeze(), OrthoReg()])
     assert equal(states(norms(learn)), was)
@@ -138,7 +139,8 @@ def small():
 
 @pytest.mark.parametrize('frozen', [False, True])
 def test_join_bases_on_a_learner(mk, frozen):
-    learn = mk(model=small, splitter=lambda m: [params(m.conv1)+params(m.layer1), [p for n, p in m.named_parameters() if not n.startswith(('conv1', 'layer1'))]])
+    learn = mk(model=small, splitter=lambda m: [params(m.conv1)+params(m.layer1),
+        [p for n, p in m.named_parameters() if not n.startswith(('conv1', 'layer1'))]])
     state = snapshot(learn.model)
     assert [r['stage'] for r in learn.plan('join_bases', shared_rank=8, unique_rank=4)] == ['layer2', 'layer3'] and not same(snapshot(learn.model), state)
     if frozen: learn.freeze()
@@ -191,7 +193,8 @@ def test_norms_calibrated_on_typed_images_are_plain_and_load(mk):
 def test_batches_that_do_not_run_are_named(mk):
     learn = mk()
     was, x = snapshot(learn.model), learn.dls.one_batch()[0]
-    with pytest.raises(ValueError, match=r'batches\[1\] does not run through the model: .*Give inputs'): learn.share_bases(init='svd', basis_norm='calibrated', shared_rank=6, batches=[x, x[:, :, 0]])
+    with pytest.raises(ValueError, match=r'batches\[1\] does not run through the model: .*Give inputs'):
+        learn.share_bases(init='svd', basis_norm='calibrated', shared_rank=6, batches=[x, x[:, :, 0]])
     same(snapshot(learn.model), was)
 
 

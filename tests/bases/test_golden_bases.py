@@ -166,7 +166,8 @@ def test_block(blocks, name):
     y = f(x)
     close(y, z[f'{name}/train/y'])
     (y*torch.from_numpy(z[f'{name}/probe'])).sum().backward()
-    shared = {1: [m for k, m in c.parts.items() if k in ('d1', 's1')] or [m for k, m in c.parts.items() if k == 'd2'], 2: [m for k, m in c.parts.items() if k in ('d2', 's2')]}
+    shared = {1: [m for k, m in c.parts.items() if k in ('d1', 's1')]
+        or [m for k, m in c.parts.items() if k == 'd2'], 2: [m for k, m in c.parts.items() if k in ('d2', 's2')]}
     n = 0
     for i in (1, 2):
         if f'{name}/train/grad_shared{i}.weight' in z.files:

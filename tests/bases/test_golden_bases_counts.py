@@ -103,11 +103,13 @@ def test_settings_of_the_table_are_those_of_the_name(table):
         assert 'shared_rank' in kw or r['mode'] == 'tie'
 
 
-@pytest.mark.parametrize('name', ['cifar10/resnet32-S16U1', 'cifar100/mobilenet_v2-SharedDouble', 'cifar100/resnext50_32x4d-S64U4', 'imagenet/mobilenet_v2-Shared++'])
+@pytest.mark.parametrize('name', ['cifar10/resnet32-S16U1', 'cifar100/mobilenet_v2-SharedDouble',
+    'cifar100/resnext50_32x4d-S64U4', 'imagenet/mobilenet_v2-Shared++'])
 def test_counts_without_values_are_those_with(table, name):
     "The table is counted on the device meta; these are real, and run"
     net, r = zoo.build(name), table[tuple(name.split('/'))]
-    assert (n_params(net)[0], *printed_flops(net, zoo.sample(name), r['network'])) == (r['row_params'], r['row_macs'], r['row_flops']//(1 if r['flops_are'] == 'MACs' else 2))
+    assert (n_params(net)[0], *printed_flops(net, zoo.sample(name), r['network'])) == (r['row_params'],
+        r['row_macs'], r['row_flops']//(1 if r['flops_are'] == 'MACs' else 2))
 
 
 def test_other_ranks_and_classes():
@@ -117,7 +119,8 @@ def test_other_ranks_and_classes():
 
 
 @pytest.mark.parametrize('name,text', [
-    ('cifar10/resnet32-S16', "'S16' is no form"), ('cifar10/resnet32-', "'' is no form"), ('cifar10/resnt32-S8U1', 'resnet32'), ('cifar11/resnet32-S8U1', 'data set'),
+    ('cifar10/resnet32-S16', "'S16' is no form"), ('cifar10/resnet32-', "'' is no form"),
+    ('cifar10/resnt32-S8U1', 'resnet32'), ('cifar11/resnet32-S8U1', 'data set'),
     ('cifar10/resnet32-S0U0', 'no filter'), ('cifar10/resnet32-S9999U1', 'dimensions'), ('cifar10/resnet32-Shared+', "'Shared+' is no form"),
     ('cifar100/resnext50_32x4d-S64U4*', 'one basis per stage'), ('cifar100/resnext50_32x4d-S12U4', 'do not divide')])
 def test_names_that_say_nothing(name, text):
@@ -133,7 +136,8 @@ def test_data_of_a_shared_row(tmp_path):
 def test_the_zoo_counts_without_any_other_import():
     "Families register themselves when they are asked"
     import subprocess, sys
-    code = "from paramfx import zoo; import sys; assert 'paramfx.bases.share' not in sys.modules; print(zoo.published('shared_bases', 'cifar10').row_params.min())"
+    code = ("from paramfx import zoo; import sys; assert 'paramfx.bases.share' not in sys.modules; "
+        "print(zoo.published('shared_bases', 'cifar10').row_params.min())")
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1] == '150666'
 
 
@@ -192,7 +196,8 @@ class Block(nn.Module):
         for i, b in enumerate(bases, 1): setattr(self, f'shared_basis_{i}' if self.two else 'shared_basis', b)
         for i in (1, 2):
             r = u + bases[-1].out_channels
-            for k, m in (('basis_conv', nn.Conv2d(n, u, 3, padding=1, bias=False)), ('basis_bn', nn.BatchNorm2d(r)), ('coeff_conv', nn.Conv2d(r, n, 1, bias=False)), ('bn', nn.BatchNorm2d(n))):
+            for k, m in (('basis_conv', nn.Conv2d(n, u, 3, padding=1, bias=False)),
+                ('basis_bn', nn.BatchNorm2d(r)), ('coeff_conv', nn.Conv2d(r, n, 1, bias=False)), ('bn', nn.BatchNorm2d(n))):
                 setattr(self, f'{k}{i}', m)
 
     def one(self, x, i):
@@ -233,7 +238,8 @@ def published_net(row):
     depth, s, u, star = re.fullmatch(r'ResNet(\d+)-S(\d+)U(\d+)(\*?)', row).groups()
     net = Published((int(depth)-2)//6, int(s), int(u), bool(star)).eval()
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .2); m.running_var.uniform_(.5, 2); nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, 0, .2)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, .2); m.running_var.uniform_(.5, 2); nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, 0, .2)
     return net
 
 
@@ -243,7 +249,8 @@ def case(request, tmp_path):
     net = published_net(request.param)
     content = dict(net_state_dict=net.state_dict(), acc=92.5, epoch=299, optimizer_state_dict=torch.optim.SGD(net.parameters(), .1).state_dict())
     torch.save(content, tmp_path/'net.pth')
-    return 'cifar10/'+request.param.lower().replace('s', 'S', 2).replace('reSnet', 'resnet').replace('-s', '-S').replace('u', 'U'), request.param, net, tmp_path/'net.pth', content
+    return 'cifar10/'+request.param.lower().replace('s', 'S', 2).replace('reSnet', 'resnet').replace(
+        '-s', '-S').replace('u', 'U'), request.param, net, tmp_path/'net.pth', content
 
 
 def test_the_layout_is_the_golden_one(case):
@@ -270,9 +277,12 @@ def test_a_published_checkpoint_gives_the_published_outputs(case):
 
 
 @pytest.mark.parametrize('change,text', [
-    (lambda s, b: s.update({b[1]: s[b[1]]+1e-6}), 'hold the same basis, and differ'), (lambda s, b: s.pop('fc.bias'), 'lacks fc.bias'), (lambda s, b: s.pop(b[2]), 'lacks layer1.2'),
-    (lambda s, b: s.update({'module.fc.bias': s['fc.bias']}), 'has not, module.fc.bias'), (lambda s, b: s.update({'bn1.bias': torch.zeros(8)}), r'bn1.bias has shape (8,), that of the network (16,)'),
-    (lambda s, b: s.update({'fc.bias': [0.]*10}), 'fc.bias is no ordinary tensor'), (lambda s, b: s.update({'fc.bias': torch.zeros(10, dtype=torch.int64)}), 'fc.bias is of torch.int64'),
+    (lambda s, b: s.update({b[1]: s[b[1]]+1e-6}), 'hold the same basis, and differ'),
+    (lambda s, b: s.pop('fc.bias'), 'lacks fc.bias'), (lambda s, b: s.pop(b[2]), 'lacks layer1.2'),
+    (lambda s, b: s.update({'module.fc.bias': s['fc.bias']}), 'has not, module.fc.bias'),
+    (lambda s, b: s.update({'bn1.bias': torch.zeros(8)}), r'bn1.bias has shape (8,), that of the network (16,)'),
+    (lambda s, b: s.update({'fc.bias': [0.]*10}), 'fc.bias is no ordinary tensor'),
+    (lambda s, b: s.update({'fc.bias': torch.zeros(10, dtype=torch.int64)}), 'fc.bias is of torch.int64'),
     (lambda s, b: s.clear(), 'lacks shared_basis_1')])
 def test_what_is_no_checkpoint_of_the_row_is_refused(case, change, text):
     name, row, _, path, content = case
@@ -285,7 +295,8 @@ def test_what_is_no_checkpoint_of_the_row_is_refused(case, change, text):
 
 def test_a_checkpoint_of_another_row(case):
     name, row, _, path, _ = case
-    others = ['cifar10/'+o for o in ('resnet32-S8U1', 'resnet32-S16U1', 'resnet32-S16U1*', 'resnet56-S16U1', 'resnet56-S16U1*', 'resnet32-S8U2') if 'cifar10/'+o != name]
+    others = ['cifar10/'+o for o in ('resnet32-S8U1', 'resnet32-S16U1', 'resnet32-S16U1*', 'resnet56-S16U1',
+        'resnet56-S16U1*', 'resnet32-S8U2') if 'cifar10/'+o != name]
     for o in others:
         with pytest.raises(ValueError, match='no checkpoint of '+re.escape(o)): zoo.load_published(path, o)
 
@@ -296,7 +307,8 @@ class Evil:
 
 def test_files_that_are_none(tmp_path, capsys):
     name, path = 'cifar10/resnet32-S8U1', tmp_path/'x.pth'
-    for content, text in ((dict(net_state_dict=Evil()), 'without running code'), (dict(state_dict={}), "'net_state_dict'; this has state_dict"), ([1], 'no published checkpoint'), (zoo.build(name), 'without running code')):
+    for content, text in ((dict(net_state_dict=Evil()), 'without running code'),
+        (dict(state_dict={}), "'net_state_dict'; this has state_dict"), ([1], 'no published checkpoint'), (zoo.build(name), 'without running code')):
         torch.save(content, path)
         with pytest.raises(ValueError, match=re.escape(text)): zoo.load_published(path, name)
     for raw in (b'', b'nothing', path.read_bytes()[:500]):

@@ -41,9 +41,12 @@ def tensors(model): return [t for m in model.modules() for t in (*m._parameters.
 @contextmanager
 def untouched(model, *xs):
     "Weights, buffers, flags, hooks, attributes, the sample and every random state are what they were, and nothing is tagged"
-    left = lambda: {n: sorted(vars(m)) for n, m in model.named_modules()} if any('jit' in type(m).__module__ or 'quantized' in type(m).__module__ for m in model.modules()) else footprint(model)
-    look = lambda: ({k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}, [m.training for m in model.modules()], left(), [id(t) for t in model.parameters()], [t.requires_grad for t in model.parameters()],
-                    [list(map(id, m._forward_hooks.values())) for m in model.modules()], {n: len(getattr(hooks, n)) for n in GLOBAL_HOOKS}, rng_state(), [x.clone() for x in xs])
+    left = lambda: {n: sorted(vars(m)) for n, m in model.named_modules()} if any('jit' in type(m).__module__
+        or 'quantized' in type(m).__module__ for m in model.modules()) else footprint(model)
+    look = lambda: ({k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)},
+        [m.training for m in model.modules()], left(), [id(t) for t in model.parameters()], [t.requires_grad for t in model.parameters()],
+                    [list(map(id, m._forward_hooks.values())) for m in model.modules()],
+                    {n: len(getattr(hooks, n)) for n in GLOBAL_HOOKS}, rng_state(), [x.clone() for x in xs])
     classes, before = [type(m) for m in model.modules()], look()
     try: yield
     finally:
@@ -228,23 +231,33 @@ def inner(f, **kw): return nn.Sequential(conv(3, 8), Net(f, kw), conv(8, 2))
 
 # network and sample -> error, and what it has to name: module, operator or reason, remedy
 UNTRACEABLE = {
-    'unknown operator': (inner(lambda s, h: torch.fft.rfft2(h).abs().sum((2, 3), keepdim=True)*h), X, NotImplementedError, [r'^1 \(Net\)', "'fft_rfft2'", r"@channel_rule\('fft_rfft2'\)", r"pin=\['1'\]"]),
-    'unknown operator in the model': (Net(lambda s, x: torch.fft.rfft2(s.a(x)).abs(), dict(a=conv(3, 8))), X, NotImplementedError, [r'the model itself \(Net\)', "'fft_rfft2'", 'module of its own']),
+    'unknown operator': (inner(lambda s, h: torch.fft.rfft2(h).abs().sum((2, 3), keepdim=True)*h),
+    X, NotImplementedError, [r'^1 \(Net\)', "'fft_rfft2'", r"@channel_rule\('fft_rfft2'\)", r"pin=\['1'\]"]),
+    'unknown operator in the model': (Net(lambda s, x: torch.fft.rfft2(s.a(x)).abs(), dict(a=conv(3, 8))),
+    X, NotImplementedError, [r'the model itself \(Net\)', "'fft_rfft2'", 'module of its own']),
     'number taken out': (inner(lambda s, h: h*h[0, 0, 0, 0].item()), X, NotImplementedError, [r'^1 \(Net\)', "'item'", r"pin=\['1'\]"]),
     'list taken out': (inner(lambda s, h: h*h[0, 0, 0, :2].tolist()[0]), X, NotImplementedError, ["'tolist'", r"pin=\['1'\]"]),
     'array taken out': (inner(lambda s, h: h+torch.from_numpy(np.tanh(h.numpy()))), X, NotImplementedError, ["'numpy'", r"pin=\['1'\]"]),
     'float taken out': (inner(lambda s, h: h*float(h[0, 0, 0, 0])), X, NotImplementedError, ["'__float__'", r"pin=\['1'\]"]),
     'scripted function': (inner(lambda s, h: scripted(h)), X, NotImplementedError, [r'^1 \(Net\)', 'cannot be followed', 'scripted', r"pin=\['1'\]"]),
-    'written into a tensor': (inner(lambda s, h: torch.add(h, 1, out=torch.empty(2, 8, 6, 6, dtype=h.dtype))), X, NotImplementedError, ["'add'", r'out=', r"pin=\['1'\]"]),
+    'written into a tensor': (inner(lambda s, h: torch.add(h, 1, out=torch.empty(2, 8, 6, 6, dtype=h.dtype))),
+    X, NotImplementedError, ["'add'", r'out=', r"pin=\['1'\]"]),
     'output in an object': (Net(lambda s, x: Custom(s.a(x)), dict(a=conv(3, 8))), X, NotImplementedError, ['^Net', 'Custom', 'Return tensors']),
     'scripted layer': (nn.Sequential(conv(3, 8), torch.jit.script(conv(8, 8)), conv(8, 2)), X, ValueError, ['^1 ', 'scripted', r"pin=\['1'\]"]),
-    'traced layer': (nn.Sequential(conv(3, 8), torch.jit.trace(conv(8, 8), torch.randn(1, 8, 4, 4)), conv(8, 2)), X, ValueError, ['^1 ', 'scripted', r"pin=\['1'\]"]),
-    'parametrized': (nn.Sequential(lin(3, 8), nn.utils.parametrizations.weight_norm(lin(8, 8)), lin(8, 2)), numbers(4, 3), ValueError, ['^1 ', 'weight is parametrized', 'remove_parametrizations', r"pin=\['1'\]"]),
-    'orthogonal': (nn.Sequential(lin(3, 8), nn.utils.parametrizations.orthogonal(lin(8, 8)), lin(8, 2)), numbers(4, 3), ValueError, ['^1 ', 'parametrized', 'remove_parametrizations']),
-    'spectral norm': (nn.Sequential(lin(3, 8), spectral(lin(8, 8)), lin(8, 2)), numbers(4, 3), ValueError, [r'^1 \(Linear\)', 'SpectralNorm', 'remove_spectral_norm', r"pin=\['1'\]"]),
-    'pruned by torch': (nn.Sequential(lin(3, 8), pruned(lin(8, 8)), lin(8, 2)), numbers(4, 3), ValueError, [r'^1 \(Linear\)', 'torch.nn.utils.prune', 'prune.remove', r"pin=\['1'\]"]),
-    'channels of the sample': (nn.Sequential(nn.Sequential(conv(3, 8)), conv(8, 2)), numbers(2, 4, 6, 6), ValueError, [r'^0\.0 \(Conv2d\)', r'\[2, 4, 6, 6\]', '4 channels']),
-    'size of the sample': (nn.Sequential(conv(3, 8), nn.Flatten(), lin(8*36, 2)), numbers(2, 3, 5, 5), ValueError, [r'^2 \(Linear\)', r'\[2, 3, 5, 5\]', '200']),
+    'traced layer': (nn.Sequential(conv(3, 8), torch.jit.trace(conv(8, 8), torch.randn(1, 8, 4, 4)),
+    conv(8, 2)), X, ValueError, ['^1 ', 'scripted', r"pin=\['1'\]"]),
+    'parametrized': (nn.Sequential(lin(3, 8), nn.utils.parametrizations.weight_norm(lin(8, 8)), lin(8, 2)),
+    numbers(4, 3), ValueError, ['^1 ', 'weight is parametrized', 'remove_parametrizations', r"pin=\['1'\]"]),
+    'orthogonal': (nn.Sequential(lin(3, 8), nn.utils.parametrizations.orthogonal(lin(8, 8)), lin(8, 2)),
+    numbers(4, 3), ValueError, ['^1 ', 'parametrized', 'remove_parametrizations']),
+    'spectral norm': (nn.Sequential(lin(3, 8), spectral(lin(8, 8)), lin(8, 2)), numbers(4, 3), ValueError,
+    [r'^1 \(Linear\)', 'SpectralNorm', 'remove_spectral_norm', r"pin=\['1'\]"]),
+    'pruned by torch': (nn.Sequential(lin(3, 8), pruned(lin(8, 8)), lin(8, 2)), numbers(4, 3), ValueError,
+    [r'^1 \(Linear\)', 'torch.nn.utils.prune', 'prune.remove', r"pin=\['1'\]"]),
+    'channels of the sample': (nn.Sequential(nn.Sequential(conv(3, 8)), conv(8, 2)), numbers(2, 4, 6, 6),
+    ValueError, [r'^0\.0 \(Conv2d\)', r'\[2, 4, 6, 6\]', '4 channels']),
+    'size of the sample': (nn.Sequential(conv(3, 8), nn.Flatten(), lin(8*36, 2)), numbers(2, 3, 5, 5),
+    ValueError, [r'^2 \(Linear\)', r'\[2, 3, 5, 5\]', '200']),
     'type of the sample': (nn.Sequential(conv(3, 8)), X.float(), ValueError, [r'^0 \(Conv2d\)', 'float', 'double']),
     'no tensor': (nn.Sequential(conv(3, 8)), 'picture.png', ValueError, ["not 'picture.png'"]),
     'number of inputs': (nn.Sequential(conv(3, 8)), (X, X), ValueError, ['does not run', 'positional argument']),
@@ -254,7 +267,8 @@ UNTRACEABLE = {
 if hasattr(torch.ao, 'quantization'): # it is to leave torch
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        UNTRACEABLE['quantized'] = (torch.ao.quantization.quantize_dynamic(nn.Sequential(lin(3, 8), lin(8, 2)), {nn.Linear}), numbers(4, 3).float(), ValueError, [r'^0 \(Linear\)', 'quantized', 'before'])
+        UNTRACEABLE['quantized'] = (torch.ao.quantization.quantize_dynamic(nn.Sequential(lin(3, 8), lin(8, 2)),
+            {nn.Linear}), numbers(4, 3).float(), ValueError, [r'^0 \(Linear\)', 'quantized', 'before'])
 
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('name', UNTRACEABLE)
@@ -271,12 +285,18 @@ WHOLE = {
     'layer norm': (nn.Sequential(conv(3, 8), nn.LayerNorm([8, 6, 6]), conv(8, 2)), X, ['^0 must stay whole', r'1 \(LayerNorm\)', 'layer_norm']),
     'group norm over everything': (nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), conv(8, 2)), X, ['^0: |^Nothing', r'1 \(GroupNorm\)', 'over all channels']),
     'local response norm': (nn.Sequential(conv(3, 8), nn.LocalResponseNorm(3), conv(8, 2)), X, ['^0 must', r'1 \(LocalResponseNorm\)', 'local_response_norm']),
-    'attention': (Net(lambda s, x: s.o(s.m(*[s.a(x)]*3)[0]), dict(a=lin(3, 8), m=nn.MultiheadAttention(8, 2), o=lin(8, 2))), numbers(4, 5, 3), ['^a must', r'm \(MultiheadAttention\)', 'multi_head_attention_forward']),
-    'attention by hand': (nn.Sequential(lin(3, 24), Net(lambda s, h: (lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(*h.view(4, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)), {}), lin(4, 2)), numbers(4, 5, 3), ['^0 must', r'1 \(Net\)', 'matmul|takes channels apart|mixes']),
+    'attention': (Net(lambda s, x: s.o(s.m(*[s.a(x)]*3)[0]), dict(a=lin(3, 8), m=nn.MultiheadAttention(8, 2),
+    o=lin(8, 2))), numbers(4, 5, 3), ['^a must', r'm \(MultiheadAttention\)', 'multi_head_attention_forward']),
+    'attention by hand': (nn.Sequential(lin(3, 24),
+    Net(lambda s, h: (lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(*h.view(4, 5, 3, 2, 4).permute(
+    2, 0, 3, 1, 4)), {}), lin(4, 2)), numbers(4, 5, 3), ['^0 must', r'1 \(Net\)', 'matmul|takes channels apart|mixes']),
     'parameter per channel': (inner(lambda s, h: h*s.g, g=nn.Parameter(torch.ones(8, 1, 1))), X, ['^0 must', r'1 \(Net\)', 'raw parameter 1.g']),
-    'computed weight': (nn.Sequential(conv(3, 8), Net(lambda s, h: F.conv2d(h, s.w/s.w.norm()), dict(w=nn.Parameter(torch.randn(8, 8, 1, 1)))), conv(8, 2)), X, ['^0 must', r'1 \(Net\)', 'computes its weight']),
-    'recurrent': (Net(lambda s, x: s.o(s.m(s.a(x))[0]), dict(a=lin(3, 8), m=nn.LSTM(8, 6, proj_size=4), o=lin(4, 2))), numbers(4, 5, 3), ['^a must', r'm \(LSTM\)', 'proj_size']),
-    'tied to an embedding': (get_language_model(AWD_LSTM, 30, {**awd_lstm_lm_config, 'emb_sz': 16, 'n_hid': 20}), torch.randint(0, 30, (2, 5)), [r'encoder', 'is an embedding']),
+    'computed weight': (nn.Sequential(conv(3, 8), Net(lambda s, h: F.conv2d(h, s.w/s.w.norm()),
+    dict(w=nn.Parameter(torch.randn(8, 8, 1, 1)))), conv(8, 2)), X, ['^0 must', r'1 \(Net\)', 'computes its weight']),
+    'recurrent': (Net(lambda s, x: s.o(s.m(s.a(x))[0]), dict(a=lin(3, 8), m=nn.LSTM(8, 6, proj_size=4),
+    o=lin(4, 2))), numbers(4, 5, 3), ['^a must', r'm \(LSTM\)', 'proj_size']),
+    'tied to an embedding': (get_language_model(AWD_LSTM, 30,
+    {**awd_lstm_lm_config, 'emb_sz': 16, 'n_hid': 20}), torch.randint(0, 30, (2, 5)), [r'encoder', 'is an embedding']),
     'language model': (AWD_LSTM(30, 16, 20, 1), torch.randint(0, 30, (2, 5)), ['Nothing to cut']),
 }
 
@@ -361,7 +381,8 @@ def test_frozen_parameters_and_their_attributes_go_along(model):
 def test_parameters_handed_through_are_not_tagged():
     model = fill(Net(lambda s, x: (lambda h: s.o(h+s.p.type_as(h)+s.p.to(h)+s.b.copy_(h.mean((0, 2, 3), keepdim=True))))(s.a(x)),
                      dict(a=conv(3, 8), p=nn.Parameter(torch.ones(1, 8, 1, 1)), b=torch.zeros(1, 8, 1, 1), o=conv(8, 2))))
-    with untouched(model): assert [found(trace_channels(model, X)) for _ in range(2)] == [[('a:8>o', cm)] for cm in ['the model itself (Net) combines them with the raw parameter p (add)']*2]
+    with untouched(model): assert [found(trace_channels(model, X)) for _ in range(2)] == [[('a:8>o', cm)]
+        for cm in ['the model itself (Net) combines them with the raw parameter p (add)']*2]
 
 
 def test_the_sample_is_left_alone_even_by_a_network_that_writes_into_it():
@@ -380,7 +401,8 @@ def test_pinned_spectral_norm_is_not_advanced():
         model = nn.Sequential(lin(3, 8), wrap(lin(8, 8)), lin(8, 6), lin(6, 2)).double().train()
         with untouched(model):
             cmap = trace_channels(model, numbers(4, 3), pin='1')
-            assert found(cmap) == [('0:8>', '1 (ParametrizedLinear) is pinned' if 'parametrizations' in wrap.__module__ else '1 (Linear) is pinned'), ('2:6>3', '')] and not cmap.unseen
+            assert found(cmap) == [('0:8>', '1 (ParametrizedLinear) is pinned'
+                if 'parametrizations' in wrap.__module__ else '1 (Linear) is pinned'), ('2:6>3', '')] and not cmap.unseen
             with warnings.catch_warnings():
                 warnings.simplefilter('error')
                 small = cmap.cut(.5, only='2').apply(model)
@@ -460,7 +482,8 @@ class Other(nn.Module):
     def __init__(self): super().__init__(); self.l = lin(8, 8)
     def features(self, x): return F.relu(self.l(x))
 
-@pytest.mark.parametrize('pin,left', [('body', ['kw.l', 'other.l']), ('kw', ['body.0', 'other.l']), ('other', ['body.0', 'body.1']), (None, ['body.0', 'body.1', 'kw.l', 'other.l'])])
+@pytest.mark.parametrize('pin,left', [('body', ['kw.l', 'other.l']), ('kw', ['body.0', 'other.l']),
+    ('other', ['body.0', 'body.1']), (None, ['body.0', 'body.1', 'kw.l', 'other.l'])])
 def test_pinned_modules_that_are_never_called_themselves(pin, left):
     model = fill(Odd())
     cmap = trace_channels(model, numbers(4, 3), pin=pin)
@@ -495,7 +518,8 @@ def test_fastai_networks(name):
 
 
 def test_attention_of_xresnet_asks_for_a_pin():
-    with pytest.raises(ValueError, match=r"SpectralNorm.*remove_spectral_norm.*pin=\['"): trace_channels(xresnet18(n_out=4, sa=True), numbers(2, 3, 32, 32).float())
+    with pytest.raises(ValueError, match=r"SpectralNorm.*remove_spectral_norm.*pin=\['"):
+        trace_channels(xresnet18(n_out=4, sa=True), numbers(2, 3, 32, 32).float())
 
 
 def test_unet_after_a_training_step():
@@ -522,7 +546,8 @@ class Random(nn.Module):
         super().__init__()
         self.rng, self.steps, self.parent, self.layers = np.random.default_rng(seed), [], [], nn.ModuleDict()
         self.nodes, self.rows = [['raw']*4], {} # the channels of each activation; the rows of each layer
-        while len(self.steps) < 12: getattr(self, self.rng.choice(['conv', 'conv', 'norm', 'add', 'gate', 'cat', 'depthwise', 'grouped', 'pool', 'glu', 'again', 'group_norm']))()
+        while len(self.steps) < 12:
+            getattr(self, self.rng.choice(['conv', 'conv', 'norm', 'add', 'gate', 'cat', 'depthwise', 'grouped', 'pool', 'glu', 'again', 'group_norm']))()
         self.conv() # one space is free, whatever was joined before
         self.steps.append(('cat', [i for i in range(1, len(self.nodes)) if not any(i in s[1] for s in self.steps)], None))
         self.nodes.append([c for i in self.steps[-1][1] for c in self.nodes[i]])
@@ -606,7 +631,8 @@ class Random(nn.Module):
         self.put('glu', [i], self.nodes[i][:half])
 
     def forward(self, x):
-        ops = dict(add=lambda a, b: a+b, mul=lambda a, b: a*b.sigmoid(), cat=lambda *t: torch.cat(t, 1), pool=lambda a: F.avg_pool2d(F.relu(a), 3, 1, 1), glu=lambda a: F.glu(a, 1))
+        ops = dict(add=lambda a, b: a+b, mul=lambda a, b: a*b.sigmoid(), cat=lambda *t: torch.cat(t, 1),
+            pool=lambda a: F.avg_pool2d(F.relu(a), 3, 1, 1), glu=lambda a: F.glu(a, 1))
         xs = [x]
         for op, ins, name in self.steps: xs.append((self.layers[name] if name else ops[op])(*(xs[i] for i in ins)))
         return self.head(F.adaptive_max_pool2d(xs[-1], 2).flatten(1))

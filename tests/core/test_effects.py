@@ -318,7 +318,8 @@ def test_gradients_that_are_left_are_resumed(how, opt, tmp_path):
         set_seed(7 if resume else 0)
         net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
         x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-        learn = Learner(tensor_dls(x, torch.arange(40)%3, x, torch.arange(40)%3, bs=8, normalize=False, device='cpu'), net, CrossEntropyLossFlat(), opt_func=opt,
+        learn = Learner(tensor_dls(x, torch.arange(40)%3, x, torch.arange(40)%3, bs=8, normalize=False,
+            device='cpu'), net, CrossEntropyLossFlat(), opt_func=opt,
                         splitter=lambda m: [[*m[0].parameters()], [*m[2].parameters()]], path=tmp_path/folder, wd=.1, cbs=RunState())
         if how == 'accumulating': learn.add_cb(GradientAccumulation(24))
         if stop: learn.add_cb(Crash((2, 2)))

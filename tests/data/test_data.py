@@ -337,12 +337,14 @@ def test_permutations_are_uniform():
     assert (orders.sort(1).values == torch.arange(6)).all()
     assert ((at-500).abs() < 4.5*(3000*(1/6)*(5/6))**.5).all() and len(orders.unique(dim=0)) > 700 # of 720
 
-SETTINGS = [(dict(vald='split'), 'vald.*valid'), (dict(batch_tfms=[]), 'batch_tfms.*after_batch'), (dict(item_tfms=[]), 'item_tfms'), (dict(seqlen=3), 'seq_len')]
+SETTINGS = [(dict(vald='split'), 'vald.*valid'), (dict(batch_tfms=[]), 'batch_tfms.*after_batch'),
+    (dict(item_tfms=[]), 'item_tfms'), (dict(seqlen=3), 'seq_len')]
 def makers():
     from paramfx import zoo
     from paramfx.data.text import text_dls
     x,y,lines = torch.randn(8, 3),torch.arange(8)%2,['a b c d']*9
-    return (lambda **kw: tensor_dls(x, y, x, y, **{'bs':2, **kw})),(lambda **kw: text_dls(lines, lines, **{'bs':2, **kw})),(lambda **kw: zoo.dls('cifar10', path='nowhere', **kw)),(lambda **kw: zoo.dls('mnist', path='nowhere', **kw))
+    return (lambda **kw: tensor_dls(x, y, x, y, **{'bs':2, **kw})),(lambda **kw: text_dls(
+        lines, lines, **{'bs':2, **kw})),(lambda **kw: zoo.dls('cifar10', path='nowhere', **kw)),(lambda **kw: zoo.dls('mnist', path='nowhere', **kw))
 
 @pytest.mark.parametrize('kw,text', SETTINGS)
 def test_a_misspelt_setting_is_not_swallowed(kw, text):
@@ -357,7 +359,8 @@ def test_a_batch_is_a_positive_whole_number(bs):
 def test_loader_functions_pass():
     "fastai's loaders take functions by name; those are known"
     x,y = torch.arange(6.).view(6,1),torch.arange(6)
-    dls = tensor_dls(x, y, x, y, bs=2, normalize=False, device='cpu', shuffle=False, num_workers=0, pin_memory=False, verbose=False, get_idxs=lambda: [5,4,3,2,1,0])
+    dls = tensor_dls(x, y, x, y, bs=2, normalize=False, device='cpu', shuffle=False, num_workers=0,
+        pin_memory=False, verbose=False, get_idxs=lambda: [5,4,3,2,1,0])
     assert torch.cat([b[1] for b in dls.train]).tolist() == [5,4,3,2,1,0]
 
 @pytest.mark.parametrize('content', [b'', b'xx', bytes([0,0,8,3])+b'\0'*12+b'\1'])

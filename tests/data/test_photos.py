@@ -31,7 +31,8 @@ def cub(root):
     files = [f'{c}/{c}_{j}.jpg' for c in names for j in range(3)]
     for fn in files: write(root/'images'/fn)
     def lines(name, vals): (root/f'{name}.txt').write_text(''.join(f'{i+1} {v}\n' for i,v in enumerate(vals)))
-    lines('images', files); lines('image_class_labels', [i//3+1 for i in range(600)]); lines('train_test_split', [int(i%3 < 2) for i in range(600)]); lines('classes', names)
+    lines('images', files); lines('image_class_labels', [i//3+1 for i in range(600)]); lines('train_test_split',
+        [int(i%3 < 2) for i in range(600)]); lines('classes', names)
 
 def dogs(root):
     names = [f'n{2085620+i:08d}-Dog_{i}' for i in range(120)]
@@ -58,7 +59,8 @@ def grocery(root):
         for fn,_ in files: write(root/fn)
         (root/f'{part}.txt').write_text(''.join(f'{fn}, {i}, {i//2}\n' for fn,i in files))
 
-OFFICIAL = {'grocery': (grocery, 'grocery/dataset', 162, 81, 81), 'flowers102': (flowers, 'flowers-102', 102, 102, 102), 'aircraft': (aircraft, 'fgvc-aircraft-2013b', 100, 100, 100),
+OFFICIAL = {'grocery': (grocery, 'grocery/dataset', 162, 81, 81),
+    'flowers102': (flowers, 'flowers-102', 102, 102, 102), 'aircraft': (aircraft, 'fgvc-aircraft-2013b', 100, 100, 100),
             'cub200': (cub, 'CUB_200_2011', 400, 200, 0), 'dogs': (dogs, 'StanfordDogs', 120, 120, 0), 'mit67': (mit67, 'mit67', 134, 134, 0)}
 
 @pytest.mark.parametrize('name', OFFICIAL)

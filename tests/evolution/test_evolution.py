@@ -108,7 +108,8 @@ def tied_decoder():
 
 bn = nn.BatchNorm2d
 NETS = { # name -> (network, shape of its inputs)
-    'chain': (lambda: nn.Sequential(conv(3, 8), bn(8), nn.ReLU(), conv(8, 13), bn(13), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(13, 5)), IMAGE),
+    'chain': (lambda: nn.Sequential(conv(3, 8), bn(8), nn.ReLU(), conv(8, 13), bn(13), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(13, 5)), IMAGE),
     'residual': (Residual, IMAGE), 'dense block': (Dense, IMAGE), 'squeeze and excite': (Squeeze, IMAGE), 'fastai head': (with_head, IMAGE),
     'grouped': (lambda: nn.Sequential(conv(3, 12), nn.ReLU(), conv(12, 12, groups=4), bn(12), nn.ReLU(), conv(12, 4, 1)), IMAGE),
     'depthwise': (lambda: nn.Sequential(conv(3, 9), bn(9), conv(9, 9, groups=9), bn(9), nn.ReLU6(), conv(9, 4, 1)), IMAGE),
@@ -116,10 +117,12 @@ NETS = { # name -> (network, shape of its inputs)
     'flatten': (lambda: nn.Sequential(conv(3, 7), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(7*16, 10), nn.ReLU(), nn.Linear(10, 3)), IMAGE),
     'transposed': (lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2), bn(6), nn.ReLU(), conv(6, 2)), IMAGE),
     'grouped and transposed': (lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4), conv(12, 2)), IMAGE),
-    'one dimension': (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 10, 3, dilation=2), nn.PReLU(10), nn.Conv1d(10, 2, 1)), LINE),
+    'one dimension': (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(),
+    nn.Conv1d(8, 10, 3, dilation=2), nn.PReLU(10), nn.Conv1d(10, 2, 1)), LINE),
     'three dimensions': (lambda: nn.Sequential(nn.Conv3d(3, 5, 1), nn.BatchNorm3d(5), nn.Conv3d(5, 2, 1)), (2, 3, 4, 4, 4)),
     'LSTM': (Recurrent, LINE), 'two-layer GRU': (lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True), LINE),
-    'tied': (tied_decoder, ROWS), 'the same layer twice': (lambda: (lambda l: nn.Sequential(nn.Linear(6, 9), l, nn.ReLU(), l, nn.Linear(9, 2)))(nn.Linear(9, 9)), ROWS),
+    'tied': (tied_decoder, ROWS),
+    'the same layer twice': (lambda: (lambda l: nn.Sequential(nn.Linear(6, 9), l, nn.ReLU(), l, nn.Linear(9, 2)))(nn.Linear(9, 9)), ROWS),
 }
 
 
@@ -163,7 +166,8 @@ def test_slim_is_the_masked_network(name, rate):
     masks, slim = check(model, x, rate)
     assert not same(snapshot(model), before) and footprint(model) == feet and not same(rng_state(), rng)
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in slim.modules())
-    assert {n for n, p in model.named_parameters() if p.ndim > 1} == set(masks) and all(m.dtype == torch.bool and m.device.type == 'cpu' for m in masks.values())
+    assert {n for n, p in model.named_parameters() if p.ndim > 1} == set(masks) and all(m.dtype == torch.bool
+        and m.device.type == 'cpu' for m in masks.values())
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -183,7 +187,8 @@ def test_the_kept_part_is_an_outer_product(name):
             assert torch.equal(m, (rows[:, None] & cols).view(*m.shape[:2], *[1]*(m.ndim-2)).expand_as(m)), n
         if name not in ('grouped', 'grouped and transposed', 'depthwise, twice as wide', 'flatten', 'LSTM', 'two-layer GRU', 'fastai head', 'dense block'):
             for n, m in masks.items():
-                for k, size in ((m.flatten(1).any(1).sum(), len(m)), (m.transpose(0, 1).flatten(1).any(1).sum(), m.shape[1])): assert k in (size, ceil(round(size*rate, 9))), n
+                for k, size in ((m.flatten(1).any(1).sum(), len(m)), (m.transpose(0, 1).flatten(1).any(1).sum(), m.shape[1])):
+                    assert k in (size, ceil(round(size*rate, 9))), n
 
 
 def test_whole_groups_stay():
@@ -210,10 +215,12 @@ def test_only_what_is_not_kept_changes(name, how):
     "Checks 2 and 3: kept entries to the bit; norms, biases and buffers untouched; counts told"
     model, x = make(name)
     before, masks = snapshot(model), kels_masks(model, x, .4)
-    source = dict(default='default', zero='zero', weights={n: torch.full_like(p, 3.) for n, p in model.named_parameters()}, function=lambda n, w, g: torch.full_like(w, 3.))[how]
+    source = dict(default='default', zero='zero',
+        weights={n: torch.full_like(p, 3.) for n, p in model.named_parameters()}, function=lambda n, w, g: torch.full_like(w, 3.))[how]
     counts = reinit_(model, masks, source, generator(0))
     assert counts == {n: int((~m).sum()) for n, m in masks.items() if not m.all()} and counts
-    tied = {k for k in before if k not in masks for n in masks if k in dict(model.named_parameters(remove_duplicate=False)) and model.get_parameter(k) is model.get_parameter(n)}
+    tied = {k for k in before if k not in masks for n in masks
+        if k in dict(model.named_parameters(remove_duplicate=False)) and model.get_parameter(k) is model.get_parameter(n)}
     for k, t in model.state_dict().items():
         if k in tied: continue
         if k not in masks: assert torch.equal(t, before[k]), k; continue
@@ -223,8 +230,10 @@ def test_only_what_is_not_kept_changes(name, how):
         else: assert (new == (0 if how == 'zero' else 3)).all()
 
 
-@pytest.mark.parametrize('make_layer', [lambda: nn.Linear(400, 300), lambda: nn.Conv2d(64, 96, 3), lambda: nn.Conv2d(128, 96, 3, groups=4), lambda: nn.ConvTranspose2d(64, 96, 3),
-                                        lambda: nn.ConvTranspose2d(64, 96, 3, groups=2), lambda: nn.Conv1d(128, 128, 5), lambda: nn.LSTM(200, 150), lambda: nn.Bilinear(40, 40, 60)])
+@pytest.mark.parametrize('make_layer', [lambda: nn.Linear(400, 300), lambda: nn.Conv2d(64, 96, 3),
+    lambda: nn.Conv2d(128, 96, 3, groups=4), lambda: nn.ConvTranspose2d(64, 96, 3),
+                                        lambda: nn.ConvTranspose2d(64, 96, 3, groups=2),
+                                        lambda: nn.Conv1d(128, 128, 5), lambda: nn.LSTM(200, 150), lambda: nn.Bilinear(40, 40, 60)])
 def test_new_weights_are_those_of_a_new_layer(make_layer):
     "Same bound and deviation as torch gives a layer of this class, whatever it decides by"
     torch.manual_seed(0)
@@ -294,7 +303,8 @@ def test_recipe_in_a_fresh_process(tmp_path):
     model, x = channels.settle(channels.fill(demo_net()), torch.randn(8, 1, 8, 8)), torch.randn(2, 1, 8, 8)
     for slim in (extract_slim(model, x, .4), materialize(model, x, split_rate=.4)):
         torch.save(x, tmp_path/'x')
-        res = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOAD, save_recipe(slim, tmp_path/'net.pth'), tmp_path/'x', tmp_path/'y'], capture_output=True, text=True)
+        res = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOAD, save_recipe(slim, tmp_path/'net.pth'),
+            tmp_path/'x', tmp_path/'y'], capture_output=True, text=True)
         assert res.returncode == 0, res.stderr[-2000:]
         assert torch.equal(torch.load(tmp_path/'y'), slim(x)) and n_params(slim)[0] < .3*n_params(model)[0]
 
@@ -303,7 +313,8 @@ def test_recipe_in_a_fresh_process(tmp_path):
 def test_pickled_copied_and_built_again(name, tmp_path):
     model, x = make(name)
     slim = extract_slim(model, x, .5)
-    for again in (pickle.loads(pickle.dumps(slim)) if not isinstance(slim, Net) else copy.deepcopy(slim), copy.deepcopy(slim), load_recipe(save_recipe(slim, tmp_path/'f.pth'), model)):
+    for again in (pickle.loads(pickle.dumps(slim)) if not isinstance(slim, Net) else copy.deepcopy(slim),
+        copy.deepcopy(slim), load_recipe(save_recipe(slim, tmp_path/'f.pth'), model)):
         assert check_same(again, slim, x) == 0
     assert [s['verb'] for s in Recipe.of(slim)] == ['cut']
     loss = slim.train()(x).square().mean()
@@ -320,7 +331,8 @@ def test_a_learner_goes_on_with_it(tmp_path):
     x = learn.dls.one_batch()[0]
     slim, momentum = extract_slim(learn.model, x, .5), [p for p in learn.model.parameters()]
     assert learn.extract_slim(.5) is learn and check_same(learn.model, slim, x) == 0
-    assert {id(p) for g in learn.opt.param_lists for p in g} == {id(p) for p in learn.model.parameters()} and not any(p is q for p in momentum for q in learn.model.parameters())
+    assert {id(p) for g in learn.opt.param_lists for p in g} == {id(p)
+        for p in learn.model.parameters()} and not any(p is q for p in momentum for q in learn.model.parameters())
     before = snapshot(learn.model)
     learn.fit(1, 1e-2)
     assert all(not torch.equal(p, before[n]) for n, p in learn.model.named_parameters())
@@ -355,7 +367,8 @@ def test_a_rate_for_each_space():
     assert (slim.stem.out_channels, slim.a.out_channels, slim.b.out_channels, slim.c.out_channels, slim.down.out_channels) == (4, 12, 3, 3, 3)
     assert not same(kels_masks(model, x, {n: .5 for n in names}), kels_masks(model, x, .5))
     assert not same(kels_masks(model, x, {0: .5, 1: .3}), kels_masks(model, x, {'stem': .5, 'a': .3}))
-    assert not same(kels_masks(model, x, {'*': .5}), kels_masks(model, x, .5)) and not same(kels_masks(model, x, {'a': .3, '*': .5}), kels_masks(model, x, {'stem': .5, 'a': .3, 'b': .5}))
+    assert not same(kels_masks(model, x, {'*': .5}), kels_masks(model, x, .5)) and not same(
+        kels_masks(model, x, {'a': .3, '*': .5}), kels_masks(model, x, {'stem': .5, 'a': .3, 'b': .5}))
     assert all(m.all() for m in kels_masks(model, x, {'stem': 1}).values())
 
 
@@ -376,7 +389,8 @@ def test_biases_on_demand():
     assert masks['5.bias'].all() and not same({n: m for n, m in masks.items() if n.endswith('weight')}, kels_masks(model, x, .5))
     before = snapshot(model)
     reinit_(model, masks, generator=generator(0))
-    assert torch.equal(model[0].bias[:5], before['0.bias'][:5]) and not (model[0].bias == before['0.bias'])[5:].any() and torch.equal(model[1].bias, before['1.bias'])
+    assert torch.equal(model[0].bias[:5], before['0.bias'][:5]) and not (model[0].bias == before['0.bias'])[
+        5:].any() and torch.equal(model[1].bias, before['1.bias'])
 
 
 def test_numbers_that_round():
@@ -462,7 +476,8 @@ def test_sharing_optimizers_see_the_same_parameters():
     model, x = make('chain', torch.float32)
     opt, ids = torch.optim.SGD(model.parameters(), .1), [id(p) for p in model.parameters()]
     reinit_(model, kels_masks(model, x, .5))
-    assert [id(p) for g in opt.param_groups for p in g['params']] == ids == [id(p) for p in model.parameters()] and all(p.requires_grad and p.is_leaf for p in model.parameters())
+    assert [id(p) for g in opt.param_groups for p in g['params']] == ids == [id(p)
+        for p in model.parameters()] and all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
 # --- models under effects, and modules of ours
@@ -514,17 +529,24 @@ def test_recipe_after_masks(tmp_path):
 
 REFUSED = { # network, shape, part of the message
     'nothing to cut': (lambda: nn.Linear(6, 2), ROWS, 'Nothing to cut'), 'no layer at all': (nn.ReLU, ROWS, 'Nothing to cut'),
-    'a layer norm over a cut dimension': (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2)), ROWS, '0 must stay whole: 1 .LayerNorm. normalizes over all channels'),
-    'a layer norm over a part': (lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.LayerNorm(8), nn.Linear(8, 2)), ROWS, r"2 must stay whole: 3 .LayerNorm.*split_rate=\{'\*': .5\}, or .* \{'0': .5\}"),
-    'a group norm that is not aligned': (lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), conv(8, 2)), IMAGE, 'Nothing to cut: 0: 1 .GroupNorm. normalizes over all'),
+    'a layer norm over a cut dimension': (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8),
+    nn.Linear(8, 2)), ROWS, '0 must stay whole: 1 .LayerNorm. normalizes over all channels'),
+    'a layer norm over a part': (lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8),
+    nn.LayerNorm(8), nn.Linear(8, 2)), ROWS, r"2 must stay whole: 3 .LayerNorm.*split_rate=\{'\*': .5\}, or .* \{'0': .5\}"),
+    'a group norm that is not aligned': (lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), conv(8, 2)),
+    IMAGE, 'Nothing to cut: 0: 1 .GroupNorm. normalizes over all'),
     'attention': (Attention, ROWS, 'i must stay whole: a .MultiheadAttention. mixes them'),
     'projected states': (lambda: nn.Sequential(nn.Linear(6, 8), nn.LSTM(8, 12, proj_size=5)), ROWS, 'proj_size'),
-    'parametrized': (lambda: nn.Sequential(nn.Linear(6, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2)), ROWS, '1 .*parametrized.*remove_parametrizations'),
-    'spectral norm': (lambda: nn.Sequential(nn.Linear(6, 8), nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 2)), ROWS, '1 .Linear.*SpectralNorm.*remove_spectral_norm'),
-    'weight norm of old': (lambda: nn.Sequential(nn.Linear(6, 8), nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2)), ROWS, '1 .Linear.*WeightNorm.*remove_weight_norm'),
+    'parametrized': (lambda: nn.Sequential(nn.Linear(6, 8),
+    nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2)), ROWS, '1 .*parametrized.*remove_parametrizations'),
+    'spectral norm': (lambda: nn.Sequential(nn.Linear(6, 8), nn.utils.spectral_norm(nn.Linear(8, 8)),
+    nn.Linear(8, 2)), ROWS, '1 .Linear.*SpectralNorm.*remove_spectral_norm'),
+    'weight norm of old': (lambda: nn.Sequential(nn.Linear(6, 8), nn.utils.weight_norm(nn.Linear(8, 8)),
+    nn.Linear(8, 2)), ROWS, '1 .Linear.*WeightNorm.*remove_weight_norm'),
     'lazy': (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), ROWS, '0 .LazyLinear.*lazy.*Run the model once'),
     'a width in the code': (lambda: Net(lambda s, x: s.o(s.a(x).view(-1, 8)), dict(a=nn.Linear(6, 8), o=nn.Linear(8, 2))), ROWS, 'width as a number'),
-    'a parameter on its channels': (lambda: Net(lambda s, x: s.o(s.a(x)+s.p), dict(a=nn.Linear(6, 8), o=nn.Linear(8, 2), p=nn.Parameter(torch.ones(8)))), ROWS, 'a must stay whole: .*parameter p'),
+    'a parameter on its channels': (lambda: Net(lambda s, x: s.o(s.a(x)+s.p),
+    dict(a=nn.Linear(6, 8), o=nn.Linear(8, 2), p=nn.Parameter(torch.ones(8)))), ROWS, 'a must stay whole: .*parameter p'),
     'weights in a buffer': (lambda: Net(lambda s, x: x@s.w, dict(w=torch.ones(6, 3))), ROWS, 'Nothing to cut'),
 }
 
@@ -548,7 +570,8 @@ def test_refused(case):
     model(x)
 
 
-RATES = {'zero': 0, 'below': -.1, 'above': 1.1, 'nan': float('nan'), 'infinite': float('inf'), 'a bool': True, 'text': 'half', 'nothing': None, 'a list': [.5], 'a tensor': torch.tensor(.5), 'complex': .5j,
+RATES = {'zero': 0, 'below': -.1, 'above': 1.1, 'nan': float('nan'), 'infinite': float('inf'), 'a bool': True,
+    'text': 'half', 'nothing': None, 'a list': [.5], 'a tensor': torch.tensor(.5), 'complex': .5j,
          'no layer': {}, 'zero for a layer': {'0': 0}, 'text for a layer': {'0': 'x'}}
 
 @pytest.mark.parametrize('case', RATES)
@@ -564,7 +587,8 @@ def test_bad_rates(case):
 def test_bad_names_and_samples():
     model, x = make('chain')
     before = snapshot(model)
-    for rate, message in (({'zz': .5}, "'zz'.*0, 3"), ({'8': .5}, '8 must stay whole.*output'), ({'0': .5, 0: .25}, '0 stands for a space.*another name'), ({99: .5}, '99')):
+    for rate, message in (({'zz': .5}, "'zz'.*0, 3"), ({'8': .5}, '8 must stay whole.*output'),
+        ({'0': .5, 0: .25}, '0 stands for a space.*another name'), ({99: .5}, '99')):
         with pytest.raises(ValueError, match=message): extract_slim(model, x, rate)
     with pytest.raises(ValueError, match='zz'): wels_masks(model, {'zz': .5})
     with pytest.raises(ValueError, match="pin: no module is called 'zz'"): extract_slim(model, x, .5, pin='zz')
@@ -600,9 +624,12 @@ def test_bad_masks(case):
     assert not same(snapshot(model), before) and not same(rng_state(), rng)
 
 
-HOWS = {'a name': ('kaiming', "how='kaiming'.*'default', 'zero'"), 'a number': (3, 'how=3'), 'nothing': (None, 'how=None'), 'no weights': ({}, '0.weight: how= holds no weights'),
-        'weights of one': ({'0.weight': torch.zeros(8, 3, 3, 3)}, '3.weight: how= holds no weights'), 'weights of another shape': (lambda n, w, g: torch.zeros(8, 3, 3, 3), r'3.weight: .*\(13, 8, 3, 3\)'),
-        'a function of nothing': (lambda n, w, g: None, '0.weight: new values have to be a tensor'), 'what learn.evolve remembers': ('rewind', "how='rewind'.*dict")}
+HOWS = {'a name': ('kaiming', "how='kaiming'.*'default', 'zero'"), 'a number': (3, 'how=3'),
+    'nothing': (None, 'how=None'), 'no weights': ({}, '0.weight: how= holds no weights'),
+        'weights of one': ({'0.weight': torch.zeros(8, 3, 3, 3)}, '3.weight: how= holds no weights'),
+        'weights of another shape': (lambda n, w, g: torch.zeros(8, 3, 3, 3), r'3.weight: .*\(13, 8, 3, 3\)'),
+        'a function of nothing': (lambda n, w, g: None, '0.weight: new values have to be a tensor'),
+        'what learn.evolve remembers': ('rewind', "how='rewind'.*dict")}
 
 @pytest.mark.parametrize('case', HOWS)
 def test_bad_sources(case):
@@ -643,17 +670,20 @@ def test_a_reset_that_draws_nothing_is_told():
     assert set(reinit_(net, masks)) == {'0.weight', '1.weight'}
     norms = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(0, 4)) # known values and layers without inputs are in order
     with torch.no_grad(): norms[0].weight.fill_(5)
-    assert reinit_(norms, {'0.weight': torch.tensor([True, False]*2), '1.bias': torch.zeros(4, dtype=torch.bool)}) == {'0.weight': 2, '1.bias': 4} and norms[0].weight.tolist() == [5, 1, 5, 1]
+    assert reinit_(norms, {'0.weight': torch.tensor([True, False]*2),
+        '1.bias': torch.zeros(4, dtype=torch.bool)}) == {'0.weight': 2, '1.bias': 4} and norms[0].weight.tolist() == [5, 1, 5, 1]
 
 
 def test_cells_are_split_like_layers():
     for cls in (nn.RNNCell, nn.GRUCell, nn.LSTMCell):
         net = nn.ModuleDict(dict(cell=cls(6, 40), o=nn.Linear(40, 2)))
-        assert list(masks := wels_masks(net, .5, generator(0))) == ['cell.weight_ih', 'cell.weight_hh', 'o.weight'] and wels_masks(net, {'cell': .5})['o.weight'].all()
+        assert list(masks := wels_masks(net, .5, generator(0))) == ['cell.weight_ih', 'cell.weight_hh',
+            'o.weight'] and wels_masks(net, {'cell': .5})['o.weight'].all()
         before = snapshot(net)
         reinit_(net, masks, generator=generator(0))
         new = net.cell.weight_hh[~masks['cell.weight_hh']]
-        assert .9*40**-.5 < new.abs().max() <= 40**-.5 and torch.equal(net.cell.weight_hh[masks['cell.weight_hh']], before['cell.weight_hh'][masks['cell.weight_hh']])
+        assert .9*40**-.5 < new.abs().max() <= 40**-.5 and torch.equal(
+            net.cell.weight_hh[masks['cell.weight_hh']], before['cell.weight_hh'][masks['cell.weight_hh']])
 
 
 @pytest.mark.parametrize('f', [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
@@ -665,7 +695,8 @@ def test_computed_weights_cannot_begin_anew(f):
     before = snapshot(net)
     with pytest.raises(ValueError, match='1: its weight is computed'): wels_masks(net, .5)
     held = next(n for n, p in net.named_parameters() if n.startswith('1.') and p.shape == (8, 8))
-    with pytest.raises(ValueError, match='computed from'): reinit_(net, {'0.weight': torch.zeros(8, 6, dtype=torch.bool), held: torch.zeros(8, 8, dtype=torch.bool)})
+    with pytest.raises(ValueError, match='computed from'):
+        reinit_(net, {'0.weight': torch.zeros(8, 6, dtype=torch.bool), held: torch.zeros(8, 8, dtype=torch.bool)})
     assert not same(snapshot(net), before)
     masks = wels_masks(net, {'0': .5, '2': .5}, generator(0))
     assert set(reinit_(net, masks)) == {'0.weight', '2.weight'} and all(torch.equal(v, before[k]) for k, v in snapshot(net).items() if k[0] == '1')
@@ -685,7 +716,8 @@ def test_weight_wise_splits_of_attention():
 
 
 def language_model():
-    config = dict(emb_sz=8, n_hid=12, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.1, input_p=.1, embed_p=.1, weight_p=.1, tie_weights=True, out_bias=True)
+    config = dict(emb_sz=8, n_hid=12, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.1,
+        input_p=.1, embed_p=.1, weight_p=.1, tie_weights=True, out_bias=True)
     return get_language_model(AWD_LSTM, 20, config=config)
 
 
@@ -743,21 +775,29 @@ def halves(model, x, rate=.5):
 def library(name):
     lib, name = name.split('/')
     if lib != 'fastai': return channels.build(lib, name)
-    body = dict(vision_learner=lambda: create_vision_model(tv.resnet34, 10, pretrained=False), squeezenet=lambda: create_vision_model(tv.squeezenet1_1, 10, pretrained=False),
+    body = dict(vision_learner=lambda: create_vision_model(tv.resnet34, 10, pretrained=False),
+        squeezenet=lambda: create_vision_model(tv.squeezenet1_1, 10, pretrained=False),
                 unet=lambda: create_unet_model(tv.resnet18, 3, (64, 64), pretrained=False), xresnet18_sa=lambda: xresnet.xresnet18(n_out=10, sa=True),
-                unet_of_xresnet=lambda: create_unet_model(xresnet.xresnet18, 3, (64, 64), pretrained=False)).get(name) or (lambda: getattr(xresnet, name)(n_out=10))
+                unet_of_xresnet=lambda: create_unet_model(xresnet.xresnet18, 3, (64, 64),
+                pretrained=False)).get(name) or (lambda: getattr(xresnet, name)(n_out=10))
     return channels.fill(body())
 
 
 SWEEP = [f'{lib}/{n}' for lib, _, n in channels.networks()] + [f'torchvision/{n}' for n in ('vit_b_32', 'swin_t', 'swin_v2_t', 'maxvit_t')] + [
-    f'fastai/{n}' for n in ('xresnet18', 'xresnet34_deep', 'xse_resnet18', 'xse_resnext18', 'xresnet50', 'xresnet18_sa', 'vision_learner', 'squeezenet', 'unet', 'unet_of_xresnet')]
-LARGE = '(vgg(11$|1[369])|wide_resnet101|convnext_(base|large)|efficientnet_(b7|v2_l)|regnet_x_32gf|regnet_y_(128|16|32)gf|resnet152|resnext101)' # above 60 million parameters; a smaller one of each family is in
+    f'fastai/{n}' for n in ('xresnet18', 'xresnet34_deep', 'xse_resnet18', 'xse_resnext18', 'xresnet50',
+    'xresnet18_sa', 'vision_learner', 'squeezenet', 'unet', 'unet_of_xresnet')]
+# above 60 million parameters; a smaller one of each family is in
+LARGE = '(vgg(11$|1[369])|wide_resnet101|convnext_(base|large)|efficientnet_(b7|v2_l)|regnet_x_32gf|regnet_y_(128|16|32)gf|resnet152|resnext101)'
 NORM, FIXED, CODED = 'normalizes over all channels', 'takes them at fixed positions', 'its weight is computed'
-SWEEP_REFUSED = {'torchvision/convnext_tiny': NORM, 'torchvision/convnext_small': NORM, 'torchvision/swin_t': NORM, 'torchvision/swin_v2_t': NORM, 'torchvision/maxvit_t': NORM,
-                 'torchvision/vit_b_32': 'side by side', 'timm/resnetv2_50x1_bit': CODED, 'timm/res2net50_26w_4s': FIXED, 'timm/skresnet18': FIXED, 'timm/dpn68': FIXED, 'timm/cspresnet50': FIXED,
-                 'timm/nfnet_l0': 'combines them with channels that stay whole', 'timm/convnextv2_atto': NORM, 'fastai/xresnet18_sa': 'computed by SpectralNorm',
+SWEEP_REFUSED = {'torchvision/convnext_tiny': NORM, 'torchvision/convnext_small': NORM,
+    'torchvision/swin_t': NORM, 'torchvision/swin_v2_t': NORM, 'torchvision/maxvit_t': NORM,
+                 'torchvision/vit_b_32': 'side by side', 'timm/resnetv2_50x1_bit': CODED,
+                 'timm/res2net50_26w_4s': FIXED, 'timm/skresnet18': FIXED, 'timm/dpn68': FIXED, 'timm/cspresnet50': FIXED,
+                 'timm/nfnet_l0': 'combines them with channels that stay whole', 'timm/convnextv2_atto': NORM,
+                 'fastai/xresnet18_sa': 'computed by SpectralNorm',
                  'fastai/unet': 'combines each of them with the same channel', 'fastai/unet_of_xresnet': 'combines each of them with the same channel'}
-QUICK = '''torchvision/resnet18 torchvision/shufflenet_v2_x0_5 torchvision/mobilenet_v3_small torchvision/convnext_tiny timm/ghostnet_100 timm/res2net50_26w_4s fastai/xse_resnext18
+QUICK = '''torchvision/resnet18 torchvision/shufflenet_v2_x0_5 torchvision/mobilenet_v3_small torchvision/convnext_tiny
+    timm/ghostnet_100 timm/res2net50_26w_4s fastai/xse_resnext18
  fastai/xresnet18_sa fastai/unet'''.split()
 
 

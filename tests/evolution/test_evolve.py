@@ -101,7 +101,8 @@ def test_rate_1_resets_nothing(mk):
     assert [r['reset'] for r in log] == [0, 0, 0]
 
 
-FITS = dict(fit=lambda l, n, **kw: l.fit(n, **kw), fit_one_cycle=lambda l, n, **kw: l.fit_one_cycle(n, **kw), fit_flat_cos=lambda l, n, **kw: l.fit_flat_cos(n, **kw),
+FITS = dict(fit=lambda l, n, **kw: l.fit(n, **kw), fit_one_cycle=lambda l, n, **kw: l.fit_one_cycle(n, **kw),
+    fit_flat_cos=lambda l, n, **kw: l.fit_flat_cos(n, **kw),
             fine_tune=lambda l, n, **kw: l.fine_tune(n, **kw), fit_sgdr=None)
 
 @pytest.mark.parametrize('method', ['fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune', 'callable', 'cosine_warmup'])
@@ -168,7 +169,8 @@ def test_reinits(mk, reinit):
             got = start[n][~m]
             if reinit == 'zero': assert not got.any()
             elif reinit == 'callable': assert (got == .25).all()
-            elif reinit == 'default' or reinit == 'pretrained' and n == '1.2.weight': assert got.abs().max() <= start[n][0].numel()**-.5 and not torch.equal(got, each.starts[0][n][~m])
+            elif reinit == 'default' or reinit == 'pretrained' and n == '1.2.weight':
+                assert got.abs().max() <= start[n][0].numel()**-.5 and not torch.equal(got, each.starts[0][n][~m])
             else: assert torch.equal(got, ref[n][~m]), n
 
 
@@ -212,7 +214,8 @@ def test_long_run_starts_where_the_evolution_did_and_repeats(mk):
     assert runs[0] == runs[1] and runs[0]['epochs'] == 2
     plain = mk(model=net)
     plain.fit_one_cycle(2, 1e-2)
-    assert runs[0]['accuracy'] == pytest.approx(float(plain.recorder.values[-1][2])) and runs[0]['valid_loss'] == pytest.approx(float(plain.recorder.values[-1][1]), rel=1e-6)
+    assert runs[0]['accuracy'] == pytest.approx(float(plain.recorder.values[-1][2])) and runs[0][
+        'valid_loss'] == pytest.approx(float(plain.recorder.values[-1][1]), rel=1e-6)
 
 
 # 4. crashes ------------------------------------------------------------------------------------------------------------------
@@ -238,7 +241,8 @@ torch.save(([{k: v for k, v in r.items() if k != 'seconds'} for r in log], snaps
 
 def child(path, resume, at, kw):
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(path), 'resume' if resume else 'new', str(at), kw], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(path),
+        'resume' if resume else 'new', str(at), kw], capture_output=True, text=True, env=env, timeout=120)
 
 
 def test_killed_and_resumed_in_another_process(mk, tmp_path):
@@ -257,7 +261,8 @@ def test_killed_and_resumed_in_another_process(mk, tmp_path):
     assert_same(state, snapshot(learn.model))
 
 
-@pytest.mark.parametrize('kw', [dict(), dict(policy='wels', resplit=True), dict(policy='llf', reset_norm=True), dict(policy='lw'), dict(policy='magnitude'), dict(distill=.5),
+@pytest.mark.parametrize('kw', [dict(), dict(policy='wels', resplit=True), dict(policy='llf', reset_norm=True),
+    dict(policy='lw'), dict(policy='magnitude'), dict(distill=.5),
                                 dict(reinit='original', keep_best='slim'), dict(reinit='pretrained'), dict(fit_method='fine_tune')], ids=str)
 @pytest.mark.parametrize('at', [2, 6, 11])
 def test_interrupted_and_resumed(mk, kw, at):
@@ -293,7 +298,8 @@ def refused(learn, match, error=ValueError, path=None, **kw):
     assert_same(rng_state(learn.dls), rng)
 
 
-OTHERS = dict(split_rate=dict(split_rate=.25), policy=dict(policy='wels'), reinit=dict(reinit='zero'), seed=dict(seed=1), epochs=dict(epochs=2), lr=dict(lr=1e-3),
+OTHERS = dict(split_rate=dict(split_rate=.25), policy=dict(policy='wels'), reinit=dict(reinit='zero'),
+    seed=dict(seed=1), epochs=dict(epochs=2), lr=dict(lr=1e-3),
               fit_method=dict(fit_method='fit'), distill=dict(distill=.5), pin=dict(pin=['0.0']), eval_slim=dict(eval_slim=False))
 
 def test_other_plans_are_not_resumed(mk):
@@ -348,14 +354,18 @@ class Normed(nn.Module):
 
 UNTRACED = "Policies 'wels', 'llf', 'head' and 'magnitude' need no trace"
 BAD = [
-    (dict(split_rate=0), 'split_rate=0'), (dict(split_rate=1.5), r'split_rate=1\.5'), (dict(split_rate=-.1), 'split_rate'), (dict(split_rate='half'), 'split_rate'), (dict(split_rate=float('nan')), 'split_rate'),
+    (dict(split_rate=0), 'split_rate=0'), (dict(split_rate=1.5), r'split_rate=1\.5'),
+    (dict(split_rate=-.1), 'split_rate'), (dict(split_rate='half'), 'split_rate'), (dict(split_rate=float('nan')), 'split_rate'),
     (dict(split_rate={'0.0': 2.}), 'split_rate'), (dict(split_rate={'nowhere': .5}), 'nowhere'), (dict(policy='wels', split_rate={'nowhere': .5}), 'nowhere'),
     (dict(policy='elks'), "policy='elks'"), (dict(policy=3), 'policy=3'), (dict(reinit='orignal'), "reinit='orignal'"), (dict(reinit=3), 'reinit=3'),
-    (dict(fit_method='fit_two_cycles'), 'fit_method'), (dict(generations=0), 'generations=0'), (dict(generations=2.5), 'generations'), (dict(epochs=0), 'epochs=0'), (dict(epochs=True), 'epochs'),
+    (dict(fit_method='fit_two_cycles'), 'fit_method'), (dict(generations=0), 'generations=0'),
+    (dict(generations=2.5), 'generations'), (dict(epochs=0), 'epochs=0'), (dict(epochs=True), 'epochs'),
     (dict(keep_best='slimmest'), 'keep_best'), (dict(keep_best='slim', policy='wels'), 'keep_best'), (dict(keep_best='slim', eval_slim=False), 'keep_best'),
     (dict(distill=2), 'distill=2'), (dict(distill=True), 'distill'), (dict(reinit='rewind', rewind_epoch=3), 'rewind_epoch=3'),
-    (dict(policy='wels', pin=['0.0']), 'pin'), (dict(from_layer='1'), 'from_layer'), (dict(policy='llf', from_layer='nowhere'), 'nowhere'), (dict(pin=['nowhere']), 'nowhere'),
-    (dict(policy=lambda m, s, g: {'x': torch.ones(2)}), 'x: the network has no such parameter'), (dict(policy=lambda m, s, g: {'1.2.bias': torch.ones(3, dtype=torch.bool)}), r'1\.2\.bias'),
+    (dict(policy='wels', pin=['0.0']), 'pin'), (dict(from_layer='1'), 'from_layer'),
+    (dict(policy='llf', from_layer='nowhere'), 'nowhere'), (dict(pin=['nowhere']), 'nowhere'),
+    (dict(policy=lambda m, s, g: {'x': torch.ones(2)}), 'x: the network has no such parameter'),
+    (dict(policy=lambda m, s, g: {'1.2.bias': torch.ones(3, dtype=torch.bool)}), r'1\.2\.bias'),
     (dict(policy=lambda m, s, g: {}), 'masks'), (dict(policy=lambda m, s, g: {'1.2.bias': torch.ones(10)}), 'bool'),
 ]
 
@@ -385,8 +395,10 @@ def test_all_frozen_is_refused(mk):
     refused(learn, 'frozen', policy='head')
 
 
-@pytest.mark.parametrize('kw,match', [(dict(when='now'), 'when'), (dict(every=2), 'every'), (dict(when='every'), 'every'), (dict(when='every', every=0), 'every'), (dict(clear_state='some'), 'clear_state'),
-                                      (dict(policy='lw'), 'generations'), (dict(split_rate=0), 'split_rate'), (dict(policy='nope'), 'policy'), (dict(reinit='nope'), 'reinit')])
+@pytest.mark.parametrize('kw,match', [(dict(when='now'), 'when'), (dict(every=2), 'every'),
+    (dict(when='every'), 'every'), (dict(when='every', every=0), 'every'), (dict(clear_state='some'), 'clear_state'),
+                                      (dict(policy='lw'), 'generations'), (dict(split_rate=0), 'split_rate'),
+                                      (dict(policy='nope'), 'policy'), (dict(reinit='nope'), 'reinit')])
 def test_bad_settings_of_the_callback(kw, match):
     with pytest.raises(ValueError, match=match): KnowledgeEvolution(**kw)
 
@@ -535,7 +547,8 @@ def test_lr_find_looks_at_the_network_that_comes(mk):
     assert_same(seen[0], {n: a[1][n] for n in seen[0]})
 
 
-@pytest.mark.parametrize('cb', [KnowledgeEvolution, partial(KnowledgeEvolution, when='fit_end'), partial(KnowledgeEvolution, 'snip'), partial(KnowledgeEvolution, 'lw', generations=3),
+@pytest.mark.parametrize('cb', [KnowledgeEvolution, partial(KnowledgeEvolution, when='fit_end'),
+    partial(KnowledgeEvolution, 'snip'), partial(KnowledgeEvolution, 'lw', generations=3),
                                 partial(KnowledgeEvolution, reinit='rewind')], ids=['kels', 'fit_end', 'snip', 'lw', 'rewind'])
 def test_copies_and_pickles_go_on_alike(mk, cb):
     learn = mk(cb())
@@ -620,7 +633,8 @@ def text_learner(path, model):
     seed_all()
     words = torch.randint(30, (16, 9), generator=torch.Generator().manual_seed(0))
     items = [(w[:-1], w[1:]) for w in words]
-    return quiet(Learner(DataLoaders(DataLoader(items, bs=4), DataLoader(items, bs=4)), model(), CrossEntropyLossFlat(), path=path, cbs=ModelResetter(), lr=1e-2))
+    return quiet(Learner(DataLoaders(DataLoader(items, bs=4), DataLoader(items, bs=4)), model(),
+        CrossEntropyLossFlat(), path=path, cbs=ModelResetter(), lr=1e-2))
 
 
 def awd_lstm():

@@ -73,7 +73,8 @@ def paper_run(given, path):
     dls = DataLoaders(DataLoader(items, bs=d['batch_size']), DataLoader(items, bs=len(x)))
     preset = {**KE_PAPER['learner'], 'loss_func': KE_PAPER['learner']['loss_func'].func}  # fastai's wrapper of it computes in single precision
     learn = quiet(Learner(dls, net, **preset, metrics=[accuracy, AvgMetric(logits)], path=path, cbs=[ends, Shown()]))
-    settings = {**KE_PAPER['evolve'], **dict(generations=d['generations'], epochs=d['epochs'], split_rate=d['split_rate'], lr=d['lr'], warmup=d['warmup_length'])}
+    settings = {**KE_PAPER['evolve'], **dict(generations=d['generations'], epochs=d['epochs'],
+        split_rate=d['split_rate'], lr=d['lr'], warmup=d['warmup_length'])}
     log = learn.evolve(**settings, reinit=values)
     return log, learn, ends, logits, values
 

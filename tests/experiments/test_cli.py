@@ -111,7 +111,8 @@ def test_cost_for_machines(call):
 
 @pytest.mark.parametrize('args,params,macs', [
     (['cifar10/resnet32', '--shared-rank', '16', '--unique-rank', '1', '--n-bases', '2', '--mode', 'basis'], 245_642, 79_086_208),
-    (['cifar10/resnet56', '--shared-rank', '0', '--unique-rank', '16'], 942_618, 138_068_608), (['cifar10/resnet32', '--shared-rank', '8'], 150_666, 47_628_928),
+    (['cifar10/resnet56', '--shared-rank', '0', '--unique-rank', '16'], 942_618, 138_068_608),
+    (['cifar10/resnet32', '--shared-rank', '8'], 150_666, 47_628_928),
     (['cifar100/densenet121', '--shared-rank', '16', '--unique-rank', '1', '--n-bases', '1', '--mode', 'basis'], 5_084_504, 704_212_992),
     (['cifar100/mobilenet_v2', '--shared-rank', '16', '--unique-rank', '1', '--n-bases', '1', '--mode', 'tie'], 2_163_812, 67_356_736),
     (['imagenet/mobilenet_v2_eca', '--n-bases', '2', '--mode', 'tie'], 2_978_905, 313_621_120), (['cifar10/resnet32-S16U0*'], 218_650, 75_154_048)])
@@ -120,7 +121,8 @@ def test_cost_of_shared_filters(call, args, params, macs):
     code, out, err = call('cost', *args, '--json')
     res = json.loads(out)
     assert code == 0 and not err and (res['name'], res['params'], res['macs']) == (args[0], params, macs)
-    assert {k: str(res[k]) for k in ('shared_rank', 'unique_rank', 'n_bases', 'mode') if k in res} == {k[2:].replace('-', '_'): v for k, v in zip(args[1::2], args[2::2])}
+    assert {k: str(res[k]) for k in ('shared_rank', 'unique_rank', 'n_bases', 'mode') if k in res} == {
+        k[2:].replace('-', '_'): v for k, v in zip(args[1::2], args[2::2])}
 
 
 def test_cost_of_shared_filters_for_people(call):
@@ -134,12 +136,18 @@ def test_cost_of_a_language_model(call):
 
 
 @pytest.mark.parametrize('args,text', [
-    (['cost'], 'name'), (['cost', 'resnet32'], 'does not begin with a data set'), (['cost', 'cifar10/resnet33'], '8, 14, 20'), (['cost', 'cifar10/wrn'], 'did you mean'),
-    (['cost', 'mnist/lenet_300_100', '--input', '28'], '3 dimensions'), (['cost', 'mnist/lenet_300_100', '--input', '1,14,14'], 'does not run on a sample of shape [1, 1, 14, 14]'),
-    (['cost', 'cifar10/resnet32', '--input', '3,x,3'], 'no shape'), (['cost', 'cifar10/resnet32', '--input', '3,0,32'], 'no shape'), (['cost', 'cifar10/resnet32', '--inp'], '--inp'),
-    (['cost', 'cifar10/resnet32', '--mode', 'tied'], "mode='tied'"), (['cost', 'cifar10/resnet32', '--n-bases', '3'], 'n_bases=3'), (['cost', 'cifar10/resnet32', '--shared-rank', '2.5'], '--shared-rank'),
-    (['cost', 'cifar10/resnet32', '--shared-rank', '-1'], 'shared_rank=-1'), (['cost', 'cifar10/resnet32', '--shared_rank', '1'], '--shared_rank'), (['cost', 'mnist/lenet_300_100', '--mode', 'tie'], 'Nothing to share'),
-    (['cost', 'cifar100/resnext50_32x4d', '--shared-rank', '16', '--unique-rank', '1'], 'multiple of 4'), (['cost', 'cifar10/resnet32-S8U1', '--shared-rank', '4'], 'shares filters already'),
+    (['cost'], 'name'), (['cost', 'resnet32'], 'does not begin with a data set'),
+    (['cost', 'cifar10/resnet33'], '8, 14, 20'), (['cost', 'cifar10/wrn'], 'did you mean'),
+    (['cost', 'mnist/lenet_300_100', '--input', '28'], '3 dimensions'),
+    (['cost', 'mnist/lenet_300_100', '--input', '1,14,14'], 'does not run on a sample of shape [1, 1, 14, 14]'),
+    (['cost', 'cifar10/resnet32', '--input', '3,x,3'], 'no shape'),
+    (['cost', 'cifar10/resnet32', '--input', '3,0,32'], 'no shape'), (['cost', 'cifar10/resnet32', '--inp'], '--inp'),
+    (['cost', 'cifar10/resnet32', '--mode', 'tied'], "mode='tied'"),
+    (['cost', 'cifar10/resnet32', '--n-bases', '3'], 'n_bases=3'), (['cost', 'cifar10/resnet32', '--shared-rank', '2.5'], '--shared-rank'),
+    (['cost', 'cifar10/resnet32', '--shared-rank', '-1'], 'shared_rank=-1'),
+    (['cost', 'cifar10/resnet32', '--shared_rank', '1'], '--shared_rank'), (['cost', 'mnist/lenet_300_100', '--mode', 'tie'], 'Nothing to share'),
+    (['cost', 'cifar100/resnext50_32x4d', '--shared-rank', '16', '--unique-rank', '1'], 'multiple of 4'),
+    (['cost', 'cifar10/resnet32-S8U1', '--shared-rank', '4'], 'shares filters already'),
     (['cost', 'cifar10/resnet32-S8'], 'no form'), (['cost', 'cifar10/resnet32', '--shared-rank', '200'], 'dimensions')])
 def test_cost_bad_input(call, args, text):
     code, out, err = call(*args)

@@ -112,7 +112,8 @@ def test_training_goes_on_after_the_cut():
 
 def two_convs(pad, bias, act=nn.ReLU, norm=True):
     torch.manual_seed(0)
-    body = [nn.Conv2d(3, 6, 3, bias=False), *([nn.BatchNorm2d(6)] if norm else []), act(), nn.Conv2d(6, 5, 3, padding=pad, bias=bias), nn.ReLU(), nn.Conv2d(5, 4, 1)]
+    body = [nn.Conv2d(3, 6, 3, bias=False), *([nn.BatchNorm2d(6)] if norm else []), act(),
+        nn.Conv2d(6, 5, 3, padding=pad, bias=bias), nn.ReLU(), nn.Conv2d(5, 4, 1)]
     return lively(nn.Sequential(*body).double()).eval()
 
 
@@ -415,7 +416,8 @@ def test_export_loads_without_this_library(tmp_path):
     for i in range(48):
         files.append(tmp_path/f'{i}.png')
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (12, 12), dtype=np.uint8)).save(files[-1])
-    dls = ImageDataLoaders.from_lists(tmp_path, files, [f'class{i%10}' for i in range(48)], item_tfms=Resize(8), img_cls=PILImageBW, bs=8, num_workers=0, device='cpu', seed=0)
+    dls = ImageDataLoaders.from_lists(tmp_path, files, [f'class{i%10}' for i in range(48)], item_tfms=Resize(8),
+        img_cls=PILImageBW, bs=8, num_workers=0, device='cpu', seed=0)
     learn = Learner(dls, demo_net(), CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path)
     x = torch.randn(4, 1, 8, 8)
     learn.fit(1, cbs=DynamicSparse(.5, granularity='filter', include=CONVS, method='static'))
@@ -517,7 +519,8 @@ def test_effects_on_a_part_end_too():
     assert not effects(plain[0]) and list(plain.state_dict()) == list(nn.Sequential(demo_net(), nn.Linear(10, 2)).state_dict())
 
 
-@pytest.mark.parametrize('kw', [dict(), dict(granularity='kernel'), dict(init_mask={'3.weight': torch.arange(32*16*9).view(32, 16, 3, 3)%3 > 0})], ids=['weight', 'kernel', 'given'])
+@pytest.mark.parametrize('kw', [dict(), dict(granularity='kernel'),
+    dict(init_mask={'3.weight': torch.arange(32*16*9).view(32, 16, 3, 3)%3 > 0})], ids=['weight', 'kernel', 'given'])
 def test_rewired_masks_go_on_from_a_recipe(tmp_path, kw):
     new = lambda: DynamicSparse(.8, period=4, n_realloc=5, **kw)
     learn = Learner(digits_dls(device='cpu'), demo_net(), path=tmp_path)
@@ -557,7 +560,8 @@ def test_slow_weights_and_wrappers_go_along(tmp_path):
     assert learn.materialize().paramfx['materialize'] == rows
 
 
-@pytest.mark.parametrize('norm', [nn.BatchNorm2d, lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True), lambda n: nn.GroupNorm(n, n)], ids=['batch', 'instance', 'group'])
+@pytest.mark.parametrize('norm',
+    [nn.BatchNorm2d, lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True), lambda n: nn.GroupNorm(n, n)], ids=['batch', 'instance', 'group'])
 def test_channels_scaled_by_zero(norm):
     "As network slimming leaves them: the filter lives, but its norm keeps only the shift"
     torch.manual_seed(0)
@@ -574,7 +578,8 @@ def test_fresh_residual_networks_with_zero_scales_stay():
     check_same(slim, model, torch.randn(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize('opt', [Adam, lambda p, **kw: OptimWrapper(p, torch.optim.Adam, **kw), lambda p, **kw: OptimWrapper(p, torch.optim.SGD, momentum=.9, **kw)])
+@pytest.mark.parametrize('opt', [Adam, lambda p, **kw: OptimWrapper(p, torch.optim.Adam, **kw),
+    lambda p, **kw: OptimWrapper(p, torch.optim.SGD, momentum=.9, **kw)])
 def test_swap_model_for_one_of_another_shape(opt):
     "State of the old shape is left behind, that of unchanged parameters goes on"
     dls = digits_dls(device='cpu')

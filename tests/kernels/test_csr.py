@@ -37,7 +37,8 @@ METHODS = {
 
 def net(dtype=torch.float64):
     "A 3x3 convolution stays masked, a 1x1 one and two matrices become sparse; a bias before batch norm would train on rounding errors"
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8),
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.ReLU(), nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8),
                          nn.ReLU(), nn.Flatten(), nn.Linear(128, 24), nn.ReLU(), nn.Linear(24, 10)).to(dtype)
 
 
@@ -305,7 +306,8 @@ def test_frozen_layers_do_not_move(tmp_path):
 def test_the_plan(tmp_path):
     learn = build(tmp_path, model=net, dls=lambda: tiny_dls(dtype=torch.float64))
     table = learn.plan(DynamicSparse(.8, compute='csr'))
-    assert [(r['layer'], r.get('compute')) for r in table if 'live' in r] == [('2.weight', 'dense'), ('4.weight', 'csr'), ('8.weight', 'csr'), ('10.weight', 'csr')]
+    assert [(r['layer'], r.get('compute')) for r in table if 'live' in r] == [('2.weight', 'dense'),
+        ('4.weight', 'csr'), ('8.weight', 'csr'), ('10.weight', 'csr')]
     assert 'kernel_size' in table[0]['note'] and table.after.macs_executed < table.before.macs_executed
     assert not layers(learn)
     learn.add_cb(DynamicSparse(.8, compute='csr'))
@@ -330,13 +332,15 @@ def test_a_gpu_stays_dense():
 
 @pytest.mark.parametrize('kw,match', [
     (dict(granularity='row'), "granularity='row'"), (dict(granularity='2:4'), "granularity='2:4'"), (dict(state='keep'), "state='keep'"),
-    (dict(explored=True), 'explored=True'), (dict(method='snfs'), "method='snfs'"), (dict(method='deepr'), "method='deepr'"), (dict(compute='fast'), "compute='fast'")])
+    (dict(explored=True), 'explored=True'), (dict(method='snfs'), "method='snfs'"),
+    (dict(method='deepr'), "method='deepr'"), (dict(compute='fast'), "compute='fast'")])
 def test_settings_that_need_what_is_dead(kw, match):
     with pytest.raises(ValueError, match=match): DynamicSparse(.8, **dict(compute='csr') | kw)
 
 
 @pytest.mark.parametrize('kw,match', [
-    (dict(compute='csr', include='2'), '2.weight'), (dict(compute=['2']), '2.weight'), (dict(compute=['8'], exclude='8'), '8 is not masked'), (dict(compute=['nope']), 'nope')])
+    (dict(compute='csr', include='2'), '2.weight'), (dict(compute=['2']), '2.weight'),
+    (dict(compute=['8'], exclude='8'), '8 is not masked'), (dict(compute=['nope']), 'nope')])
 def test_layers_that_cannot_be_sparse(kw, match, tmp_path):
     learn = build(tmp_path, model=net, dls=lambda: tiny_dls(dtype=torch.float64))
     before = footprint(learn.model)

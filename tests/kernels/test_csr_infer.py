@@ -64,7 +64,8 @@ def test_outputs(bias, shape, kind, dtype, tol):
 
 
 @pytest.mark.parametrize('kind', ['csr', 'bsr 16x16'])
-@pytest.mark.parametrize('make,shape', [(nn.Conv1d, (3, 96, 40)), (nn.Conv2d, (3, 96, 7, 5)), (nn.Conv2d, (2, 96, 40, 40)), (nn.Conv2d, (3, 96, 11, 10)), (nn.Conv2d, (96, 5, 5)),
+@pytest.mark.parametrize('make,shape', [(nn.Conv1d, (3, 96, 40)), (nn.Conv2d, (3, 96, 7, 5)),
+    (nn.Conv2d, (2, 96, 40, 40)), (nn.Conv2d, (3, 96, 11, 10)), (nn.Conv2d, (96, 5, 5)),
                                         (nn.Conv2d, (2, 96, 1, 1)), (nn.Conv3d, (2, 96, 3, 4, 5)), (nn.Conv2d, (0, 96, 5, 5))])
 def test_convolutions(make, shape, kind):
     m, x = blocked(make=make), torch.randn(shape, dtype=torch.float64)
@@ -167,7 +168,8 @@ def test_two_of_four_without_a_gpu():
     assert torch.equal(new.plain().weight, m.weight) and new.state_dict().keys() == m.state_dict().keys()
     with pytest.raises(RuntimeError, match='CUDA'): new(torch.randn(2, 64).half())
     for layer, why in ((m, 'CUDA'), (nn.Linear(64, 32).half(), 'no zeros'), (net()[0].half(), 'not 2:4')):
-        with pytest.raises(ValueError, match=rf"fmt='2:4': no layer.*0: .*{why}.*granularity='2:4'"): sparse_infer(nn.Sequential(layer), torch.randn(2, layer.in_features).half(), '2:4')
+        with pytest.raises(ValueError, match=rf"fmt='2:4': no layer.*0: .*{why}.*granularity='2:4'"):
+            sparse_infer(nn.Sequential(layer), torch.randn(2, layer.in_features).half(), '2:4')
 
 
 def test_two_of_four_packs_once_for_a_weight(monkeypatch):
@@ -212,9 +214,11 @@ def test_the_verb():
     assert [type(o) for o in new] == [FrozenCSR, nn.ReLU, nn.Linear] and all(torch.equal(v, m.state_dict()[k]) for k, v in before.items())
     assert torch.allclose(new(x), m(x), atol=1e-5)
     assert type(sparse_infer(net(.9), x, 'csr')[0]) is FrozenCSR
-    with pytest.warns(UserWarning, match="'auto': every layer stays dense. 0: csr is slower; 2: no zeros"): assert type(sparse_infer(net(.9), x)[0]) is nn.Linear
+    with pytest.warns(UserWarning, match="'auto': every layer stays dense. 0: csr is slower; 2: no zeros"):
+        assert type(sparse_infer(net(.9), x)[0]) is nn.Linear
     row, = plan_infer(m, x, include='0')
-    assert row['density'] == before['0.weight'].count_nonzero()/300_000 and row['items'] == 32 and 0 < row['time'] < 1 and row['time'] < 1 and 0 < row['break_even'] < 1
+    assert row['density'] == before['0.weight'].count_nonzero()/300_000 and row['items'] == 32 and 0 < row[
+        'time'] < 1 and row['time'] < 1 and 0 < row['break_even'] < 1
 
 
 def test_the_fastest_wins(fast):
@@ -231,7 +235,8 @@ def test_reasons(fast):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.point, self.full, self.low, self.unused, self.grouped = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8), nn.Conv2d(8, 8, 1, groups=2)
+            self.conv, self.point, self.full, self.low, self.unused, self.grouped = nn.Conv2d(
+                4, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8), nn.Conv2d(8, 8, 1, groups=2)
             self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
             for n, m in self.named_modules():
                 if isinstance(m, (nn.Linear, nn.Conv2d)) and n != 'full':
@@ -246,7 +251,8 @@ def test_reasons(fast):
         assert whys[n][0] == 'dense' and why in whys[n][1], n
     assert whys['block.linear1'] == ('dense', 'its block reads the weight itself')
     assert frozen_layers(sparse_infer(m, x)) == ['point']
-    with pytest.raises(ValueError, match="fmt='csr': no layer can take it.*grouped: a convolution with groups=2.*Make the network sparse first"): sparse_infer(m, x, 'csr', include='grouped')
+    with pytest.raises(ValueError, match="fmt='csr': no layer can take it.*grouped: a convolution with groups=2.*Make the network sparse first"):
+        sparse_infer(m, x, 'csr', include='grouped')
 
 
 def test_a_layer_with_two_names(fast):
@@ -358,7 +364,8 @@ def test_learner_predicts_and_refuses_to_fit(fast, tmp_path):
         assert learn.materialize(fmt='csr') is learn and frozen_layers(learn.model) == ['1']
         assert torch.allclose(torch.tensor(learn.validate()), torch.tensor(want), atol=1e-5) and torch.allclose(learn.get_preds()[0], preds, atol=1e-4)
         rows = {r['what']: r for r in learn.paramfx['materialize']}
-        assert rows['1']['how'] == 'csr' and rows['1']['break_even'] == .25 and rows['1']['time'] == .5 and rows['1']['density'] < .06 and rows['4']['how'] == 'dense: no zeros'
+        assert rows['1']['how'] == 'csr' and rows['1']['break_even'] == .25 and rows['1'][
+            'time'] == .5 and rows['1']['density'] < .06 and rows['4']['how'] == 'dense: no zeros'
         before = {k: v.clone() for k, v in learn.model.state_dict().items()}
         for fit in (lambda: learn.fit(1), lambda: learn.fit_one_cycle(1), lambda: learn.lr_find(show_plot=False)):
             with pytest.raises(ValueError, match=r'1: frozen for inference.*learn.materialize\(\)'): fit()

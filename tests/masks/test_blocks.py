@@ -32,7 +32,8 @@ def kron(mask, shape):
     return torch.from_numpy(np.kron(mask.numpy(), np.ones([a//b for a, b in zip(shape, mask.shape)], bool))).bool()
 
 
-def conv_net(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 10))
+def conv_net(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 10))
 
 
 def attached(cb, model, lr=.1):
@@ -124,8 +125,10 @@ def test_training_equals_that_of_single_weight_masks(last):
     for k in ('params', 'nonzero', 'macs', 'macs_executed'): assert getattr(costs[0], k) == getattr(costs[1], k), k
 
 
-cases = st.fixed_dictionaries(dict(sparsity=st.sampled_from([0., .3, .5, .8]), method=st.sampled_from(['dsr', 'set', 'rigl']), granularity=st.sampled_from(['2x2', '1x4', '4x1', '4x4']),
-    threshold=st.sampled_from([.05, .2, 1e9]), across_layers=st.booleans(), grow_init=st.sampled_from(['zero', 'random']), seed=st.integers(0, 3), drop_frac=st.sampled_from([None, .5])))
+cases = st.fixed_dictionaries(dict(sparsity=st.sampled_from([0., .3, .5, .8]),
+    method=st.sampled_from(['dsr', 'set', 'rigl']), granularity=st.sampled_from(['2x2', '1x4', '4x1', '4x4']),
+    threshold=st.sampled_from([.05, .2, 1e9]), across_layers=st.booleans(),
+    grow_init=st.sampled_from(['zero', 'random']), seed=st.integers(0, 3), drop_frac=st.sampled_from([None, .5])))
 
 @given(cases, st.integers(1, 3), st.booleans())
 @settings(max_examples=60, **SLOW)
@@ -174,7 +177,8 @@ def test_a_recipe_rebuilds_blocks(tmp_path):
     sparsify(model, .5, granularity='4x4', exclude='8')
     save_recipe(model, tmp_path/'r.json')
     again = load_recipe(tmp_path/'r.json', conv_net())
-    for a, b in zip(*(effects(m)['dynamic_sparse'].holder.items for m in (model, again))): assert torch.equal(a.mask, b.mask) and torch.equal(a.float, b.float) and torch.equal(a.weight, b.weight)
+    for a, b in zip(*(effects(m)['dynamic_sparse'].holder.items for m in (model, again))):
+        assert torch.equal(a.mask, b.mask) and torch.equal(a.float, b.float) and torch.equal(a.weight, b.weight)
 
 
 def test_pruning_of_blocks_is_exact_and_by_their_means():
@@ -211,16 +215,19 @@ def patterns(draw):
     return draw(st.integers(1, m-1)), m
 
 @given(patterns(), st.sampled_from(['linear', 'conv1', 'conv2', 'grouped', 'transposed', 'transposed grouped']), st.integers(1, 3), st.integers(1, 3),
-       st.sampled_from(['dsr', 'set', 'rigl']), st.sampled_from(['random', 'magnitude']), st.booleans(), st.sampled_from([.1, .5, .95]), st.integers(0, 99), st.booleans())
+       st.sampled_from(['dsr', 'set', 'rigl']), st.sampled_from(['random', 'magnitude']), st.booleans(),
+       st.sampled_from([.1, .5, .95]), st.integers(0, 99), st.booleans())
 @settings(max_examples=120, **SLOW)
 def test_each_group_keeps_its_number(nm, kind, times, k, method, init, across, share, seed, bad):
     n, m = nm
     torch.manual_seed(seed)
     i, o = m*times, 4
-    layer = {'linear': lambda: nn.Linear(i, o), 'conv1': lambda: nn.Conv1d(i, o, k), 'conv2': lambda: nn.Conv2d(i, o, k), 'grouped': lambda: nn.Conv2d(2*i, o, k, groups=2),
+    layer = {'linear': lambda: nn.Linear(i, o), 'conv1': lambda: nn.Conv1d(i, o, k),
+        'conv2': lambda: nn.Conv2d(i, o, k), 'grouped': lambda: nn.Conv2d(2*i, o, k, groups=2),
              'transposed': lambda: nn.ConvTranspose2d(i, o, k), 'transposed grouped': lambda: nn.ConvTranspose1d(2*i, o, k, groups=2)}[kind]()
     tr = 'transposed' in kind
-    cb = DynamicSparse(method=method, granularity=f'{n}:{m}', include='*', init_mask=init, across_layers=across, drop_frac=share, threshold=share/i**.5, seed=seed)
+    cb = DynamicSparse(method=method, granularity=f'{n}:{m}', include='*', init_mask=init, across_layers=across,
+        drop_frac=share, threshold=share/i**.5, seed=seed)
     opt = attached(cb, nn.Sequential(layer, nn.Linear(2*m, 3)))
     if bad: # not a number, or all alike: the counts hold
         for s in cb.dense.values(): s.view(-1)[::2] = float('nan') if seed%2 else 1.

@@ -138,7 +138,8 @@ def test_batch_norm(files, dtype):
 # --- networks
 
 def small_flatten_net():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
                          nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
 
 def network(name):
@@ -157,7 +158,8 @@ def fill(model, seed, norms):
     return model
 
 
-KEYS = ['small_flatten_net.G8', 'small_flatten_net.G0', 'torchvision.resnet18(num_classes=10).G8', 'torchvision.resnet18(num_classes=10).G0', 'torchvision.mobilenet_v2(num_classes=10,dropout=0.0).G8']
+KEYS = ['small_flatten_net.G8', 'small_flatten_net.G0', 'torchvision.resnet18(num_classes=10).G8',
+    'torchvision.resnet18(num_classes=10).G0', 'torchvision.mobilenet_v2(num_classes=10,dropout=0.0).G8']
 
 def test_no_network_is_left_out(files): assert [c['key'] for c in files('networks.json')] == KEYS
 
@@ -204,9 +206,12 @@ def cost_net(name):
     return model.eval()
 
 
-MODELS = [f'cifar_resnet depth={d}' for d in ('20 k=1', '56 k=2', '110 k=1', '164 k=1', '164 k=1 classes=100')] + [f'cifar_vgg depth={d}' for d in (11, 13, 16, 19)] + [
-    f'imagenet_resnet depth={d}' for d in (18, 34, 50, 101, 152)] + [f'imagenet_vgg depth={d}' for d in (11, 13, 16, 19)] + ['imagenet_mobilenetv2', 'imagenet_googlenet aux_logits=False']
-QUICK = ('cifar_resnet depth=20 k=1', 'cifar_resnet depth=56 k=2', 'cifar_vgg depth=13', 'imagenet_resnet depth=18', 'imagenet_resnet depth=34', 'imagenet_mobilenetv2', 'imagenet_googlenet aux_logits=False')
+MODELS = [f'cifar_resnet depth={d}' for d in ('20 k=1', '56 k=2', '110 k=1', '164 k=1',
+    '164 k=1 classes=100')] + [f'cifar_vgg depth={d}' for d in (11, 13, 16, 19)] + [
+    f'imagenet_resnet depth={d}' for d in (18, 34, 50, 101, 152)] + [f'imagenet_vgg depth={d}'
+    for d in (11, 13, 16, 19)] + ['imagenet_mobilenetv2', 'imagenet_googlenet aux_logits=False']
+QUICK = ('cifar_resnet depth=20 k=1', 'cifar_resnet depth=56 k=2', 'cifar_vgg depth=13',
+    'imagenet_resnet depth=18', 'imagenet_resnet depth=34', 'imagenet_mobilenetv2', 'imagenet_googlenet aux_logits=False')
 
 def test_no_cost_is_left_out(files): assert [*dict.fromkeys(r['model'] for r in files('params_macs.json'))] == MODELS
 

@@ -107,7 +107,8 @@ def test_schedules(c):
     rates, n = c['sr_list'], 4000
     it = rate_schedule(c['scheduler_type'], rates, c['sr_rand_num'], c['sr_prob'], seed=7)
     steps = [next(it) for _ in range(n)]
-    for o in steps: assert o == sorted(set(o), reverse=True) and len(o) == c['passes_per_step'] and {rates[i] for i in c['forced_indices']} <= set(o) <= set(rates)
+    for o in steps:
+        assert o == sorted(set(o), reverse=True) and len(o) == c['passes_per_step'] and {rates[i] for i in c['forced_indices']} <= set(o) <= set(rates)
     for i, p in enumerate(c['exact_inclusion_probability_per_index']):
         share = sum(rates[i] in o for o in steps)/n
         assert abs(share-p) <= 4*(p*(1-p)/n)**.5, (rates[i], share, p)

@@ -53,9 +53,12 @@ def sliced(make, x, trained=True, **kw):
 def same(a, b): return [*a] == [*b] and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-NETS = {'mlp': (mlp, (4, 8), {}), 'affine': (mlp, (4, 8), dict(norm='switch_affine')), 'rescale': (mlp, (4, 8), dict(rescale=True)), 'groups': (mlp, (4, 8), dict(norm='gn', groups=4)),
-        'tied': (Tied, (4, 8), {}), 'concatenations': (dense, (2, 3, 32, 32), {}), 'depthwise': (lambda: mobilenet_v3_small(num_classes=10), (2, 3, 32, 32), dict(divisor=8)),
-        'branches': (lambda: squeezenet1_1(num_classes=10), (2, 3, 64, 64), dict(rescale=True)), 'residual': (lambda: resnet18(num_classes=10), (2, 3, 32, 32), dict(rates=(1, .75, .5, .25), norm='switch_affine'))}
+NETS = {'mlp': (mlp, (4, 8), {}), 'affine': (mlp, (4, 8), dict(norm='switch_affine')),
+    'rescale': (mlp, (4, 8), dict(rescale=True)), 'groups': (mlp, (4, 8), dict(norm='gn', groups=4)),
+        'tied': (Tied, (4, 8), {}), 'concatenations': (dense, (2, 3, 32, 32), {}),
+        'depthwise': (lambda: mobilenet_v3_small(num_classes=10), (2, 3, 32, 32), dict(divisor=8)),
+        'branches': (lambda: squeezenet1_1(num_classes=10), (2, 3, 64, 64), dict(rescale=True)),
+        'residual': (lambda: resnet18(num_classes=10), (2, 3, 32, 32), dict(rates=(1, .75, .5, .25), norm='switch_affine'))}
 
 
 @pytest.mark.parametrize('net', NETS)
@@ -302,7 +305,8 @@ class Extra(nn.Linear):
     (lambda m, x: mlp(8), 'not sliced'),
     (lambda m, x: [m.append(Extra(4, 4)), m][1], 'more than its tensors'),
     (lambda m, x: [m.register_buffer('z', torch.ones(2, dtype=torch.complex128)), m][1], 'z: safetensors cannot hold torch.complex128'),
-    (lambda m, x: [m.append(nn.Linear(4, 16)), m.append(nn.Linear(16, 4)), tie_weights(m, .5, include=['6', '7']), m][-1], r'6: a TiedLinear is no ordinary layer'),
+    (lambda m, x: [m.append(nn.Linear(4, 16)), m.append(nn.Linear(16, 4)),
+    tie_weights(m, .5, include=['6', '7']), m][-1], r'6: a TiedLinear is no ordinary layer'),
     (lambda m, x: [m.__dict__.update(_recipe=[dict(verb='v', args=dict(t=torch.ones(2)))]), m][1], 'recipe of this model holds tensors'),
 ])
 def test_what_cannot_be_saved(saved, spoil, match, tmp_path):
@@ -333,7 +337,8 @@ def learn(tmp_path):
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(200, generator=g), torch.randint(0, 3, (200,), generator=g)
     df = pd.DataFrame(dict(a=a.numpy(), b=b.numpy().astype(str), y=(a+b > 1).long().numpy()))
-    dls = TabularDataLoaders.from_df(df, tmp_path, [Categorify, Normalize], ['b'], ['a'], 'y', valid_idx=range(150, 200), bs=50, y_block=CategoryBlock(), device='cpu')
+    dls = TabularDataLoaders.from_df(df, tmp_path, [Categorify, Normalize], ['b'], ['a'], 'y',
+        valid_idx=range(150, 200), bs=50, y_block=CategoryBlock(), device='cpu')
     return tabular_learner(dls, layers=[32, 16], metrics=accuracy, path=tmp_path)
 
 
@@ -360,7 +365,8 @@ learn = load_learner(sys.argv[1])
 dl = learn.dls.test_dl(pd.read_csv(sys.argv[2], dtype=dict(b=str)))
 with learn.no_bar(), learn.no_logging():
     learn.export('again.pkl')
-    torch.save((learn.get_preds(dl=dl)[0], sum(p.numel() for p in learn.model.parameters()), learn.opt is not None and len(learn.opt.state), sorted(vars(learn)), [c.name for c in learn.cbs]), sys.argv[3])
+    torch.save((learn.get_preds(dl=dl)[0], sum(p.numel() for p in learn.model.parameters()),
+        learn.opt is not None and len(learn.opt.state), sorted(vars(learn)), [c.name for c in learn.cbs]), sys.argv[3])
 '''
 
 
@@ -373,7 +379,8 @@ def test_a_learner_for_inference(learn, tmp_path):
     rows = learn.dls.valid.dataset.decode()
     rows.items[['a', 'b']].to_csv(tmp_path/'rows.csv', index=False, float_format='%.17g')
     dl = learn.dls.test_dl(__import__('pandas').read_csv(tmp_path/'rows.csv', dtype=dict(b=str)))
-    subprocess.run([sys.executable, '-c', ELSEWHERE, file, tmp_path/'rows.csv', tmp_path/'out'], check=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    subprocess.run([sys.executable, '-c', ELSEWHERE, file, tmp_path/'rows.csv', tmp_path/'out'],
+        check=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     theirs, n, _, names, cbs = torch.load(tmp_path/'out', weights_only=False)
     assert torch.equal(theirs, preds(learn, .5, dl)) and not torch.equal(theirs, preds(learn, 1, dl))
     assert n == sum(p.numel() for p in materialize(learn.model, learn.dls.one_batch()[:2], rate=.5).parameters())
@@ -386,7 +393,8 @@ def test_the_learner_trains_on(learn):
     assert learn.paramfx['slice'] and 'run_state' in learn.__dict__
 
 
-@pytest.mark.parametrize('name, where', [('small', 'models/small.pth'), ('deep/small.pt', 'models/deep/small.pt'), ('small.safetensors', 'models/small.safetensors')])
+@pytest.mark.parametrize('name, where',
+    [('small', 'models/small.pth'), ('deep/small.pt', 'models/deep/small.pt'), ('small.safetensors', 'models/small.safetensors')])
 def test_plain_weights(learn, tmp_path, name, where):
     fitted(learn)
     name_slice(learn.model, 'odd', .25)
@@ -415,7 +423,8 @@ def test_bad_exports(learn, tmp_path):
     with pytest.raises(ValueError, match='not sliced'): learn.export_slice(.5, 'a.pth')
     fitted(learn)
     there = sorted(tmp_path.rglob('*'))
-    for rate, name, match in ((.6, 'a.pth', 'rate=0.6: not prepared'), (.1, 'a.pkl', 'narrowest that was prepared'), ('no', 'a.pth', 'no slice has this name'), (.5, 'a.tflite', r"a\.tflite: no such format. End the name in \.pth")):
+    for rate, name, match in ((.6, 'a.pth', 'rate=0.6: not prepared'), (.1, 'a.pkl', 'narrowest '
+        'that was prepared'), ('no', 'a.pth', 'no slice has this name'), (.5, 'a.tflite', r"a\.tflite: no such format. End the name in \.pth")):
         with pytest.raises(ValueError, match=match): learn.export_slice(rate, name)
     assert sorted(tmp_path.rglob('*')) == there
 

@@ -147,7 +147,8 @@ def own(**kw):
     torch.manual_seed(0)
     return LSTMLM(30, 8, **kw).double().eval()
 
-MODELS = dict(awd=(awd, {}), awd_untied=(lambda: awd(False), {}), awd_both_ways=(lambda: awd(True, True), {}), own=(own, dict(embeddings=True)), two_layers=(lambda: own(n_layers=2), dict(embeddings=True)),
+MODELS = dict(awd=(awd, {}), awd_untied=(lambda: awd(False), {}), awd_both_ways=(lambda: awd(True, True), {}),
+    own=(own, dict(embeddings=True)), two_layers=(lambda: own(n_layers=2), dict(embeddings=True)),
               untied=(lambda: own(n_hidden=12, tie=False), {}), all_of_it=(lambda: own(n_hidden=12, tie=False), dict(embeddings=True)))
 
 def first(o): return o[0] if isinstance(o, tuple) else o

@@ -91,7 +91,8 @@ def test_recalibrated_statistics_are_those_of_the_network_cut_out(net):
     recalibrate(model, dls=batches)
     for r in (*RATES, .6):
         small = materialize(model, batches[0][0], rate=r)
-        held = {n: (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.item()) for n, m in small.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        held = {n: (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.item())
+            for n, m in small.named_modules() if isinstance(m, nn.BatchNorm2d)}
         for n, (mean, var) in by_hand(small, batches).items():
             assert held[n][2] == 3
             assert (held[n][0]-mean).abs().max() < 1e-10 and (held[n][1]-var).abs().max() < 1e-10, (r, n)
@@ -101,7 +102,8 @@ def test_recalibrate_touches_nothing_else():
     learn = learner(net=Residual())
     model = learn.model
     model.train()
-    before, rng, modes, momenta = state(model), rng_state(learn.dls), [m.training for m in model.modules()], [m.momentum for m in model.modules() if hasattr(m, 'momentum')]
+    before, rng, modes, momenta = state(model), rng_state(learn.dls), [m.training
+        for m in model.modules()], [m.momentum for m in model.modules() if hasattr(m, 'momentum')]
     learn.recalibrate(.5, n_batches=3)
     once = state(model)
     assert {k.rsplit('.', 1)[1] for k in same(before, once)} == {'running_mean_2', 'running_var_2', 'num_batches_tracked_2'}
@@ -250,7 +252,8 @@ def test_outputs_of_language_models():
 
 
 NETS = dict(resnet=(lambda: torchvision.models.resnet18(num_classes=10), 32, {}), mobile=(lambda: torchvision.models.mobilenet_v2(num_classes=10), 32, {}),
-            dense=(lambda: torchvision.models.densenet121(num_classes=10), 32, {}), vit=(lambda: torchvision.models.vit_b_16(num_classes=10, image_size=32), 32, dict(only='ffn')))
+            dense=(lambda: torchvision.models.densenet121(num_classes=10), 32, {}),
+            vit=(lambda: torchvision.models.vit_b_16(num_classes=10, image_size=32), 32, dict(only='ffn')))
 
 @pytest.mark.parametrize('name', NETS)
 def test_parameters_and_multiply_adds_need_no_run(name):
@@ -294,7 +297,8 @@ def test_pick_rate(by, col):
 
 def test_pick_rate_refuses():
     rows = [dict(rate=1., macs=5)]
-    for args, match in ((([], 1), 'no latency_ms'), ((rows, 1), 'no latency_ms'), ((rows, 1, 'time'), 'choose one of'), ((rows, 'x', 'macs'), 'positive number'), ((rows, -1, 'macs'), 'positive number'), ((rows, float('nan'), 'macs'), 'positive')):
+    for args, match in ((([], 1), 'no latency_ms'), ((rows, 1), 'no latency_ms'), ((rows, 1, 'time'), 'choose '
+        'one of'), ((rows, 'x', 'macs'), 'positive number'), ((rows, -1, 'macs'), 'positive number'), ((rows, float('nan'), 'macs'), 'positive')):
         with pytest.raises(ValueError, match=match): pick_rate(*args)
     assert pick_rate([*rows, dict(rate='narrow', macs=3)], 4, 'macs') == 'narrow'
 
@@ -397,8 +401,10 @@ def test_search_refuses_before_anything_changes():
     learn = learner()
     before, keys = state(learn.model), {**slice_plan(learn.model).keys}
     name_slice(learn.model, 'taken', .5)
-    for args, kw, match in (((10,), {}, 'narrowest slice needs macs'), ((1e12,), {}, 'nothing to search'), ((1e5,), dict(by='memory'), "choose 'macs'"), (('x',), {}, 'positive number'),
-                            ((1e5,), dict(name='taken'), 'such a slice already'), ((1e5,), dict(rates=.1), 'narrowest that was prepared'), ((float('nan'),), {}, 'positive number')):
+    for args, kw, match in (((10,), {}, 'narrowest slice needs macs'), ((1e12,), {}, 'nothing to search'),
+        ((1e5,), dict(by='memory'), "choose 'macs'"), (('x',), {}, 'positive number'),
+                            ((1e5,), dict(name='taken'), 'such a slice already'),
+                            ((1e5,), dict(rates=.1), 'narrowest that was prepared'), ((float('nan'),), {}, 'positive number')):
         with pytest.raises(ValueError, match=match): search_rates(learn, *args, **kw)
     assert slice_plan(learn.model).keys.keys() == {*keys, 'taken'} and not same(before, {k: v for k, v in state(learn.model).items() if k in before})
 

@@ -137,7 +137,8 @@ def test_mixup_shares_the_batch(mk):
     assert isinstance(learn.loss_func, CrossEntropyLossFlat)
 
 
-@pytest.mark.parametrize('opt', [partial(SGD, mom=.9), Adam, partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), partial(OptimWrapper, opt=torch.optim.AdamW)])
+@pytest.mark.parametrize('opt',
+    [partial(SGD, mom=.9), Adam, partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_affine_parameters_of_idle_slices_stay(mk, opt):
     learn = mk(SliceTrain(RATES, 'cycle', norm='switch_affine'), opt_func=opt, wd=.1, wd_bn_bias=True)
     steps = []
@@ -307,7 +308,8 @@ def test_a_sliced_model_keeps_its_plan(mk):
     learn = mk()
     learn.slice(rates=(1, .5))
     plan, state = slice_plan(learn.model), snapshot(learn.model)
-    for cb, text in ((SliceTrain((1, .25)), 'sliced at 1, 0.5'), (SliceTrain(norm='gn'), "with 'switch'"), (SliceTrain(only='0.0'), 'Leave only out'), (SliceTrain(groups=4), 'with None')):
+    for cb, text in ((SliceTrain((1, .25)), 'sliced at 1, 0.5'), (SliceTrain(norm='gn'), "with 'switch'"),
+        (SliceTrain(only='0.0'), 'Leave only out'), (SliceTrain(groups=4), 'with None')):
         with pytest.raises(ValueError, match=text): learn.add_cb(cb)
         with pytest.raises(ValueError, match=text): learn.plan(cb)
     assert not same(snapshot(learn.model), state) and not [c for c in learn.cbs if isinstance(c, SliceTrain)]
@@ -321,8 +323,12 @@ def test_a_sliced_model_keeps_its_plan(mk):
     learn.fit(1, cbs=SliceTrain((.5, 1)))
 
 
-@pytest.mark.parametrize('kw,text', [(dict(schedule='often'), 'random_min_max'), (dict(rates=()), 'at least one'), (dict(rates=(1, 2)), r'\(0, 1\]'), (dict(rates=(1, .5), probs=(1, 2, 3)), 'each of the rates'),
-                                     (dict(reduce='max'), "'sum' or 'mean'"), (dict(distill='yes'), 'True, False'), (dict(rates=(1, .5, .25), n_random=2), 'draws from 1 rates'), (dict(rates=(1, .5), schedule='static', probs=(1, 1)), 'draws no rates')])
+@pytest.mark.parametrize('kw,text', [(dict(schedule='often'), 'random_min_max'),
+    (dict(rates=()), 'at least one'), (dict(rates=(1, 2)), r'\(0, 1\]'), (dict(rates=(1, .5), probs=(1, 2, 3)), 'each of the rates'),
+                                     (dict(reduce='max'), "'sum' or 'mean'"),
+                                     (dict(distill='yes'), 'True, False'),
+                                     (dict(rates=(1, .5, .25), n_random=2), 'draws from 1 rates'),
+                                     (dict(rates=(1, .5), schedule='static', probs=(1, 1)), 'draws no rates')])
 def test_bad_settings_are_refused_at_once(kw, text):
     with pytest.raises(ValueError, match=text): SliceTrain(**kw)
 
@@ -403,7 +409,8 @@ def test_vision_learner(tmp_path):
 def test_one_channel_timm_body(tmp_path):
     from fastai.vision.learner import vision_learner
     seed_all()
-    learn = quiet(vision_learner(tiny_dls(n=16, n_valid=16, bs=16, scale=4), 'resnet10t', pretrained=False, normalize=False, n_in=1, n_out=10, path=tmp_path, cbs=SliceTrain((1, .5)), metrics=[]))
+    learn = quiet(vision_learner(tiny_dls(n=16, n_valid=16, bs=16, scale=4), 'resnet10t', pretrained=False,
+        normalize=False, n_in=1, n_out=10, path=tmp_path, cbs=SliceTrain((1, .5)), metrics=[]))
     learn.fit(1)
     assert learn.recorder.metric_names[3:-1] == ['valid_loss@0.5']
 
@@ -501,7 +508,8 @@ from contracts import build, snapshot, small_net, tiny_dls
 from paramfx.slicing.callback import SliceTrain
 dist.init_process_group('gloo')
 rank = int(os.environ['RANK'])
-for name, kw in (('gn', dict(schedule='static', norm='gn', groups=4)), ('one', dict(schedule='cycle', norm='gn', groups=4)), ('affine', dict(schedule='random_min', norm='switch_affine')), ('two', dict(schedule='random', n_random=2))):
+for name, kw in (('gn', dict(schedule='static', norm='gn', groups=4)), ('one', dict(schedule='cycle', norm='gn', groups=4)),
+         ('affine', dict(schedule='random_min', norm='switch_affine')), ('two', dict(schedule='random', n_random=2))):
     learn = build('.', SliceTrain((1, .5, .25), **kw), dls=tiny_dls(n=32, n_valid=32, bs=16), seed=rank, opt_func=partial(SGD, mom=.9))
     with learn.distrib_ctx(sync_bn=False): learn.fit(4)
     torch.save((snapshot(learn.model), [float(v) for v in learn.recorder.values[-1]]), f'{name}_{rank}.pt')

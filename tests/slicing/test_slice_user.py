@@ -62,7 +62,8 @@ def test_a_slice_that_takes_nothing_off_is_refused(mk, kw):
     assert not same(snapshot(net), state) and not any(isinstance(m, Sliced) for m in net.modules())
 
 
-@pytest.mark.parametrize('rate,text', [(50, r'rate=50.*\(0, 1\]'), (.3, 'not prepared.*1.0, 0.5, 0.25'), ('half', 'no slice has this name'), ({}, 'at least one'), ({'nowhere': .5}, 'nowhere')])
+@pytest.mark.parametrize('rate,text', [(50, r'rate=50.*\(0, 1\]'), (.3, 'not prepared.*1.0, 0.5, 0.25'),
+    ('half', 'no slice has this name'), ({}, 'at least one'), ({'nowhere': .5}, 'nowhere')])
 def test_a_wrong_rate_changes_nothing(mk, rate, text):
     net = small_net()
     with pytest.raises(ValueError, match='not sliced.*slice_model'): set_rate(net, rate)
@@ -121,7 +122,8 @@ def test_tabular_learner_by_the_callback_alone(tmp_path):
     n = 96
     df = pd.DataFrame(dict(kind=[['a', 'b', 'c'][i%3] for i in range(n)], size=torch.randn(n).tolist(), age=torch.rand(n).tolist()))
     df['y'] = [('yes' if k == 'a' or s > 0 else 'no') for k, s in zip(df.kind, df['size'])]
-    dls = TabularDataLoaders.from_df(df, tmp_path, procs=[Categorify, FillMissing, Normalize], cat_names=['kind'], cont_names=['size', 'age'], y_names='y', y_block=CategoryBlock(),
+    dls = TabularDataLoaders.from_df(df, tmp_path, procs=[Categorify, FillMissing, Normalize],
+        cat_names=['kind'], cont_names=['size', 'age'], y_names='y', y_block=CategoryBlock(),
                                      valid_idx=[*range(64, n)], bs=16, device=torch.device('cpu'))
     learn = quiet(tabular_learner(dls, layers=[32, 16], metrics=accuracy, path=tmp_path, cbs=SliceTrain(RATES)))
     learn.lr_find(num_it=20, show_plot=False)

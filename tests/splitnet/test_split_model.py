@@ -30,7 +30,8 @@ def shake(net, seed=0):
 def uneven(plan, seed=0):
     "Random groups of unequal size, none empty"
     g = torch.Generator().manual_seed(seed)
-    return {s: torch.cat([torch.arange(n), torch.rand(u-n, generator=g).pow(1.5).mul(n).long()])[torch.randperm(u, generator=g)] for s, (u, n) in plan.free.items()}
+    return {s: torch.cat([torch.arange(n), torch.rand(u-n, generator=g).pow(1.5).mul(n).long()])[
+        torch.randperm(u, generator=g)] for s, (u, n) in plan.free.items()}
 
 
 def same(a, b, tol): assert (a-b).abs().max() <= tol*b.abs().max(), ((a-b).abs().max()/b.abs().max()).item()
@@ -62,9 +63,12 @@ def dense():
     return DenseNet(8, (2, 2), 16, num_classes=10)
 
 
-def flat(): return seq(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 12), nn.PReLU(12), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 6))
-def depth(): return seq(conv(3, 12), nn.ReLU(), conv(12, 16, 1), nn.BatchNorm2d(16), conv(16, 16, groups=16), nn.ReLU6(), conv(16, 24, 1), nn.BatchNorm2d(24), head(24))
-def one_d(): return seq(nn.Flatten(2), nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3, stride=2, padding=1, padding_mode='circular'), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 6))
+def flat(): return seq(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 12), nn.PReLU(12),
+    nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 6))
+def depth():
+    return seq(conv(3, 12), nn.ReLU(), conv(12, 16, 1), nn.BatchNorm2d(16), conv(16, 16, groups=16), nn.ReLU6(), conv(16, 24, 1), nn.BatchNorm2d(24), head(24))
+def one_d(): return seq(nn.Flatten(2), nn.Conv1d(3, 8, 3), nn.ReLU(),
+    nn.Conv1d(8, 8, 3, stride=2, padding=1, padding_mode='circular'), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 6))
 
 
 class Gather(nn.Module):
@@ -91,7 +95,8 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize('name,groups', [(n, 'uneven') for n in NETS]+[(n, c) for n in ('hierarchy', 'skip', 'depthwise', 'one_d') for c in ('random', 'cluster')])
+@pytest.mark.parametrize('name,groups',
+    [(n, 'uneven') for n in NETS]+[(n, c) for n in ('hierarchy', 'skip', 'depthwise', 'one_d') for c in ('random', 'cluster')])
 def test_split_is_masked(name, groups):
     "In evaluation, and in training with the statistics it leaves behind; the model is left alone"
     make, splits = NETS[name]
@@ -213,7 +218,8 @@ def test_resnet18_of_a_thousand_classes():
     assert [b.in_features for b in small.fc.blocks] == [256, 256] and small.fc.take is None
 
 
-WRN = {(1, 1, 2): (.9977, 1.), (1, 2, 2): (.6164, .8265), (1, 2, 4): (.6152, .8265), (2, 2, 2): (.5210, .6531), (1, 4, 4): (.4246, .7398), (2, 4, 4): (.3292, .5664)}
+WRN = {(1, 1, 2): (.9977, 1.), (1, 2, 2): (.6164, .8265), (1, 2, 4): (.6152, .8265), (2, 2, 2): (.5210, .6531),
+    (1, 4, 4): (.4246, .7398), (2, 4, 4): (.3292, .5664)}
 
 
 def wrn_counts(model, x):
@@ -403,9 +409,11 @@ def test_frozen_and_plain_attributes_stay():
     assert small.layer4[0].conv1.stride == (2, 2) and isinstance(small.layer4[0].conv1, nn.Conv2d)
 
 
-@pytest.mark.parametrize('m,shape', [(nn.Conv1d(6, 8, 3, dilation=2), (2, 6, 9)), (nn.Conv2d(6, 8, (1, 3), bias=False), (2, 6, 5, 5)), (nn.Conv3d(6, 8, 2), (2, 6, 4, 4, 4)),
+@pytest.mark.parametrize('m,shape', [(nn.Conv1d(6, 8, 3, dilation=2), (2, 6, 9)),
+    (nn.Conv2d(6, 8, (1, 3), bias=False), (2, 6, 5, 5)), (nn.Conv3d(6, 8, 2), (2, 6, 4, 4, 4)),
                                      (nn.Linear(6, 8), (2, 6)), (nn.Linear(6, 8, bias=False), (2, 3, 6)), (nn.Conv2d(6, 8, 3), (6, 5, 5))])
-@pytest.mark.parametrize('p,q', [([0, 0, 0, 1, 1, 1], [0]*4+[1]*4), ([0, 1, 0, 1, 0, 1], [0]*4+[1]*4), ([0, 1, 1, 1, 1, 1], [1, 0, 2, 2, 1, 0, 0, 2]), ([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 0, 0, 2])])
+@pytest.mark.parametrize('p,q', [([0, 0, 0, 1, 1, 1], [0]*4+[1]*4), ([0, 1, 0, 1, 0, 1], [0]*4+[1]*4),
+    ([0, 1, 1, 1, 1, 1], [1, 0, 2, 2, 1, 0, 0, 2]), ([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 0, 0, 2])])
 def test_split_layers(m, shape, p, q):
     p, q, m = torch.tensor(p), torch.tensor(q), deepcopy(m).double()
     if len(p) < 6 or p.max() < q.max(): p = torch.tensor([0, 1, 1, 2, 1, 2])
@@ -427,11 +435,15 @@ def test_bad_input():
         (dict(classes='random'), "splits: say which layers"), (dict(splits=splits, classes='best'), "classes='best': choose"),
         (dict(splits=splits, classes={c: 0 for c in range(10)}), 'group 1 of 2 has no class'),
         (dict(splits=splits, classes={c: 0 for c in range(9)}), '9 has no group'), (dict(splits=splits, classes={'cat': 0}), "'cat' is no class"),
-        (dict(splits=splits, groups=good | {'layer4.0.conv1': torch.zeros(512, dtype=int)}), r'layer4.0.conv1: group 1 of 2 is empty.*gamma_balance.*equal_groups'),
+        (dict(splits=splits, groups=good | {'layer4.0.conv1': torch.zeros(512, dtype=int)}),
+        r'layer4.0.conv1: group 1 of 2 is empty.*gamma_balance.*equal_groups'),
         (dict(splits=splits, groups=good | {'layer4.0.conv1': torch.ones(512, dtype=int)*2}), 'they run from 2 to 2'),
-        (dict(splits=splits, groups=good | {'layer4.0.conv1': torch.rand(512)}), '512 whole numbers'), (dict(splits=splits, groups=good | {'layer4.0.conv1': good['fc']}), '512 whole numbers'),
-        (dict(splits=splits, groups={k: g for k, g in good.items() if k != 'fc'}), 'nothing for fc'), (dict(splits=splits, groups=good | {'conv1': good['fc']}), "is not assigned in this split"),
-        (dict(splits=splits, groups=good | {'layer9': good['fc']}), "No space is produced by 'layer9'"), (dict(groups={'fc': good['fc']}), 'no layer has both its inputs'),
+        (dict(splits=splits, groups=good | {'layer4.0.conv1': torch.rand(512)}), '512 whole numbers'),
+        (dict(splits=splits, groups=good | {'layer4.0.conv1': good['fc']}), '512 whole numbers'),
+        (dict(splits=splits, groups={k: g for k, g in good.items() if k != 'fc'}), 'nothing for fc'),
+        (dict(splits=splits, groups=good | {'conv1': good['fc']}), "is not assigned in this split"),
+        (dict(splits=splits, groups=good | {'layer9': good['fc']}), "No space is produced by 'layer9'"),
+        (dict(groups={'fc': good['fc']}), 'no layer has both its inputs'),
         (dict(splits=splits, groups=good | {'layer4.1.conv2': good['layer4.0.conv2']}), 'named twice'),
     ]
     for kw, why in bad:

@@ -78,7 +78,8 @@ def test_agreement():
 
 
 def test_superclasses():
-    assert len(split_cifar100.SUPER) == 20 and len({c for v in split_cifar100.SUPER.values() for c in v}) == 100 and {*map(len, split_cifar100.SUPER.values())} == {5}
+    assert len(split_cifar100.SUPER) == 20 and len({c for v in split_cifar100.SUPER.values()
+        for c in v}) == 100 and {*map(len, split_cifar100.SUPER.values())} == {5}
 
 
 def test_superclasses_are_those_of_the_data(data_dir):

@@ -423,15 +423,19 @@ def test_recipe(mk, tmp_path):
     again = mk(SplitNet({'0.3': 2, '1.2': 3}), model=net)
     assert not same(again.split_net.groups(), learn.split_net.groups())
     again.fit(1)
-    with pytest.raises(ValueError, match=r'192 inputs'): load_recipe(tmp_path/'r.pth', nn.Sequential(small_net()[0], nn.Sequential(nn.Flatten(), nn.Dropout(0.), nn.Linear(48, 10))))
+    with pytest.raises(ValueError, match=r'192 inputs'):
+        load_recipe(tmp_path/'r.pth', nn.Sequential(small_net()[0], nn.Sequential(nn.Flatten(), nn.Dropout(0.), nn.Linear(48, 10))))
 
 
 BAD = {
     'negative': (dict(gamma_weight=-1.), r'gamma_weight=-1\.0.*0 or more'), 'nan': (dict(gamma_balance=float('nan')), 'gamma_balance=nan'),
-    'text': (dict(gamma_disjoint='1'), "gamma_disjoint='1'"), 'lr': (dict(assign_lr=0.), r'assign_lr=0\.0.*above 0'), 'std': (dict(init_std=0), 'init_std=0.*above 0'),
-    'every': (dict(every=0), 'every=0.*from 1 on'), 'every part': (dict(every=1.5), 'every=1.5'), 'warmup': (dict(disjoint_warmup=(.8, .3)), r'disjoint_warmup=\(0\.8, 0\.3\)'),
+    'text': (dict(gamma_disjoint='1'), "gamma_disjoint='1'"),
+    'lr': (dict(assign_lr=0.), r'assign_lr=0\.0.*above 0'), 'std': (dict(init_std=0), 'init_std=0.*above 0'),
+    'every': (dict(every=0), 'every=0.*from 1 on'), 'every part': (dict(every=1.5), 'every=1.5'),
+    'warmup': (dict(disjoint_warmup=(.8, .3)), r'disjoint_warmup=\(0\.8, 0\.3\)'),
     'warmup number': (dict(disjoint_warmup=.3), 'disjoint_warmup=0.3'), 'weighting': (dict(layer_weighting='sum'), "layer_weighting='sum'.*'mean'"),
-    'unknown': (dict(splits={'layer9': 2}), "'layer9'"), 'one group': (dict(splits={'1.2': 1}), r'1\.2.*1 groups'), 'too many': (dict(splits={'1.2': 11}), '11 groups of 10'),
+    'unknown': (dict(splits={'layer9': 2}), "'layer9'"),
+    'one group': (dict(splits={'1.2': 1}), r'1\.2.*1 groups'), 'too many': (dict(splits={'1.2': 11}), '11 groups of 10'),
     'gap': (dict(splits={'0.3': 2}), r'1\.2'), 'fewer': (dict(splits={'0.3': 4, '1.2': 2}), r'2 groups read the 4'), 'none': (dict(splits={}), 'splits={}')}
 
 @pytest.mark.parametrize('case', BAD)
@@ -632,7 +636,8 @@ def test_the_cut_follows_the_groups(mk, equal):
     learn.fit(1)
     h, groups = learn.split_net.effect.holder, learn.split_net.groups()
     assert {s: len(g.unique()) for s, g in groups.items()} == {s: n for s, (_, n) in h.free.items()}
-    def side(parts, n): return torch.cat([torch.tensor([0, 0, 1, 1])[groups[p.space]][p.index] if h.free[p.space][1] > n else groups[p.space][p.index] for p in parts])
+    def side(parts, n):
+        return torch.cat([torch.tensor([0, 0, 1, 1])[groups[p.space]][p.index] if h.free[p.space][1] > n else groups[p.space][p.index] for p in parts])
     masks = {l.name: side(l.outputs, l.groups)[:,None] == side(l.inputs, l.groups) for l in h.layers}
     masked, n = resnet(), sum(p.numel() for p in learn.model.parameters())
     masked.load_state_dict({k: v for k, v in learn.model.state_dict().items() if 'split_net' not in k})

@@ -111,7 +111,8 @@ def test_sliced_rows(row):
     assert counts(net, name) == (row['active_params'], row['macs'])
 
 
-@pytest.mark.parametrize('row', [r for r in SLICED if r['model'].startswith(('cifar_vgg', 'cifar_resnet depth=20', 'cifar_resnet depth=164')) or r['model'] in ('imagenet_resnet depth=18', 'imagenet_resnet depth=50')],
+@pytest.mark.parametrize('row', [r for r in SLICED if r['model'].startswith(('cifar_vgg', 'cifar_resnet '
+    'depth=20', 'cifar_resnet depth=164')) or r['model'] in ('imagenet_resnet depth=18', 'imagenet_resnet depth=50')],
                          ids=lambda r: f"{r['model']} {r['rate']}".replace(' ', '-'))
 def test_width_scales_all_channels(row):
     "A thin network from the start has the counts of the wide one sliced"
@@ -282,7 +283,8 @@ def test_activations_stand_where_they_belong():
     assert all(b.drop.p == .3 for b in nets.wide_resnet(10, 1, p=.3).modules() if isinstance(b, nets.WideBlock))
 
 
-@pytest.mark.parametrize('build', [lambda: nets.resnet((1, 1)), lambda: nets.wide_resnet(10, 2), lambda: nets.preact_resnet(11), lambda: nets.vgg_cifar(11, width=.25),
+@pytest.mark.parametrize('build', [lambda: nets.resnet((1, 1)), lambda: nets.wide_resnet(10, 2),
+    lambda: nets.preact_resnet(11), lambda: nets.vgg_cifar(11, width=.25),
                                    lambda: nets.mobilenet_v2(width=.25), lambda: nets.densenet_cifar((2, 2), width=.5)])
 def test_convolutions_start_by_fan_out(build):
     torch.manual_seed(0)
@@ -420,11 +422,13 @@ def test_samples():
 @pytest.mark.parametrize('call,text', [
     (lambda: zoo.build('cifar10/wrn_28'), 'wrn_28_2'), (lambda: zoo.build('cifar11/resnet20'), 'does not begin with a data set'),
     (lambda: zoo.build('cifar10'), 'No network'), (lambda: zoo.build(''), 'does not begin'), (lambda: zoo.build('cifar10/resnet21'), '8, 14, 20'),
-    (lambda: zoo.build('cifar10/wrn_29_2'), 'depth 29'), (lambda: zoo.build('cifar10/preact_resnet50'), 'depth 50'), (lambda: zoo.build('cifar10/vgg12'), '11, 13, 16, 19'),
+    (lambda: zoo.build('cifar10/wrn_29_2'), 'depth 29'), (lambda: zoo.build('cifar10/preact_resnet50'),
+    'depth 50'), (lambda: zoo.build('cifar10/vgg12'), '11, 13, 16, 19'),
     (lambda: zoo.build('imagenet/resnet_50'), 'resnet50'), (lambda: zoo.build('imagenet/fcn_resnet50'), 'No network'),
     (lambda: zoo.build('imagenet/googlenet', width=.5), 'has no width'), (lambda: zoo.build('mnist/lenet_300_100', n_out=0), 'n_out=0'),
     (lambda: zoo.build('mnist/lenet_300_100', width=-1), 'width must be'), (lambda: zoo.build('cifar10/wrn_28_2', width=float('nan')), 'width must be'),
-    (lambda: zoo.sample('nothing'), 'does not begin'), (lambda: zoo.sample('mnist', size=(28, 28)), '3 dimensions'), (lambda: zoo.dls('nothing'), 'does not begin'),
+    (lambda: zoo.sample('nothing'), 'does not begin'), (lambda: zoo.sample('mnist', size=(28, 28)),
+    '3 dimensions'), (lambda: zoo.dls('nothing'), 'does not begin'),
     (lambda: zoo.published('shared'), 'shared_bases'), (lambda: zoo.published(dataset='svhn'), 'cifar100')])
 def test_bad_input(call, text):
     with pytest.raises(ValueError, match=re.escape(text)) as e: call()
@@ -545,8 +549,10 @@ def test_no_network_without_channels():
 
 
 @pytest.mark.parametrize('call,text', [
-    (lambda: zoo.build('cifar100'), 'No network is named'), (lambda: zoo.build('cifar100/'), 'No network is named'), (lambda: zoo.build(None), 'does not begin'),
-    (lambda: zoo.build('cifar10/wrn_28_.'), 'wrn_28_2'), (lambda: zoo.build('cifar10/resnet20', n_out=2.5), 'n_out=2.5'), (lambda: zoo.build('cifar10/resnet20', n_out=True), 'n_out=True'),
+    (lambda: zoo.build('cifar100'), 'No network is named'),
+    (lambda: zoo.build('cifar100/'), 'No network is named'), (lambda: zoo.build(None), 'does not begin'),
+    (lambda: zoo.build('cifar10/wrn_28_.'), 'wrn_28_2'), (lambda: zoo.build('cifar10/resnet20', n_out=2.5),
+    'n_out=2.5'), (lambda: zoo.build('cifar10/resnet20', n_out=True), 'n_out=True'),
     (lambda: zoo.dls('cifar10/nosuchnet'), 'No network is called'), (lambda: zoo.dls(3), 'does not begin')])
 def test_more_bad_input(call, text):
     with pytest.raises(ValueError, match=re.escape(text)) as e: call()
