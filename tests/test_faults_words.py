@@ -12,6 +12,8 @@ from torch import nn
 
 import paramfx.all
 from paramfx.all import zoo
+from paramfx.export.materialize import defer
+from paramfx.kernels.timing import sparse_infer
 from paramfx.slicing.plan import slice_plan
 
 MODEL_VERBS = 'slice_model', 'split_model', 'share_bases(', 'tie_weights', '= materialize'
@@ -38,8 +40,8 @@ def space(build, tmp_path):
     x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
     data = [*zip(x, y)]
     dls = DataLoaders.from_dsets(data, data, bs=8, num_workers=0)
-    ns = {n: getattr(paramfx.all, n) for n in paramfx.all.__all__}
-    ns |= dict(torch=torch, nn=nn, x=x[:2], dls=dls, model=build(), file=tmp_path/'file.pth', tmp_path=tmp_path)
+    ns = {n: v for n, v in vars(paramfx.all).items() if n[0] != '_'}
+    ns |= dict(defer=defer, sparse_infer=sparse_infer, torch=torch, nn=nn, x=x[:2], dls=dls, model=build(), file=tmp_path/'file.pth', tmp_path=tmp_path)
     ns['fresh'] = build
     ns['learn'] = Learner(dls, build(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=params, path=tmp_path)
     ns['learn'].remove_cbs([c for c in ns['learn'].cbs if type(c).__name__ in ('Recorder', 'ProgressCallback')])

@@ -104,7 +104,7 @@ def test_calls_bind(block):
     import paramfx.all as ours
     for func, n, kw in calls(block):
         f = ast.unparse(func)
-        if f in ours.__all__: target, first = getattr(ours, f), ()
+        if f in vars(ours): target, first = getattr(ours, f), ()
         elif f.startswith('learn.') and f.count('.') == 1: target, first = getattr(Learner, f[6:]), (None,)
         elif f.startswith('zoo.'): target, first = getattr(ours.zoo, f[4:]), ()
         else: continue

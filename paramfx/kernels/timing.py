@@ -1,4 +1,4 @@
-"""`sparse_infer` times sparse layers in a network, and uses them where they are faster than dense ones.
+"""`materialize(fmt='auto')` times sparse layers, and uses them where they are faster than dense ones.
 
 Docs: https://paramfx.github.io/paramfx/kernels/timing.html.md"""
 

@@ -726,7 +726,7 @@ def test_recipe_in_a_fresh_process(mk, tmp_path):
     torch.save((x, learn.model.eval()(x)), tmp_path/'out.pt')
     code = f'''
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+sys.path[:0] = {[str(p) for p in Path(__file__).resolve().parents[:2]]!r}
 from test_bases import block_net
 from paramfx.export.materialize import load_recipe
 x, out = torch.load('out.pt')

@@ -150,7 +150,7 @@ class Tracked(nn.Module):
 
 FRESH = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_slice_tools import Tracked
 from paramfx.export.materialize import load_recipe
 from paramfx.slicing.plan import slice_plan
@@ -180,7 +180,7 @@ def test_a_fresh_process_knows_what_was_measured(recipe, tmp_path):
     torch.save((x, {k: out(k) for k in keys}), tmp_path/'want')
     if recipe: save_recipe(model, tmp_path/'model')
     else: torch.save(model.state_dict(), tmp_path/'model')
-    code = FRESH.format(tests=str(Path(__file__).parent.parent), recipe=recipe, file=str(tmp_path/'model'), want=str(tmp_path/'want'))
+    code = FRESH.format(tests=[str(p) for p in Path(__file__).resolve().parents[:2]], recipe=recipe, file=str(tmp_path/'model'), want=str(tmp_path/'want'))
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 from functools import partial
 
 import numpy as np
@@ -489,7 +490,7 @@ def test_a_plain_file_into_a_sliced_network(norm):
 
 FRESH = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_slicing as t
 from paramfx.export.materialize import load_recipe
 from paramfx.slicing.slice import at_rate
@@ -515,7 +516,8 @@ def test_files_in_a_fresh_process(case, tmp_path):
     if case == 'materialized': model,rate = materialize(model, x, rate=.5),None
     torch.save(out(model, x), tmp_path/'want')
     save_recipe(model, tmp_path/'model')
-    code = FRESH.format(tests=str(channels.__file__.rsplit('/', 2)[0]+'/tests'), name=name, file=str(tmp_path/'model'), rate=rate, want=str(tmp_path/'want'))
+    code = FRESH.format(tests=[str(p) for p in Path(__file__).resolve().parents[:2]],
+        name=name, file=str(tmp_path/'model'), rate=rate, want=str(tmp_path/'want'))
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
