@@ -21,9 +21,11 @@ from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.core.state import effects, root_module
 from paramfx.masks.store import initial_counts
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
 from paramfx.splitnet.callback import SplitNet
+from paramfx.sparse.penalties import L1
+from settings import sparse_settings
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,11 @@ def sparse_check(learn, grads=True):
 
 def sparse(method, still={}, others={}, name=None, **defaults):
     "Line of one method of `DynamicSparse`; `still`: settings without which a dense network would be changed"
-    make = lambda **kw: DynamicSparse(**{**dict(method=method, sparsity=.8), **defaults, **kw})
+    make = lambda **kw: DynamicSparse(**sparse_settings(**{**dict(method=method, sparsity=.8), **defaults, **kw}))
     shown = {'static': (), 'dsr': ('rewired', 'threshold')}.get(method, ('rewired',))
     return Method(name or method, make, sparse_facts, sparse_check, noop=partial(make, sparsity=0., **still), other=partial(make, sparsity=.5, **others),
-                  moves=method != 'static', coarse=method != 'deepr' and 'compute' not in defaults,
-                  compressed='compute' in defaults, shrinks=method == 'granet', dense_state=method == 'snfs',
-                  penalty=dict(l1=1e-2), columns=('density', *shown))
+                  moves=method != 'static', coarse=method != 'deepr' and 'compute' not in defaults, compressed='compute' in defaults,
+                  shrinks=method == 'granet', dense_state=method == 'snfs', penalty=dict(regularizer=L1(1e-2)), columns=('density', *shown))
 
 
 def prune_check(learn, grads=True):
@@ -119,10 +120,10 @@ def prune_check(learn, grads=True):
 def pruning(**defaults):
     "Line of `IterativePrune`; settings that only a rewire has are left out"
     def make(sparsity=.8, **kw):
-        kw = {k: v for k, v in kw.items() if k not in ('period', 'threshold', 'stop_pct', 'init_mask')}
+        kw = {k: v for k, v in kw.items() if k not in ('period', 'threshold', 'stop', 'init_mask')}
         return IterativePrune(sparsity, **{**defaults, **kw})
     return Method('prune', make, partial(sparse_facts, effect='iterative_prune'), prune_check, noop=partial(make, sparsity=0.),
-                  other=partial(make, sparsity=.5), moves=True, penalty=dict(l1=1e-2), columns=('density', 'pruned'),
+                  other=partial(make, sparsity=.5), moves=True, penalty=dict(regularizer=L1(1e-2)), columns=('density', 'pruned'),
                   effect='iterative_prune', rate='target', shrinks=True, at_end=True)
 
 
@@ -205,7 +206,8 @@ def evolving(name, **defaults):
     return Method(name, make, evolve_facts, evolve_check,
         noop=lambda: KnowledgeEvolution(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'}), other=partial(make, split_rate=.75), moves=False,
                   columns=('generation',) if defaults['policy'] == 'magnitude' else ('generation', 'reset_norm'),
-                  effect='knowledge_evolution', rate='split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75', refusal='another policy or split_rate')
+                  effect='knowledge_evolution', rate='split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75',
+                  refusal='another policy or split_rate')
 
 
 # -- shared bases
@@ -247,7 +249,7 @@ METHODS = {m.name: m for m in [
     sparse('deepr', noise='weight', temperature=.02, eta=1e-2, still=dict(temperature=0.)),
     sparse('snfs', period=2, drop_frac=.4),
     sparse('rigl', period=2, drop_frac=.3),
-    sparse('granet', period=2, drop_frac=.1, still=dict(start_sparsity=0.), others=dict(start_sparsity=.3, span='total', epochs=9)),
+    sparse('granet', period=2, drop_frac=.1, still=dict(start_sparsity=0.), others=dict(start_sparsity=.3, epochs=9)),
     sparse('dsr', name='csr', period=2, threshold=.02, compute='csr'),
     pruning(n_prunes=6),
     slicing(rates=(1, .5, .25), schedule='random', n_random=2),

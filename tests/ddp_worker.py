@@ -26,7 +26,7 @@ def train(m, out):
     rank = int(os.environ['RANK'])
     # fastai broadcasts nothing itself: DDP takes the weights of rank 0, and the masks have to follow
     more = dict(across_layers=False) if m.compressed else {}  # DDP wants gradients of one size
-    learn = build(out, [m.make(**more, period=2, stop_pct=1., init_mask='magnitude'), Probe(m)], seed=rank, dls=tiny_dls(n=128, bs=16), model=m.net)
+    learn = build(out, [m.make(**more, period=2, stop=1., init_mask='magnitude'), Probe(m)], seed=rank, dls=tiny_dls(n=128, bs=16), model=m.net)
     with learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, 1e-2)
     learn.save(f'{m.name}_ddp')
     plain = learn.save_plain(f'{m.name}_plain')

@@ -8,8 +8,11 @@ from torch import nn
 
 from contracts import METHODS, build, footprint, same, small_net, snapshot
 from paramfx.core.state import effects
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.sparsify import plan_masks, sparsify
+from paramfx.sparse.penalties import L1
+from paramfx.core.clock import AllFits
+from paramfx.sparse.methods import DSR
 
 
 @pytest.fixture
@@ -57,21 +60,23 @@ BAD = {
     'mask type': (dict(init_mask={'0.3.weight': mask(dtype=torch.float32)}), r'0\.3\.weight.*float32', 'bool'),
     'mask of another granularity': (dict(init_mask={'0.3.weight': mask().tril()}, granularity='kernel'), r'0\.3\.weight', "granularity='weight'"),
     'mask of zeros': (dict(init_mask={'0.3.weight': ~mask()}), r'0\.3\.weight', ''),
-    'grow_init': (dict(grow_init='ones'), "grow_init='ones'", 'random'),
+    'grow_init': (lambda: dict(method=DSR(grow_init='ones')), "grow_init='ones'", 'random'),
     'state': (dict(state='reset'), "state='reset'", 'keep'),
-    'n_realloc 0': (dict(n_realloc=0), 'n_realloc=0', 'above 0'),
-    'n_realloc of too many': (dict(n_realloc=10**6), 'n_realloc=1000000', 'smaller'),
-    'n_realloc fraction of units': (dict(n_realloc=1.5), 'n_realloc=1.5', ''),
-    'threshold': (dict(threshold=0.), 'threshold=0.0', 'above 0'),
-    'threshold text': (dict(threshold='auto'), 'threshold', ''),
-    'tol': (dict(tol=-.1), 'tol=-0.1', 'above 0'),
-    'stop_pct': (dict(stop_pct=0), 'stop_pct=0', 'above 0'),
+    'n_realloc 0': (lambda: dict(method=DSR(n_realloc=0)), 'n_realloc=0', 'above 0'),
+    'n_realloc of too many': (lambda: dict(method=DSR(n_realloc=10**6)), 'n_realloc=1000000', 'smaller'),
+    'n_realloc fraction of units': (lambda: dict(method=DSR(n_realloc=1.5)), 'n_realloc=1.5', ''),
+    'threshold': (lambda: dict(method=DSR(threshold=0.)), 'threshold=0.0', 'above 0'),
+    'threshold text': (lambda: dict(method=DSR(threshold='auto')), 'threshold', ''),
+    'tol': (lambda: dict(method=DSR(tol=-.1)), 'tol=-0.1', 'above 0'),
+    'stop': (dict(stop=0.), 'stop=0.0', 'a float above 0'),
+    'stop text': (dict(stop='end'), "stop='end'", 'whole number'),
     'period 0': (dict(period=0), 'period=0', 'at least 1'),
     'period text': (dict(period='each'), 'each', 'number'),
-    'l1': (dict(l1=-1.), 'l1=-1', '0 or more'),
-    'l1 nan': (dict(l1=float('nan')), 'l1=nan', ''),
-    'span': (dict(span='all'), "span='all'", 'total'),
-    'span without epochs': (dict(span='total'), "span='total'", 'epochs='),
+    'l1': (lambda: dict(regularizer=L1(-1.)), r'L1\(-1', 'above 0'),
+    'l1 as a number': (dict(regularizer=1e-4), 'regularizer=0.0001', r'L1\(1e-4\)'),
+    'l1 nan': (lambda: dict(regularizer=L1(float('nan'))), r'L1\(nan', ''),
+    'span': (dict(span='all'), "span='all'", r'AllFits\(90\)'),
+    'span without epochs': (lambda: dict(span=AllFits(0)), r'AllFits\(0\)', 'number of epochs'),
 }
 
 @pytest.mark.parametrize('case', BAD)
@@ -81,6 +86,7 @@ def test_wrong_settings_are_refused(mk, case, way):
     learn = mk()
     state, feet, cbs, metrics = snapshot(learn.model), footprint(learn.model), list(learn.cbs), list(learn.metrics)
     with pytest.raises(ValueError) as e:
+        if callable(kw): kw = kw()  # an object that refuses its settings
         if way == 'cbs': learn.add_cb(DynamicSparse(**kw))
         elif way == 'fit': learn.fit(1, cbs=DynamicSparse(**kw))
         else: learn.sparsify(**kw)

@@ -15,6 +15,7 @@ from benchmarks.zoo.networks import small_cnn
 from benchmarks.timing import table, write_table
 from paramfx.data.memory import tensor_dls
 from paramfx.sparse.published import PUBLISHED_RECIPES
+from paramfx.sparse.methods import DSR
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_csr_infer_as_published():
 
 
 def test_a_turn_is_that_many_batches_of_a_real_fit():
-    learn = masked_step.make_learner('toy', 'SGD', masked_step.DynamicSparse(.5, period=2, threshold=1.))
+    learn = masked_step.make_learner('toy', 'SGD', masked_step.DynamicSparse(.5, period=2, method=DSR(threshold=1.)))
     run = masked_step.Runner(learn, 3)
     for _ in range(4): run()
     cb = learn.dynamic_sparse

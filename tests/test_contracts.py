@@ -28,8 +28,7 @@ from paramfx.core.clock import SchedCubic
 from paramfx.core.samples import rng_state, sample_batch, set_rng_state
 from paramfx.core.state import effects
 from paramfx.core.runs import RunState
-import paramfx.report.cost # gives Learner cost  # noqa: F401
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 
 HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -370,7 +369,7 @@ class Watch(Callback):
 def test_save_model_callback_reloads_masks_with_weights(m, mk, with_opt):
     watch = Watch(m)
     bad = ParamScheduler({'lr': lambda pos: 1e-2 if pos < .6 else 1.})  # so that an early epoch is the best
-    learn = mk([m.make(stop_pct=1.), Probe(m)])
+    learn = mk([m.make(stop=1.), Probe(m)])
     learn.fit(3, cbs=[SaveModelCallback(fname='best', with_opt=with_opt), watch, bad])
     best = int(np.argmin([v[1] for v in learn.recorder.values]))
     assert best < 2
@@ -638,8 +637,8 @@ def test_gradient_accumulation_is_a_bigger_batch(m, mk, dtype, tol):
     "No batch norm, which sees the micro-batch; no shuffling, which would order them otherwise"
     net = lambda: m.net(norm=False).to(dtype)
     dls = lambda bs: tiny_dls(n=128, bs=bs, dtype=dtype, shuffle=(False, False), drop_last=(False, False))
-    big = mk([m.make(**m.penalty, stop_pct=1.), Probe(m)], dls=dls(32), model=net, opt_func=partial(SGD, mom=.5), lr=.1)
-    acc = mk([m.make(**m.penalty, stop_pct=1.), Probe(m)], dls=dls(8), model=net, opt_func=partial(SGD, mom=.5), lr=.1)
+    big = mk([m.make(**m.penalty, stop=1.), Probe(m)], dls=dls(32), model=net, opt_func=partial(SGD, mom=.5), lr=.1)
+    acc = mk([m.make(**m.penalty, stop=1.), Probe(m)], dls=dls(8), model=net, opt_func=partial(SGD, mom=.5), lr=.1)
     big.fit(2)
     acc.fit(2, cbs=GradientAccumulation(32))
     assert m.facts(acc)['clock']['steps'] == m.facts(big)['clock']['steps'] == 8
@@ -717,7 +716,7 @@ class Overflow(Callback):
 
 
 def test_overflow_counts_no_step(m, mk):
-    learn = mk([m.make(stop_pct=1.), Overflow([0, 3, 5])])
+    learn = mk([m.make(stop=1.), Overflow([0, 3, 5])])
     learn.fit(1, cbs=CPUPrecision('fp16'))
     facts = m.facts(learn)
     assert facts['clock']['steps'] == N_STEPS-3

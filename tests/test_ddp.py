@@ -46,8 +46,8 @@ def test_ranks_agree(m, ranks, tmp_path):
 @pytest.mark.parametrize('m', METHODS.values(), ids=list(METHODS))
 def test_file_of_rank_0_loads_without_ddp(m, ranks, tmp_path):
     a = torch.load(ranks/f'{m.name}_0.pt', weights_only=False)
-    learn = build(tmp_path, [m.make(**dict(across_layers=False) if m.compressed else {}, period=2,
-        stop_pct=1., init_mask='magnitude'), Probe(m)], seed=5, model=m.net)
+    learn = build(tmp_path, [m.make(**dict(across_layers=False) if m.compressed else {}, period=2, stop=1., init_mask='magnitude'), Probe(m)], seed=5,
+        model=m.net)
     learn.load(ranks/'models'/f'{m.name}_ddp')
     assert not (where := same(snapshot(learn.model), a['model'])), where
     assert m.facts(learn)['clock'] == a['facts']['clock']
@@ -94,4 +94,5 @@ def test_methods_that_resize_csr_layers_are_refused(tmp_path):
     assert r.returncode == 0, r.stderr[-6000:]
     told = [line for line in r.stdout.splitlines() if line.startswith(('dsr: ', 'granet: '))]
     assert [t.split(':')[0] for t in told] == ['dsr', 'granet'] and r.stdout.rstrip().endswith('done')
-    for t in told: assert "1.2.weight: in a distributed run the number of values of a layer is fixed. Use across_layers=False, or compute='dense'." in t
+    for t in told:
+        assert "1.2.weight: in a distributed run the number of values of a layer is fixed. Use across_layers=False, or compute='dense'." in t

@@ -14,6 +14,7 @@ from paramfx.all import (
     masked_model, materialize, set_rate, slice_model, split_model, tensor_dls)
 from paramfx.core.samples import sample_batch
 from paramfx.core.forward import copy_model
+from paramfx.core.clock import AllFits
 
 
 def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
@@ -57,9 +58,9 @@ def share(learn): return learn.share_bases(shared_rank=4, groups={'all': ['1.0',
 # method -> (before the first fit, its callback, what must not change in an ordinary fit, who warns in it)
 WITHOUT = {
     'DynamicSparse': (None, partial(DynamicSparse, .8), masks('dynamic_sparse'), None),
-    'DynamicSparse, granet': (None, partial(DynamicSparse, .8, method='granet', span='total', epochs=9), masks('dynamic_sparse'), 'DynamicSparse'),
+    'DynamicSparse, granet': (None, partial(DynamicSparse, .8, method='granet', span=AllFits(9)), masks('dynamic_sparse'), 'DynamicSparse'),
     'IterativePrune': (None, partial(IterativePrune, .8), masks('iterative_prune'), None),
-    'IterativePrune, on its way': (None, partial(IterativePrune, .8, n_prunes=3, span='total', epochs=9), masks('iterative_prune'), 'IterativePrune'),
+    'IterativePrune, on its way': (None, partial(IterativePrune, .8, n_prunes=3, span=AllFits(9)), masks('iterative_prune'), 'IterativePrune'),
     'KnowledgeEvolution': (None, KnowledgeEvolution, lambda learn: effects(learn.model)['knowledge_evolution'].values['generation'], None),
     'tie': (lambda learn: learn.tie(.8), None, bases, None),
     'share_bases': (share, None, bases, None),
@@ -130,7 +131,7 @@ def test_what_was_never_pruned_is_told():
     x = sample_batch(half.dls)
     assert [w.split(',')[0] for w in told(materialize, half.model, x)] == ['IterativePrune: 1 of 3 prunes were made']  # on a model alike
     assert told(trained(DynamicSparse(.8, period=1)).materialize) == []  # at its budget from the first step on
-    late = told(trained(DynamicSparse(.8, method='granet', span='total', epochs=9)).materialize)
+    late = told(trained(DynamicSparse(.8, method='granet', span=AllFits(9))).materialize)
     assert len(late) == 1 and "target of method='granet'" in late[0]
 
 

@@ -19,7 +19,7 @@ from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
 from paramfx.evolution.policies import LLF, Head, Magnitude
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.slice import set_rate, slice_model
 from paramfx.sparse.sparsify import sparsify

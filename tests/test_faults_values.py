@@ -13,6 +13,8 @@ from paramfx.all import (
     tie_weights, trace_channels)
 from paramfx.sparse.sparsify import plan_masks
 from paramfx.kernels.timing import sparse_infer
+from paramfx.sparse.methods import SET
+from paramfx.sparse.penalties import GroupLasso
 
 X, Y = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
 
@@ -58,7 +60,8 @@ def test_methods_train_without_a_validation_set(make):
 # -- no values
 
 META = dict(sparsify=lambda m, x, f: sparsify(m, .5),
-    magnitude=lambda m, x, f: sparsify(m, .5, init_mask='magnitude'), trace=lambda m, x, f: trace_channels(m, x), slice=lambda m, x, f: slice_model(m, x),
+    magnitude=lambda m, x, f: sparsify(m, .5, init_mask='magnitude'), trace=lambda m, x, f: trace_channels(m, x), slice=lambda m, x, f: slice_model(m,
+        x),
             split=lambda m, x, f: split_model(m, x, splits=[2], classes='random'),
             materialize=lambda m, x, f: materialize(m, x), infer=lambda m, x, f: sparse_infer(m, x), dead=lambda m, x, f: cut_dead(m, x),
             same=lambda m, x, f: check_same(m, m, x),
@@ -66,7 +69,8 @@ META = dict(sparsify=lambda m, x, f: sparsify(m, .5),
 ON_LEARNER = dict(sparsify=lambda l: l.sparsify(.5), prune=lambda l: l.prune(.5), current=lambda l: l.prune(
     .5, init_mask='current'), slice=lambda l: l.slice(), evolve=lambda l: l.evolve(2, 1), wels=lambda l: l.evolve(2, 1, policy='wels'),
                   materialize=lambda l: l.materialize(), split=lambda l: l.split(splits=[2], classes='random'),
-                  ke=lambda l: l.add_cb(KnowledgeEvolution('wels')), train=lambda l: l.add_cbs([SliceTrain()]), net=lambda l: l.add_cb(SplitNet({'9': 2})))
+                  ke=lambda l: l.add_cb(KnowledgeEvolution('wels')), train=lambda l: l.add_cbs([SliceTrain()]),
+                  net=lambda l: l.add_cb(SplitNet({'9': 2})))
 
 
 @pytest.mark.parametrize('verb', META)
@@ -121,7 +125,7 @@ def spectral(last=True):
         nn.Conv2d(8, 8, 3, padding=1, **kw), *([Size()] if last else []), nn.Flatten(), *([nn.Linear(512, 4)] if last else []))
 
 
-@pytest.mark.parametrize('kw', (dict(method='deepr'), dict(method='set', two_ended=True)))
+@pytest.mark.parametrize('kw', (dict(method='deepr'), dict(method=SET(two_ended=True))))
 def test_complex_weights_have_no_sign(kw):
     learn = learner(spectral())
     keys = [*learn.model.state_dict()]
@@ -131,8 +135,9 @@ def test_complex_weights_have_no_sign(kw):
     fit(learner(spectral()), DynamicSparse(.5, include='*', exclude=['1', '3'], **{'period': 1, **kw}))
 
 
-@pytest.mark.parametrize('make', (lambda: DynamicSparse(.5, method='set', l1=1e-4, group_lasso=True,
-    period=1, include='*'), lambda: DynamicSparse(.5, method='rigl', period=1, include='*'), lambda: IterativePrune(.5, include='*')))
+@pytest.mark.parametrize('make',
+    (lambda: DynamicSparse(.5, method='set', regularizer=GroupLasso(1e-4), period=1, include='*'), lambda: DynamicSparse(.5, method='rigl', period=1,
+    include='*'), lambda: IterativePrune(.5, include='*')))
 def test_masks_of_complex_weights(make):
     learn = fit(learner(spectral(), cbs=(cb := make())))
     for n, m in cb.masks.items():

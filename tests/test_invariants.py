@@ -23,9 +23,12 @@ from torch import nn
 
 from contracts import Stop, opt_state_of, quiet, same, seed_all, snapshot, sparse_facts
 from paramfx.data.memory import tensor_dls
+import paramfx.export.materialize  # noqa: F401 - gives Learner materialize
 from paramfx.core.runs import RunState
-import paramfx.export.materialize # gives Learner materialize  # noqa: F401
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.methods import DSR
+from paramfx.sparse.plots import MaskRecorder
+from settings import sparse_settings
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule
 
@@ -57,10 +60,10 @@ def learner(case, method, cbs=(), weights=0, path=None, plain=False, **kw):
     dls, model = data(), network(*case['shape'])
     cbs = [*cbs, *([GradientAccumulation(8)] if case['accumulate'] else [])]
     learn = quiet(Learner(dls, model, CrossEntropyLossFlat(), opt_func=OPTIMIZERS[case['opt']], lr=.05, wd=case['wd'], cbs=cbs, path=path))
-    args = {**METHODS[method], **case['more'], **dict(method=method, granularity=case['granularity'],
-        include=case['include'], l1=case['l1'], stop_pct=1.), **kw}
+    args = {**METHODS[method], **case['more'],
+        **dict(method=method, granularity=case['granularity'], include=case['include'], l1=case['l1'], stop=1.), **kw}
     args.setdefault('sparsity', {'0': 0., '*': case['sparsity']} if case['full'] and case['include'] else case['sparsity'])
-    if not plain: learn.add_cb(DynamicSparse(**args, **({} if method in ('deepr', 'static') else dict(period=PERIOD))))
+    if not plain: learn.add_cb(DynamicSparse(**sparse_settings(**args, **({} if method in ('deepr', 'static') else dict(period=PERIOD)))))
     return learn
 
 
@@ -73,16 +76,16 @@ def cases(draw, method):
         grow_init=['zero', 'random']), 'set': dict(two_ended=[False]+[True]*(gran == 'weight'), grow_init=['zero', 'random']),
             'deepr': dict(noise=['grad', 'weight'], sign=['first_step', 'random']), 'snfs': dict(across_layers=[True, False])}.get(method, {})
     full = method != 'granet' and gran != '2:4' and draw(st.booleans())
-    return dict(shape=(a, b, c, draw(st.integers(1, 3)), 2 if b%4 == 0 and draw(st.booleans()) else 1),
-        granularity=gran, sparsity=draw(st.sampled_from([.5, .7] if gran == 'weight' else [.5])), full=full,
-                include='*' if full else draw(st.sampled_from([None, '*'])),
-                opt=draw(st.sampled_from(list(OPTIMIZERS))), wd=draw(st.sampled_from([0., .1])), l1=draw(st.sampled_from([0., 1e-2])),
-                accumulate=draw(st.booleans()), more={k: draw(st.sampled_from(v)) for k, v in more.items()})
+    return dict(shape=(a, b, c, draw(st.integers(1, 3)), 2 if b%4 == 0 and draw(st.booleans()) else 1), granularity=gran,
+        sparsity=draw(st.sampled_from([.5, .7] if gran == 'weight' else [.5])), full=full,
+        include='*' if full else draw(st.sampled_from([None, '*'])), opt=draw(st.sampled_from(list(OPTIMIZERS))), wd=draw(st.sampled_from([0., .1])),
+        l1=draw(st.sampled_from([0., 1e-2])), accumulate=draw(st.booleans()), more={k: draw(st.sampled_from(v)) for k, v in more.items()})
 
 
 # -- the same by another route
 
-def whole(mask, shape): return np.kron(mask, np.ones([a//b for a, b in zip(shape, mask.shape)], bool)).astype(bool)  # a value per unit, at each of its weights
+def whole(mask, shape): # a value per unit, at each of its weights
+    return np.kron(mask, np.ones([a//b for a, b in zip(shape, mask.shape)], bool)).astype(bool)
 def per_unit(t, mask):
     "Mean magnitude of each unit"
     t = np.abs(t).reshape([n for a, b in zip(t.shape, mask.shape) for n in (b, a//b)])
@@ -174,7 +177,8 @@ class Watch(Callback):
     def moved(self, l):
         "3: what stays is left alone, what comes begins anew; what goes and comes is disjoint as what stays keeps its weight"
         stay, new = whole(l.was & l.now, l.after.shape), whole(l.new, l.after.shape)
-        if self.case['more'].get('noise') != 'weight': assert np.array_equal(l.after[stay], l.stepped[stay]), f'{l.name}: a weight that stays was changed'
+        if self.case['more'].get('noise') != 'weight':
+            assert np.array_equal(l.after[stay], l.stepped[stay]), f'{l.name}: a weight that stays was changed'
         if self.case['more'].get('grow_init') == 'random': assert l.after[new].all(), f'{l.name}: a new weight is 0'
         else: assert not l.after[new].any(), f'{l.name}: a new weight is not 0'
         if self.seen.method == 'snfs': return
@@ -330,7 +334,7 @@ def stands_for_itself(learn, shape):
 def test_the_threshold_stays_at_the_edges_of_its_tolerance(tol, n, moves):
     "By whole rewires of a layer in which `n` of 1000 live units lie below it; at the threshold itself they stay. A quarter is exact in binary, a tenth is not"
     model = nn.Sequential(nn.Linear(40, 50))
-    cb = DynamicSparse(init_mask={'0.weight': torch.arange(2000).view(50, 40) < 1000}, n_realloc=100, threshold=.5, tol=tol)
+    cb = DynamicSparse(init_mask={'0.weight': torch.arange(2000).view(50, 40) < 1000}, method=DSR(n_realloc=100, threshold=.5, tol=tol))
     with torch.no_grad(): model[0].weight.copy_(torch.where(torch.arange(2000).view(50, 40) < n, .25, .5))
     cb.__dict__['effect'] = cb.convert(model).attach(model)
     cb.effect.values['threshold'] = .5
@@ -387,7 +391,7 @@ def everything(learn): return snapshot(learn.model), sparse_facts(learn), {n: op
 def test_saved_and_loaded_goes_on_as_if_nothing_had_been(name, accumulate, tmp_path):
     "`learn.save` between two fits, loaded by a Learner of other weights and random states"
     method, case = varied(name, accumulate=accumulate, opt='adam' if accumulate else 'torch nesterov')
-    a, b = (learner(case, method, weights=s, path=tmp_path, explored=True) for s in (0, 5))
+    a, b = (learner(case, method, [MaskRecorder(follow=True)], weights=s, path=tmp_path) for s in (0, 5))
     a.fit(1)
     a.save('half')
     b.create_opt()
@@ -408,7 +412,8 @@ def test_saved_and_loaded_goes_on_as_if_nothing_had_been(name, accumulate, tmp_p
 def test_resumed_is_uninterrupted(name, tmp_path):
     "Stopped in mid-epoch, between the period's rewires, and taken up by a Learner of other weights and random states"
     method, case = varied(name, opt='sgd')
-    whole_, half, rest = (learner(case, method, [RunState(), *cbs], weights=s, path=tmp_path) for s, cbs in ((0, ()), (0, [Stop(2*BATCHES+3)]), (7, ())))
+    whole_, half, rest = (learner(case, method, [RunState(), *cbs], weights=s, path=tmp_path)
+        for s, cbs in ((0, ()), (0, [Stop(2*BATCHES+3)]), (7, ())))
     with pytest.raises(KeyboardInterrupt): half.fit_one_cycle(3, .05)
     rest.resume()
     rest.fit_one_cycle(3, .05)

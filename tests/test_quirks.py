@@ -19,12 +19,18 @@ from paramfx.masks.store import Masked, MaskStore, density_erk
 from paramfx.sparse.moves import *
 from paramfx.core.runs import *
 from paramfx.sparse.prune import *
-from paramfx.sparse.rewire import *
+from paramfx.sparse.callback import *
 from paramfx.sparse.sparsify import *
 from paramfx.sparse.published import *
 from paramfx.core.state import effects
 from paramfx.sparse.tied import *
 from paramfx.core.samples import generator
+from paramfx.sparse.methods import DSR, SET, DeepR, GraNet
+from paramfx.sparse.moves import allocate_growth, drop_fraction, drop_sign_change, drop_threshold, grow_random, grow_top
+from paramfx.sparse.prune import prune_counts
+from paramfx.sparse.tied import Tied
+from paramfx.sparse.penalties import L1, GroupLasso
+from settings import sparse_settings
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit without a rewire
 SGDM = partial(SGD, mom=.9)
@@ -36,14 +42,18 @@ def data(n=32, bs=8):
     return tensor_dls(x, torch.arange(n)%4, x[:8], torch.arange(8)%4, bs=bs, normalize=False, device='cpu')
 
 def mlp(): return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
-def conv(): return nn.Sequential(nn.Unflatten(1, (5, 2, 2)), nn.Conv2d(5, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 8, 3, padding=1), nn.LayerNorm((8, 2, 2)), nn.Flatten(), nn.Linear(32, 4))
+def conv():
+    return nn.Sequential(nn.Unflatten(1, (5, 2, 2)), nn.Conv2d(5, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 8, 3, padding=1), nn.LayerNorm((8, 2, 2)),
+        nn.Flatten(), nn.Linear(32, 4))
 
 def learner(model=mlp, opt=SGDM, lr=.05, cbs=None, **kw):
     seed_all()
-    return quiet(Learner(data(), model() if callable(model) and not isinstance(model, nn.Module) else model, CrossEntropyLossFlat(), opt_func=opt, lr=lr, cbs=cbs, **kw))
+    return quiet(Learner(data(), model() if callable(model) and not isinstance(model, nn.Module) else model, CrossEntropyLossFlat(), opt_func=opt,
+        lr=lr, cbs=cbs, **kw))
 
 def items(learn): return learn.dynamic_sparse.store.items
-def dead_weights(model): return torch.cat([p[~model.state_dict()[f'{n}_mask'].expand_as(p)] for n, p in model.named_parameters() if f'{n}_mask' in model.state_dict()])
+def dead_weights(model):
+    return torch.cat([p[~model.state_dict()[f'{n}_mask'].expand_as(p)] for n, p in model.named_parameters() if f'{n}_mask' in model.state_dict()])
 
 class Each(Callback):
     "Calls `f(learn)` at one event"
@@ -73,7 +83,7 @@ def test_1_rescaled_gradients_of_tied_weights_reach_the_optimizer():
 @pytest.mark.parametrize('noise', ['grad', 'weight'])
 def test_2_the_first_step_of_deepr_spares_what_was_drawn_anew_after_masking(noise):
     "T:109 keeps signs of weights that are then drawn again: half of the live ones go"
-    learn = learner(lr=1e-6).sparsify(.5, method='deepr', noise=noise, temperature=0.)
+    learn = learner(lr=1e-6).sparsify(.5, method=DeepR(noise=noise, temperature=0.))
     old = [e.weight.detach().clone() for e in items(learn)]
     for e in items(learn): e.weight.data.copy_(-e.weight.data)
     assert all((a*e.weight < 0).sum() == e.live for a, e in zip(old, items(learn))), 'every sign is another one now'
@@ -95,11 +105,12 @@ def test_3_masked_weights_are_0_from_the_start(method):
 def test_3_initial_weights_under_a_copied_mask_are_0_where_it_is(tmp_path):
     "The published code relies on weights that were not zeroed"
     run, first = learner(path=tmp_path), deepcopy(mlp())
-    run.sparsify(.6, threshold=.1).fit(2)
+    run.sparsify(.6, method=DSR(threshold=.1)).fit(2)
     masks = run.dynamic_sparse.masks
     run.save('run')
     copy = learner(path=tmp_path).load_masks('run', initial=first.state_dict())
-    for n, m in masks.items(): assert torch.equal(copy.model.get_parameter(n), first.get_parameter(n)*m) and torch.equal(copy.dynamic_sparse.masks[n], m)
+    for n, m in masks.items():
+        assert torch.equal(copy.model.get_parameter(n), first.get_parameter(n)*m) and torch.equal(copy.dynamic_sparse.masks[n], m)
 
 
 # -- 4
@@ -115,9 +126,11 @@ def test_4_growth_never_overshoots():
 def test_4_nothing_fits_and_it_ends_all_the_same(method):
     "M:657 goes round for ever"
     assert allocate_growth([3, 2], [5, 5], [0, 0]) == [0, 0]
-    learn = learner().sparsify(0., method=method, period=1, stop_pct=1., **dict(threshold=1e9) if method == 'dsr' else {})
+    learn = learner().sparsify(**sparse_settings(method, sparsity=0., period=1, stop=1., threshold=1e9) if method == 'dsr'
+        else dict(sparsity=0., method=method, period=1, stop=1.))
     learn.fit(1)
-    assert len(learn.dynamic_sparse.history) == (0 if method == 'snfs' else 4 if method == 'deepr' else 3) and all(m.all() for m in learn.dynamic_sparse.masks.values())
+    assert len(learn.dynamic_sparse.history) == (0 if method == 'snfs' else 4 if method == 'deepr' else 3) and all(m.all()
+        for m in learn.dynamic_sparse.masks.values())
 
 
 # -- 5
@@ -125,7 +138,7 @@ def test_4_nothing_fits_and_it_ends_all_the_same(method):
 @pytest.mark.parametrize('method', MOVING)
 def test_5_steps_are_counted_right_after_a_rewire(method):
     "M:631 takes the counter of the batches for the layers"
-    learn = learner().sparsify(.6, method=method, period=3, stop_pct=1., **dict(start_sparsity=.2) if method == 'granet' else {})
+    learn = learner().sparsify(.6, method=GraNet(start_sparsity=.2) if method == 'granet' else method, period=3, stop=1.)
     seen = []
     learn.add_cb(Each('after_batch', lambda o: seen.append((o.dynamic_sparse.effect.clock.steps, o.train_iter))))
     learn.fit(3)
@@ -152,7 +165,7 @@ def test_6_prunes_end_at_the_target_and_not_one_below():
 
 def test_6_a_dense_layer_keeps_its_weights_under_set():
     "400 became 359"
-    learn = learner().sparsify({'0': 0., '2': .5}, method='set', period=1, drop_frac=.3, stop_pct=1.)
+    learn = learner().sparsify({'0': 0., '2': .5}, method=SET(drop_frac=.3), period=1, stop=1.)
     learn.add_cb(Each('after_step', lambda o: [e.live for e in items(o)] == [600, 60] and items(o)[0].mask.all() or pytest.fail('units were lost')))
     learn.fit(3)
     assert sum(h['grown']['2.weight'] for h in learn.dynamic_sparse.history) > 0
@@ -192,20 +205,21 @@ def test_7_and_so_is_where_they_are_written():
 # -- 8
 
 @pytest.mark.parametrize('opt', [SGDM, Adam, partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))])
-@pytest.mark.parametrize('kw', [dict(granularity='kernel'), dict(granularity='kernel', group_lasso=True), dict(method='set', drop_frac=.4)])
+@pytest.mark.parametrize('kw', [dict(granularity='kernel'), dict(granularity='kernel', regularizer=GroupLasso(1e-2)), dict(method=SET(drop_frac=.4))])
 @pytest.mark.parametrize('state', ['zero', 'keep'])
 def test_8_dead_weights_neither_drift_nor_count_in_penalties(opt, kw, state):
     "Momentum is large when they die; in the published code they go on with it until the next prune"
     learn = learner(conv, opt)
     learn.fit(2)
-    learn.sparsify(.5, period=2, stop_pct=1., state=state, l1=1e-2, **dict(dict(threshold=.1), **kw))
+    learn.sparsify(.5, period=2, stop=1., state=state, **dict(dict(method=DSR(threshold=.1), regularizer=L1(1e-2)), **kw))
     cb, checks = learn.dynamic_sparse, []
     def check(o):
         assert not dead_weights(o.model).any()
         want = 0.
         for n, m in cb.masks.items():
             w = o.model.get_parameter(n).detach().double()
-            if kw.get('group_lasso') and w.ndim > 2: want += sum(w[i, j].norm().item() for i in range(w.shape[0]) for j in range(w.shape[1]) if m[i, j].any())
+            if isinstance(cb.regularizer, GroupLasso) and w.ndim > 2:
+                want += sum(w[i, j].norm().item() for i in range(w.shape[0]) for j in range(w.shape[1]) if m[i, j].any())
             else: want += w[m].abs().sum().item()
         checks.append((cb.penalty().item(), 1e-2*want))
     learn.add_cb(Each('after_step', check))
@@ -219,12 +233,12 @@ def test_8_dead_weights_neither_drift_nor_count_in_penalties(opt, kw, state):
 @pytest.mark.parametrize('how', ['save', 'run state'])
 def test_9_threshold_and_counters_are_in_the_file(how, tmp_path):
     "Random growth goes on where it was since it depends on the number of rewires alone: `test_resumed_is_uninterrupted` of `test_invariants.py`"
-    learn = learner(path=tmp_path, cbs=[RunState()]).sparsify(.6, period=2, threshold=1e-6, stop_pct=1.)
+    learn = learner(path=tmp_path, cbs=[RunState()]).sparsify(.6, period=2, method=DSR(threshold=1e-6), stop=1.)
     learn.fit(3)
     v, c = dict(learn.dynamic_sparse.effect.values), learn.dynamic_sparse.effect.clock
     assert v['threshold'] > 1e-6 and v['rewires'] > 2
     learn.save('a')
-    other = learner(path=tmp_path).sparsify(.6, period=2, threshold=1e-6, stop_pct=1.)
+    other = learner(path=tmp_path).sparsify(.6, period=2, method=DSR(threshold=1e-6), stop=1.)
     other.load('a') if how == 'save' else other.resume()
     w, d = other.dynamic_sparse.effect.values, other.dynamic_sparse.effect.clock
     assert all(w[k] == v[k] for k in ('threshold', 'rewires')) and d.steps == 12 and d.epoch == c.epoch
@@ -273,7 +287,8 @@ def test_10_every_recipe_of_the_large_network_has_its_batch():
 @pytest.mark.parametrize('method', ['dsr', 'set', 'deepr'])
 def test_random_growth_is_exact(method):
     "A coin per position, as in sparse_learning, lets the budget drift"
-    learn = learner().sparsify(.6, method=method, period=1, stop_pct=1., **dict(dsr=dict(threshold=.1), set=dict(drop_frac=.4), deepr=dict(temperature=.1, eta=.1, noise='weight'))[method])
+    learn = learner().sparsify(.6, period=1, stop=1.,
+        method=dict(dsr=DSR(threshold=.1), set=SET(drop_frac=.4), deepr=DeepR(temperature=.1, eta=.1, noise='weight'))[method])
     lives = []
     learn.add_cb(Each('after_step', lambda o: lives.append(sum(int(m.sum()) for m in o.dynamic_sparse.masks.values()))))
     learn.fit(5)
@@ -291,7 +306,7 @@ def test_set_drops_by_magnitude_on_both_sides():
     assert sorted(drop_fraction(w.abs(), live, .5).tolist()) == [1, 2, 5, 6]
     model = nn.Sequential(nn.Linear(8, 2, bias=False))
     with torch.no_grad(): model[0].weight.copy_(torch.stack([w, torch.zeros(8)]))
-    cb = DynamicSparse(method='set', two_ended=True, drop_frac=.5, init_mask={'0.weight': model[0].weight != 0})
+    cb = DynamicSparse(method=SET(two_ended=True, drop_frac=.5), init_mask={'0.weight': model[0].weight != 0})
     cb.__dict__['effect'] = cb.convert(model).attach(model)
     cb.rewire()
     assert (cb.masks['0.weight'][0]).tolist() == [True, False, False, True, True, False, False, True], 'two of each sign'
@@ -315,7 +330,7 @@ def test_all_of_adams_state_is_masked(opt, method):
     "rigl-torch knows momentum_buffer only"
     learn = learner(opt=opt)
     learn.fit(1)  # dense, so that there is state everywhere
-    learn.sparsify(.6, method=method, period=2, stop_pct=1., threshold=.1)
+    learn.sparsify(.6, method=DSR(threshold=.1) if method == 'dsr' else method, period=2, stop=1.)
     seen = []
     def check(o):
         for e in items(o):
@@ -346,7 +361,7 @@ def test_masks_are_where_the_weights_are():
 
 def test_a_rewire_by_gradients_costs_no_batch():
     "fastsparse cancels the batch, so its loss is not logged and the schedule of other callbacks misses a step"
-    learn = learner().sparsify(.6, method='rigl', period=2, stop_pct=1.)
+    learn = learner().sparsify(.6, method='rigl', period=2, stop=1.)
     calls = []
     learn.add_cb(Each('after_step', lambda o: calls.append(o.iter)))
     learn.fit_one_cycle(3, .05)

@@ -18,13 +18,13 @@ from paramfx.core.samples import rng_state
 from paramfx.core.callback import EffectCallback
 from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.core.runs import RunState
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.core.state import EffectState, effects
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 ALL = METHODS | {m.name: m for m in [  # and what acts when a fit ends
-    sparse('granet', name='granet_to_the_end', period=2, drop_frac=.1, stop_pct=1.),
+    sparse('granet', name='granet_to_the_end', period=2, drop_frac=.1, stop=1.),
     evolving('evolve_wels', policy='wels'),
     evolving('evolve_kels', policy='kels', when='next_fit', clear_state='reset'),
     evolving('evolve_rewind', policy='llf', from_layer='1.2', reinit='rewind'),

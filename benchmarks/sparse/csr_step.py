@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from paramfx import zoo
 from paramfx.kernels.csr import CSR, to_csr
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 
 
 def mlp(n=2048): return nn.Sequential(nn.Flatten(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
@@ -166,7 +166,7 @@ def memory(name, opt):
 def rewires(name, opt, rounds=6):
     "A rewire that moves a tenth of the live weights across layers, in dense steps"
     build, shape, bs, batches, sparsity, layers, _ = NETS[name]
-    learn = make_learner(name, opt, DynamicSparse(sparsity, stop_pct=2., include=layers, compute='csr'))
+    learn = make_learner(name, opt, DynamicSparse(sparsity, stop=2., include=layers, compute='csr'))
     cb = learn.dynamic_sparse
     cb.due = lambda: False
     run = Runner(learn, batches)

@@ -13,7 +13,9 @@ from benchmarks.sparse import masked_step
 from benchmarks.sparse.masked_step import Runner, make_learner
 from benchmarks.timing import paired, quartiles, write_table
 from fastai.basics import OptimWrapper
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.methods import DeepR
+from paramfx.sparse.penalties import L1
 
 NET, TARGETS = 'LeNet-300-100', {.9: 1.5, .98: 1.25}  # sparsity -> at most this often the step of static masks
 OPTS = {'SGD': 'SGD', 'torch SGD, Nesterov': 'nesterov'}
@@ -25,9 +27,9 @@ def measure(sparsity, opt, rounds, repeats):
     ratios, again, steps, moved = [], [], [], []
     batches = masked_step.NETS[NET][4]
     for r in range(repeats):
-        kw = dict(l1=1e-5, stop_pct=2.)
+        kw = dict(regularizer=L1(1e-5), stop=2.)
         cbs = {'static': DynamicSparse(sparsity, 'static', **kw), 'static again': DynamicSparse(sparsity, 'static', **kw),
-               'deepr': DynamicSparse(sparsity, 'deepr', temperature=1e-3, eta=1e-3, **kw)}
+               'deepr': DynamicSparse(sparsity, DeepR(temperature=1e-3, eta=1e-3), **kw)}
         runs = {k: Runner(make_learner(NET, OPTS[opt], cb, seed=r), batches) for k, cb in cbs.items()}
         t = paired(runs, rounds=rounds)
         mean = [(a+b)/2 for a, b in zip(t['static'], t['static again'])]

@@ -19,7 +19,7 @@ from benchmarks.timing import paired, quartiles, write_table
 from paramfx import zoo
 from paramfx.data.memory import InMemory, MemoryDL
 from paramfx.core.callback import EffectCallback
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.core.state import EffectState
 
 NETS = {  # network -> (builder, shape of an input, batch size, items of an epoch, batches per turn, target)
@@ -127,7 +127,7 @@ def measure(net, opt, rounds, repeats):
     steps, moves, plain = {}, [], []
     for r in range(repeats):
         cbs = {'plain': None, 'plain again': None, 'idle': Idle(), 'static': DynamicSparse(.9, 'static'),
-               'dsr': DynamicSparse(.9, stop_pct=2.)}
+               'dsr': DynamicSparse(.9, stop=2.)}
         cbs['dsr'].due = lambda: False  # rewires are timed apart: an amortised cost is no median
         runs = {k: Runner(make_learner(net, opt, cb, seed=r), batches) for k, cb in cbs.items()}
         times, moved = {k: [] for k in cbs}, []

@@ -19,7 +19,7 @@ from fastai.basics import set_seed
 from fastai.callback.progress import ProgressCallback
 from benchmarks.timing import RESULTS, write_table
 from paramfx import zoo
-from paramfx.sparse.rewirer import REWIRERS
+from paramfx.sparse import methods
 from paramfx.sparse.published import sparse_recipe
 
 NAME, NETWORK = 'mnist_table', 'mnist/lenet_300_100'
@@ -147,7 +147,7 @@ def run(seeds=3, only=None, folder=RESULTS, networks=None, dls=None, tell=lambda
     dls = dls or zoo.dls('mnist', device='cpu')
     for cell in todo or cells(seeds, only):
         if is_done(cell, folder, **changes): continue
-        if cell[0] not in ('dense', 'pruned', *REWIRERS):
+        if cell[0] not in ('dense', 'pruned', *methods.METHODS):
             tell(f'method={cell[0]} sparsity={cell[1]:g} is not in this version')
             continue
         row = run_cell(dls, cell, networks, **changes)

@@ -14,7 +14,7 @@ from fastai.basics import SGD, CrossEntropyLossFlat, DataLoaders, Learner
 from benchmarks.timing import quartiles, write_table
 from paramfx.data.memory import InMemory, MemoryDL
 from paramfx import zoo
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.published import PUBLISHED_DENSE
 
 CASES = {  # name -> (builder, settings, target in seconds)

@@ -1,4 +1,7 @@
 "Everything of one wing, shared filter bases: `from paramfx.bases.all import *`"
+from ..core.all import *
+from ..report.all import *
+from ..export.all import *
 from .ortho import *
 from .layers import *
 from .plan import *

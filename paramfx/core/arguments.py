@@ -8,21 +8,44 @@ Docs: https://paramfx.github.io/paramfx/core/arguments.html.md"""
 __all__ = []
 
 # %% ../../nbs/core/10_arguments.ipynb #43e0acf5
+import inspect
+from dataclasses import fields, is_dataclass
 from functools import wraps
 
 # %% ../../nbs/core/10_arguments.ipynb #8484c9e0
 def moved_args(
-    **forms:str # Old keyword -> how to write it now; `{v}` stands for the value that was given
+    **forms # Old keyword -> the new form: text with `{v}` for the value, or a function of value and all arguments
 ):
     "Decorate a function some of whose keywords have moved: giving one raises `TypeError` with the new form"
     def _decorate(f):
+        names = list(inspect.signature(f).parameters)
         @wraps(f) # signature and docs stay those of `f`
         def _checked(*args, **kwargs):
             old = [k for k in kwargs if k in forms]
             if not old: return f(*args, **kwargs)
-            name = f.__qualname__.removesuffix('.__init__')
-            new = '; '.join(f"write {forms[k].replace('{v}', repr(kwargs[k]))} instead of {k}={kwargs[k]!r}"
-                for k in old)
-            raise TypeError(f'{name}: {new}.')
+            given,new = dict(zip(names, args)) | kwargs,{}
+            for k in old:
+                form,v = forms[k],kwargs[k]
+                new.setdefault(form(v, given) if callable(form) else form.replace('{v}', repr(v)),
+                    []).append(f'{k}={v!r}')
+            told = '; '.join(f"write {n} instead of {', '.join(o)}" for n,o in new.items())
+            raise TypeError(f"{f.__qualname__.removesuffix('.__init__')}: {told}.")
         return _checked
     return _decorate
+
+# %% ../../nbs/core/10_arguments.ipynb #b1a40d7b
+def to_plain(
+    o # Dataclass instance, or plain data
+):
+    "A settings object as a dict: `name` and its settings; all else as it is"
+    if not is_dataclass(o): return o
+    return dict(name=type(o).__name__) | {f.name: to_plain(getattr(o, f.name)) for f in fields(o)}
+
+def from_plain(
+    d, # From `to_plain`
+    classes:dict # Name -> class, of those that may stand there
+):
+    "The settings object that `to_plain` wrote; a file does not choose what is made"
+    if not isinstance(d, dict) or 'name' not in d: return d
+    if d['name'] not in classes: raise ValueError(f"{d['name']!r} is no known setting: {', '.join(classes)}.")
+    return classes[d['name']](**{k: v for k,v in d.items() if k != 'name'})

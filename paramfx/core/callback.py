@@ -46,7 +46,11 @@ def finding_lr(learn) -> bool:
     return 'lr_finder' in learn.__dict__
 
 # %% ../../nbs/core/06_callback.ipynb #5fe3b12a
-def _column(cb, key): return cb.columns()[key]
+def _columns(cb):
+    "Columns of a callback in force, or of a recorder beside it"
+    return cb.columns() if isinstance(cb, EffectCallback) else cb.more_columns()
+
+def _column(cb, key): return _columns(cb)[key]
 
 # %% ../../nbs/core/06_callback.ipynb #9880de28
 class EffectKeeper(LeanCallback):
@@ -143,7 +147,9 @@ def redo_end(self:EffectKeeper):
 @patch
 def _add_columns(self:EffectKeeper):
     own = list(self.learn.metrics)
-    shown = [ValueMetric(partial(_column, cb, k), k) for cb in self.active() for k in cb.columns()]
+    tellers = [*self.active(), *(cb for cb in self.learn.cbs if isinstance(cb, LeanCallback)
+        and hasattr(cb, 'more_columns'))]
+    shown = [ValueMetric(partial(_column, cb, k), k) for cb in tellers for k in _columns(cb)]
     self.flags['shown'] = shown + [m for cb in self.active() for m in cb.more_metrics(own)]
     self.learn.metrics = own + self.flags['shown']
 

@@ -1,4 +1,7 @@
 "Everything of one wing, knowledge evolution: `from paramfx.evolution.all import *`"
+from ..core.all import *
+from ..report.all import *
+from ..export.all import *
 from .masks import *
 from .policies import *
 from .forgetting import *

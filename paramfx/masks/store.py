@@ -137,10 +137,9 @@ class Masked:
 
     def _fill(self, module, state_dict, prefix, *args):
         ever,mask = (prefix+f'{self.pname}_ever', state_dict.get(prefix+self.buf))
-        # saved with explored=True, which this run is without
-        if self.ever is None: state_dict.pop(ever, None)
+        if self.ever is None and ever in state_dict: self.follow() # the file knows it, so it goes on
         # saved without: no more is known
-        elif mask is not None: state_dict.setdefault(ever, mask.clone())
+        elif self.ever is not None and mask is not None: state_dict.setdefault(ever, mask.clone())
         for b in self.bufs: state_dict.setdefault(prefix+b, module._buffers[b])
     def _loaded(self, module, incompatible_keys): self.refresh()
 

@@ -1,4 +1,7 @@
 "Everything of one wing, model slicing: `from paramfx.slicing.all import *`"
+from ..core.all import *
+from ..report.all import *
+from ..export.all import *
 from .recurrent import *
 from .switch import *
 from .layers import *

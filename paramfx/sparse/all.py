@@ -1,10 +1,13 @@
 "Everything of one wing, dynamic sparse training: `from paramfx.sparse.all import *`"
+from ..core.all import *
+from ..report.all import *
+from ..export.all import *
 from .compute import *
 from .sparsify import *
 from .moves import *
-from .exchange import *
-from .rewirer import *
-from .rewire import *
+from .penalties import *
+from .methods import *
+from .callback import *
 from .prune import *
 from .load_masks import *
 from .tied import *

@@ -128,7 +128,7 @@ class CSRMasked(Masked):
         vars(self.module).pop('_index', None)
 
     def follow(self):
-        raise ValueError(f"{self.name}: explored=True keeps a table of all weights. Use "
+        raise ValueError(f"{self.name}: a recorder that follows what was ever live keeps a table of all weights. Use "
             "compute='dense'.")
 
 # %% ../../nbs/sparse/00_compute.ipynb #b6c8ca45
@@ -220,18 +220,18 @@ def use_csr(
 
 # %% ../../nbs/sparse/00_compute.ipynb #65c0b58e
 class Compute:
-    "Mixin of `Exchange`: layers that are sparse in fact"
+    "Mixin of `DynamicSparse`: layers that are sparse in fact"
     def check_compute(self):
         "Raise where sparse layers do not go with the other settings"
         if isinstance(self.compute, str) and self.compute not in COMPUTE: raise ValueError(
             f"compute={self.compute!r}: choose one of {', '.join(COMPUTE)}, or give a list of layers.")
         if self.compute == 'dense': return
-        for k,ok in dict(granularity='weight', state='zero', explored=False).items():
+        for k,ok in dict(granularity='weight', state='zero').items():
             if getattr(self, k) != ok:
                 raise ValueError(f"{k}={getattr(self, k)!r}: compute={self.compute!r} keeps nothing "
                     f"but live weights. Use {k}={ok!r}, or compute='dense'.")
-        if self.how is not None and (self.how.dense_state or self.how.writes): raise ValueError(
-            f"method={self.method!r} needs what is dead, and compute={self.compute!r} keeps nothing "
+        if self.method.dense_state or self.method.writes: raise ValueError(
+            f"method={self.method.name!r} needs inactive weights, and compute={self.compute!r} keeps nothing "
             "but live weights. Use another method, or compute='dense'.")
 
     def in_force(self, model):
@@ -243,16 +243,15 @@ class Compute:
         return table if self.compute == 'dense' else plan_csr(model, table, self.compute, learn)
 
     def on_start(self, learn):
-        moves = self.how is not None and (self.how.shrinks or not self.how.within(self))
-        if moves and self.store.sparse and isinstance(learn.model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is "
-                "fixed. Use across_layers=False, or compute='dense'.")
+        moves = self.method.rewires and (self.method.shrinks or not self.method.within(self))
+        if moves and self.store.sparse and isinstance(learn.model, nn.parallel.DistributedDataParallel): raise ValueError(
+            f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is "
+            "fixed. Use a method that keeps it, such as DSR(across_layers=False), or compute='dense'.")
         super().on_start(learn)
 
     def before_batch(self):
         "Ask for dense gradients where the step to come goes by them"
-        if self.how is None or not self.how.by_grads or not self.store.sparse: return
+        if not self.method.by_grads or not self.store.sparse: return
         on = 'auto' in self.__dict__ and not finding_lr(self.learn) and self.due()
         for e in self.store.sparse:
             e.module.tapped = None if not on else False if e.module.tapped is None else e.module.tapped

@@ -14,7 +14,8 @@ from torch import nn
 from ..core.layers import CONVS
 from ..report.plots import plot_mask, plot_shares, plot_traces
 from .prune import IterativePrune
-from .rewire import DynamicSparse
+from .callback import DynamicSparse
+from .methods import DSR, SET, DeepR
 from ..core.registry import demo_picture, demo_row
 from .sparsify import plan_masks
 from .published import PUBLISHED_DENSE
@@ -32,7 +33,7 @@ def _dsr90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9))
 def _dsr95(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.95))
 
 @demo_row('set 0.9')
-def _set90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method='set', drop_frac=.2))
+def _set90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method=SET(drop_frac=.2)))
 
 @demo_row('rigl 0.9')
 def _rigl90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method='rigl'))
@@ -41,7 +42,7 @@ def _rigl90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method='
 def _snfs90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method='snfs'))
 
 @demo_row('deepr 0.9')
-def _deepr90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method='deepr', eta=1e-2))
+def _deepr90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method=DeepR(eta=1e-2)))
 
 @demo_row('granet 0.9')
 def _granet90(new, fit): return fit(_recorded(new), cbs=DynamicSparse(.9, method='granet'))
@@ -59,9 +60,9 @@ def _tied90(new, fit):
 @demo_row('dsr filters 0.5')
 def _filters(new, fit):
     "Half of the filters of each convolution, chosen while training; then cut out"
-    learn = fit(new(), cbs=DynamicSparse(.5, granularity='filter', include=CONVS, across_layers=False,
+    learn = fit(new(), cbs=DynamicSparse(.5, granularity='filter', include=CONVS, period=12, stop=.6,
         # a filter that grows from zero seldom comes alive behind a ReLU, so few move, and early
-        period=12, n_realloc=2, threshold=.02, grow_init='random', stop_pct=.6))
+        method=DSR(n_realloc=2, threshold=.02, across_layers=False, grow_init='random')))
     return learn.materialize()
 
 # %% ../../nbs/sparse/15_demo.ipynb #a1583877

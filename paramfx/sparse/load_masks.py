@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from fastai.basics import Learner
 from ..core.optimizers import way_out
 from ..kernels.csr import CSR, csr_flat
 from ..core.runs import effect_keys, missing_effects, read_torch
-from .rewire import DynamicSparse
+from .callback import DynamicSparse
 from ..masks.store import param_name
 from .sparsify import candidates
 from ..core.state import effects, root_module
@@ -206,14 +207,15 @@ def _check_free(model, masks):
             f"{'`learn.release()`' if effects(model) else way_out()} first, or build a new one.")
 
 @patch
+@delegates(DynamicSparse, but=['sparsity', 'init_mask'])
 def load_masks(self:Learner,
     file, # What a sparse run has saved: a name below `learn.path/learn.model_dir`, a path, a state dict, or a model
     initial=None, # Dense weights to begin with, given likewise; None: those that are there
-    method:str='static', # 'static' keeps the masks; or how to rewire them, as in `DynamicSparse`
+    method='static', # 'static' keeps the masks; or how to rewire them, as in `DynamicSparse`
     include=None, # Layers to mask, of those with a mask; None: all
     exclude=None, # Layers to leave dense
     zeros:bool=False, # Read exact zeros as masks, where none is recorded?
-    **kwargs # Further settings of `DynamicSparse`
+    **kwargs
 ) -> Learner: # Itself
     "Mask the model with the masks of another run, on its own weights or on those of `initial`"
     model = root_module(self.model)

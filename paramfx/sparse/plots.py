@@ -59,7 +59,8 @@ class MaskRecorder(LeanCallback):
     order,run_valid = 60,False # after whatever changes masks
     def __init__(self,
         every:int=1, # Rewires or prunes between two snapshots
-        limit:int=200 # Snapshots at most; then every second one goes, and `every` doubles
+        limit:int=200, # Snapshots at most; then every second one goes, and `every` doubles
+        follow:bool=False # Count in the model which units were ever live, and show their share as a column?
     ):
         if every < 1 or limit < 4:
             raise ValueError(f"every={every}, limit={limit}: give every= at least 1, and limit= at "
@@ -75,6 +76,10 @@ class MaskRecorder(LeanCallback):
             raise ValueError("MaskRecorder: this model has no masks. Add DynamicSparse or "
                 "IterativePrune as well, or leave it out.")
         return st
+
+    def more_columns(self) -> dict:
+        "The share of the weights that were ever live, where the masks are followed"
+        return {'explored': self._follow().explored} if self.follow else {}
 
     def before_train(self): self._look(first=True)
     def after_batch(self): self._look()
@@ -115,6 +120,19 @@ def _record(self:MaskRecorder, st, n):
         self.gap *= 2
         self.snaps = ([s for s in self.snaps[:-1] if s['rewire']%self.gap == 0
             or s is self.snaps[0]] + self.snaps[-1:])
+
+@patch
+def _follow(self:MaskRecorder) -> MaskStore:
+    "The masks, each of which counts from now on which of its units were ever live"
+    model = root_module(self.learn.model)
+    st = next((s for s in effects(model).values() if isinstance(s.holder, MaskStore)), None)
+    if st is None: raise ValueError("MaskRecorder: this model has no masks to follow. Add DynamicSparse or "
+        "IterativePrune before it, or leave follow=True out.")
+    for e in st.holder.items:
+        if e.ever is None: e.follow()
+    ignored = model._ddp_params_and_buffers_to_ignore
+    ignored += [k for k in st.keys() if k not in ignored]
+    return st.holder
 
 # %% ../../nbs/sparse/10_plots.ipynb #0027263d
 @patch

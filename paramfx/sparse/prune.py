@@ -1,4 +1,4 @@
-"""`IterativePrune`: take the small weights out of a network step by step, at the ends of epochs, and let it recover in between.
+"""`IterativePrune` takes small weights out step by step, at the ends of epochs, and lets the network recover in between.
 
 Docs: https://paramfx.github.io/paramfx/sparse/prune.html.md"""
 
@@ -8,13 +8,15 @@ Docs: https://paramfx.github.io/paramfx/sparse/prune.html.md"""
 __all__ = ['IterativePrune']
 
 # %% ../../nbs/sparse/06_prune.ipynb #5184a2de
-from numbers import Integral, Real
+from numbers import Integral
 from warnings import warn
 
 import torch
 from fastcore.basics import patch, store_attr
+from fastcore.meta import delegates
 from fastai.basics import Learner
-from ..core.clock import Clock
+from ..core.arguments import from_plain, moved_args, to_plain
+from ..core.clock import AllFits, Clock
 from ..core.callback import EffectCallback
 from ..masks.store import MaskStore
 from .moves import keep_global, keep_local
@@ -22,6 +24,8 @@ from ..core.registry import recipe_verb
 from .sparsify import MaskedEffect, given_mask, layer_units, mask_state, plan_masks
 from ..core.state import effects
 from ..masks.units import check_granularity, check_sparsity, live_units, unit_scores
+from .penalties import PENALTIES, PENALTY_FORMS, L1, check_regularizer
+from ..core.clock import SPAN_FORMS
 
 # %% ../../nbs/sparse/06_prune.ipynb #27e68f5f
 # density after k of n prunes
@@ -71,6 +75,7 @@ CRITERIA = {'local': keep_local, 'global': keep_global}
 # %% ../../nbs/sparse/06_prune.ipynb #8dfa3fdf
 class IterativePrune(MaskedEffect, EffectCallback):
     "Drop the smallest weights at the ends of epochs, in `n_prunes` steps down to the target"
+    @moved_args(**PENALTY_FORMS, **SPAN_FORMS)
     def __init__(self,
         target=.9, # Share of zeros after the last prune in [0, 1), or a dict by kind ('conv', 'fc') or layer
         n_prunes:int=1, # Prunes
@@ -84,9 +89,8 @@ class IterativePrune(MaskedEffect, EffectCallback):
         exclude=None, # Layers to leave dense
         init_mask='full', # 'full'; 'current': units that are not all zero; or masks: parameter name -> bool tensor
         state:str='zero', # Optimizer state of dropped units: 'zero' or 'keep'
-        l1:float=0., # L1 penalty on live weights
-        span:str='fit', # What epochs are counted over: 'fit' or 'total'
-        epochs:int=None # Epochs in all, for span='total'
+        regularizer=None, # Penalty on live weights: `L1(1e-4)` or `GroupLasso(1e-4)`
+        span='fit' # What epochs are counted over: 'fit', or `AllFits(epochs)`
     ):
         store_attr()
         self._check()
@@ -116,8 +120,9 @@ class IterativePrune(MaskedEffect, EffectCallback):
             for i,e in enumerate(st.holder.items))):
             return None
         if cls.unfinished(model) is None: return None
-        return (f"this fit is without it, so it makes none of the prunes to come ({int(st.values['prunes'])} of {st.settings['n_prunes']} "
-                "were made). Fit with cbs=learn.iterative_prune.")
+        made = f"{int(st.values['prunes'])} of {st.settings['n_prunes']}"
+        return (f"this fit is without it, so it makes none of the prunes to come ({made} were made). Fit with "
+            "cbs=learn.iterative_prune.")
 
     # -- when
     @property
@@ -126,7 +131,7 @@ class IterativePrune(MaskedEffect, EffectCallback):
         return self.start + self.every*(self.n_prunes-1) + self.post
 
     # -- what is seen
-    penalizes = property(lambda self: bool(self.l1)) # else no loss is touched
+    penalizes = property(lambda self: self.regularizer is not None) # else no loss is touched
 
     @property
     def traces(self) -> dict:
@@ -151,9 +156,8 @@ def _check(self:IterativePrune):
     if ':' in self.granularity:
         raise ValueError(f"granularity={self.granularity!r} leaves no steps in between. Choose "
             "weight, row, kernel, filter or a block such as '4x4'.")
-    if not isinstance(self.l1, Real) or not self.l1 >= 0:
-        raise ValueError(f"l1={self.l1!r}: give 0 or more.")
-    Clock(self.span, self.epochs)
+    check_regularizer(self.regularizer)
+    Clock(self.span)
 
 @patch
 def _begin_masks(self:IterativePrune, model, rows):
@@ -197,7 +201,7 @@ def convert(self:IterativePrune, model, learn=None):
     values = ({'prunes': 0., 'pruned': 0.}
         | {k: v for i,r in enumerate(rows)
         for k,v in ((f'start_{i}', float(r['now'])), (f'done_{i}', 0.))})
-    st = mask_state(model, self.settings, Clock(self.span, self.epochs), self.name, values=values,
+    st = mask_state(model, self.settings, Clock(self.span), self.name, values=values,
         init_mask=self._begin_masks(model, table), **self._where())
     st.report = table
     ways = [prune_counts(r['units'], r['sparsity'], self.n_prunes, self.schedule, r['now'])
@@ -245,10 +249,13 @@ def _left(self:IterativePrune):
 def on_fit_start(self:IterativePrune):
     c,left = self.effect.clock,self._left()
     if not all(e.trainable for e in self.store.items): return # `fine_tune`: another fit will follow
-    end = self.epochs if self.span == 'total' else c.planned//c.per_epoch
+    end = c.planned//c.per_epoch if self.span == 'fit' else self.span.epochs
     room = sum(map(self.falls_on, range(c.span_epoch, end)))
-    if room < left: warn(f"IterativePrune: {end} epochs have room for {room} of {left} prunes (start={self.start}, every={self.every}), so the target is not reached. "
-                         f"Train {self.start+self.every*(left-1)+1} or more, or set a smaller every=, start= or n_prunes=.")
+    if room >= left: return
+    enough = self.start+self.every*(left-1)+1
+    warn(f"IterativePrune: {end} epochs have room for {room} of {left} prunes (start={self.start}, "
+        f"every={self.every}), so the target is not reached. Train {enough} or more, or set a smaller every=, start= "
+        "or n_prunes=.")
 
 @patch
 def on_epoch(self:IterativePrune):
@@ -280,12 +287,13 @@ def prune(self:IterativePrune, opt=None):
 @patch
 def _record(self:IterativePrune, dropped):
     c = self.effect.clock
-    self.effect.history.append(dict(prune=int(self.effect.values['prunes']), step=c.steps-1, epoch=c.epoch, dropped=dropped, # step: the one before it
-        sparsity={e.name: 1-e.live/e.units for e in self.store.items}))
+    sparsity = {e.name: 1-e.live/e.units for e in self.store.items}
+    self.effect.history.append(dict(prune=int(self.effect.values['prunes']), step=c.steps-1, # the step before it
+        epoch=c.epoch, dropped=dropped, sparsity=sparsity))
 
 # %% ../../nbs/sparse/06_prune.ipynb #97830faa
 @patch
-def penalty(self:IterativePrune): return self.sparse_penalty(self.l1, False)
+def penalty(self:IterativePrune): return self.sparse_penalty()
 
 @patch
 def columns(self:IterativePrune):
@@ -293,10 +301,11 @@ def columns(self:IterativePrune):
 
 # %% ../../nbs/sparse/06_prune.ipynb #91ab663b
 @patch
+@delegates(IterativePrune)
 def prune(self:Learner,
     target=.9, # Share of zeros after the last prune in [0, 1), or a dict by kind or layer
     n_prunes:int=1, # Prunes
-    **kwargs # Settings of `IterativePrune`
+    **kwargs
 ):
     "Prune the model in the fits from here on, at the ends of epochs; returns the Learner"
     return self.add_cb(IterativePrune(target, n_prunes, **kwargs))
@@ -305,12 +314,18 @@ Learner.prune.effect = IterativePrune # what `learn.plan` looks at
 
 def _again_args(st):
     "Plain arguments that mask the same parameters; which weights live comes with the weights"
-    return ({k:v for k,v in st.settings.items() if k not in ('include', 'exclude')}
-        | dict(include=[e.layer for e in st.holder.items]))
+    kept = {k: to_plain(v) for k,v in st.settings.items() if k not in ('include', 'exclude')}
+    return kept | dict(include=[e.layer for e in st.holder.items])
+
+def _from_file(l1=0., group_lasso=False, epochs=None, regularizer=None, span='fit', **kw):
+    "Settings of `IterativePrune` as files have them; those of version 0.0.1 are flat"
+    if l1: regularizer = L1(l1)
+    if span == 'total': span = AllFits(epochs)
+    return kw | dict(regularizer=from_plain(regularizer, PENALTIES), span=from_plain(span, dict(AllFits=AllFits)))
 
 @recipe_verb('iterative_prune', _again_args)
 def _prune_again(model, **kw):
-    st = IterativePrune(**kw).convert(model).attach(model)
+    st = IterativePrune(**_from_file(**kw)).convert(model).attach(model)
     # those of the recipe are not what the user gave
     st.settings.pop('include'); st.settings.pop('exclude')
     return model

@@ -22,7 +22,9 @@ from .. import zoo
 from ..core.clock import as_sched, read_steps
 from ..core.tables import Table
 from .prune import IterativePrune
-from .rewire import DynamicSparse
+from .callback import DynamicSparse
+from .methods import METHODS
+from .penalties import L1
 from ..masks.units import check_sparsity, live_units
 
 # %% ../../nbs/sparse/09_published.ipynb #1ee3660e
@@ -48,8 +50,9 @@ PUBLISHED_RECIPES = {
     'mnist/lenet_300_100': dict(weights=266_200, loader=dict(bs=100),
         train=dict(epochs=100, wd=1e-4, lr=_steps(_quarters, .1, .02, .004, .0008)), long={}, thin={},
         stop_epoch=90, period=_steps(_quarters, 100, 200, 400,
-            800), n_realloc=dict(weight=600), drop_frac={}, dsr=dict(wd=0., l1=1e-4),
-        deepr=dict(wd=0., l1=1e-4, eta=1e-3), # not printed for MNIST: the code's own eta, DSR's penalty, and the last layer as when pruning
+            800), n_realloc=dict(weight=600), drop_frac={}, dsr=dict(wd=0., regularizer=L1(1e-4)),
+        # not printed for MNIST: the code's own eta, DSR's penalty, and the last layer as when pruning
+        deepr=dict(wd=0., regularizer=L1(1e-4), eta=1e-3),
         temperature=_steps(_quarters, 1e-3, 1e-4, 1e-5, 1e-6), targets=_mlp_targets,
         # uniform, ten weights would be left for ten classes, and SET moves none into their layer
         set_targets=lambda s: _mlp_targets(s) if s > .98 else s,
@@ -62,8 +65,8 @@ PUBLISHED_RECIPES = {
             for s,k in ((.9,.75), (.8,.98), (.7,1.15), (.6,1.33), (.5,1.47))},
         stop_epoch=190, period=_steps(_wrn_moves, 100, 200, 400, 800), n_realloc=dict(weight=20_000,
             kernel=2000),
-        drop_frac={.9: .138, .8: .07, .7: .046, .6: .034, .5: .028}, dsr={}, deepr=dict(wd=0., l1=1e-5,
-            eta=.01), temperature=_steps(_wrn_moves, *_cold),
+        drop_frac={.9: .138, .8: .07, .7: .046, .6: .034, .5: .028}, dsr={}, deepr=dict(wd=0.,
+            regularizer=L1(1e-5), eta=.01), temperature=_steps(_wrn_moves, *_cold),
         prune=dict(n_prunes=20, schedule='cubic', start=0, every=2, post=10),
         prune_lr=_steps(_pruning, 0., .02, .02, .004, .0008)),
     'imagenet/resnet50': dict(weights=22_724_608, loader=dict(bs=256),
@@ -72,16 +75,15 @@ PUBLISHED_RECIPES = {
         thin={s: dict(name='imagenet/resnet50', width=k) for s,k in ((.8,.54), (.9,.46))},
         stop_epoch=95, period=_steps(_quarters, 1000, 2000, 4000, 8000), n_realloc=dict(weight=400_000,
             kernel=40_000),
-        drop_frac={.8: .089, .9: .14}, dsr={}, deepr=dict(wd=0., l1=1e-5,
-            eta=.01), temperature=_steps(_quarters, *_cold),
+        drop_frac={.8: .089, .9: .14}, dsr={}, deepr=dict(wd=0.,
+            regularizer=L1(1e-5), eta=.01), temperature=_steps(_quarters, *_cold),
         prune=dict(n_prunes=20, schedule='exponential', start=0, every=2, post=10),
         prune_lr=_steps(_pruning, 0., .01, .01, .001, .0001)),
 }
 
 # %% ../../nbs/sparse/09_published.ipynb #93525c4f
 def _moves(net, s, method, **kw):
-    return dict(net['train'], sparsity=s, method=method, stop_epoch=net['stop_epoch'], stop_pct=1.,
-        **kw)
+    return dict(net['train'], sparsity=s, method=method, stop=net['stop_epoch'], **kw)
 
 def _set_frac(net, s):
     "Share that SET drops: as printed, else as many weights as DSR moves"
@@ -194,7 +196,7 @@ def _stretch(values, epochs):
     k = epochs/values['epochs']
     res = {n: {round(e*k, 9): v for e,v in t.items()} if n in ('lr', 'period', 'temperature') else t
         for n,t in values.items()}
-    if 'stop_epoch' in res: res['stop_epoch'] = max(1, int(res['stop_epoch']*k + 1e-9))
+    if 'stop' in res: res['stop'] = max(1, int(res['stop']*k + 1e-9))
     return res | dict(epochs=epochs)
 
 def _changed(method, values, steps, changes):
@@ -202,20 +204,27 @@ def _changed(method, values, steps, changes):
     if steps is not None:
         changes = {n: dict(zip(t.keys, t.values)) for n,t in read_steps(steps).items()} | changes
     settings = () if _callback(method) is None else inspect.signature(_callback(method)).parameters
-    known = dict.fromkeys([*_TRAIN, *values, *settings])
+    own = METHODS[method].__dataclass_fields__ if method in METHODS else ()
+    known = dict.fromkeys([*_TRAIN, *values, *settings, *own])
     if method == 'prune': known.pop('epochs') # follows from n_prunes, start, every and post
     for n in changes: _one_of(f'Recipe of {method!r}: setting', n, known)
     if 'epochs' in changes: values = _stretch(values, changes['epochs'])
     return values | changes
 
 # %% ../../nbs/sparse/09_published.ipynb #f5b54ad6
+def _settings(method, values):
+    "Those of the callback: what belongs to the method is put into its object"
+    if method not in METHODS: return values
+    own = {k: values.pop(k) for k in METHODS[method].__dataclass_fields__ if k in values}
+    return values | dict(method=METHODS[method](**own))
+
 def sparse_recipe(
     network:str='mnist/lenet_300_100', # One of `PUBLISHED_RECIPES`
     method:str='dsr', # One of `RECIPE_METHODS`
     sparsity:float=.9, # Share of zeros in [0, 1); 'dense' has none
     steps=None, # YAML of step tables for `lr`, `period` or `temperature`, see `read_steps`
     bs:int=None, # Another batch size than the published one
-    **changes # Other values: `epochs` (all tables stretch), `lr`, `wd`, or settings of the callback
+    **changes # Other values: `epochs` (all tables stretch), `lr`, `wd`, or settings of the callback or of its method
 ) -> SparseRecipe:
     "The published recipe of a method on a network"
     net,make = _one_of('network', network, PUBLISHED_RECIPES),_one_of('method', method, RECIPE_METHODS)
@@ -223,7 +232,8 @@ def sparse_recipe(
     values = deepcopy(make(net, sparsity, changes.get('granularity', 'weight')))
     if _callback(method): values['exclude'] = PUBLISHED_DENSE.get(network.split('/')[1])
     values = _changed(method, values, steps, changes)
-    train,settings = {k: values[k] for k in _TRAIN},{k: v for k,v in values.items() if k not in _TRAIN}
+    train = {k: values.pop(k) for k in _TRAIN}
+    settings = _settings(method, values)
     if method == 'prune': train['epochs'] = IterativePrune(**settings).run_length
     build = (_one_of('sparsity of a thin network', sparsity, net['thin']) if method == 'thin'
         else dict(name=network))

@@ -1,4 +1,4 @@
-"""Masks in training: which layers, how many units, at which sparsity, and penalties that only see what is alive.
+"""`sparsify` masks a network: which layers, how many units, at which sparsity.
 
 Docs: https://paramfx.github.io/paramfx/sparse/sparsify.html.md"""
 
@@ -24,6 +24,7 @@ from ..core.registry import recipe_verb
 from ..masks.units import (check_granularity, check_sparsity, expand_units, live_units, nm_groups,
     nm_pattern, unit_scores, unit_shape)
 from ..core.samples import generator
+import paramfx.export.materialize # noqa: F401 - gives Learner materialize
 
 # %% ../../nbs/sparse/01_sparsify.ipynb #a6091b26
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -282,17 +283,6 @@ def _sparsify_again(model, any_budget=False, csr=(), **kw):
         st.holder.allow([range(1, e.units+1) for e in st.holder.items], range(1, st.holder.units+1))
     return model
 
-# %% ../../nbs/sparse/01_sparsify.ipynb #229c298d
-def l1_penalty(weights:list) -> torch.Tensor:
-    "Sum of |w|"
-    return sum(w.abs().sum() for w in weights)
-
-def group_lasso(weights:list) -> torch.Tensor:
-    "Sum over kernels of their Euclidean norms; |w| for weights without kernels"
-    weights = [w.abs() if w.is_complex() else w for w in weights]
-    return sum((w.pow(2).flatten(2).sum(2)+1e-12).sqrt().sum() if w.ndim > 2 else w.abs().sum()
-        for w in weights)
-
 # %% ../../nbs/sparse/01_sparsify.ipynb #f55a4039
 class MaskedEffect:
     "Mixin of sparse callbacks: keeps weights, gradients and optimizer state masked"
@@ -337,17 +327,18 @@ class MaskedEffect:
 
     @property
     def history(self) -> list:
-        "One dict per rewire or prune: step, epoch, what the method notes, units dropped (and grown) and sparsity by parameter"
+        "A dict per rewire or prune: step, epoch, notes of the method, units dropped (and grown), sparsity"
         return self.effect.history
 
     def over_time(self, keys, **counts) -> dict:
-        "Lists over the history: `keys` where they are noted (step and epoch always), units counted by name, sparsity of each parameter"
+        "Lists over the history: `keys` where they are noted, units counted by name, sparsity of each parameter"
         h = self.history
-        return {k: [o[k] for o in h] for k in keys if k in ('step','epoch') or h and k in h[0]} | {k: [sum(o[v].values()) for o in h] for k,v in counts.items()} | dict(
-            sparsity={n: [o['sparsity'][n] for o in h] for n in (h[0]['sparsity'] if h else {})})
+        noted = [k for k in keys if k in ('step','epoch') or h and k in h[0]]
+        names = h[0]['sparsity'] if h else ()
+        return ({k: [o[k] for o in h] for k in noted} | {k: [sum(o[v].values()) for o in h] for k,v in counts.items()}
+            | dict(sparsity={n: [o['sparsity'][n] for o in h] for n in names}))
 
-    def sparse_penalty(self, l1, lasso):
-        "The penalty on live weights, None where there is none"
-        if not l1: return None
-        return l1*(group_lasso if lasso
-            else l1_penalty)([e.param for e in self.store.items if e.trainable])
+    def sparse_penalty(self):
+        "The penalty on live weights that train, None where there is none"
+        if self.regularizer is None: return None
+        return self.regularizer([e.param for e in self.store.items if e.trainable])

@@ -1,4 +1,7 @@
 "Everything of one wing, SplitNet: `from paramfx.splitnet.all import *`"
+from ..core.all import *
+from ..report.all import *
+from ..export.all import *
 from .terms import *
 from .gradients import *
 from .plan import *

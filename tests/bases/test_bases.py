@@ -30,7 +30,7 @@ from paramfx.bases.ortho import ortho_penalty
 from paramfx.bases.callback import OrthoReg, StepWithoutDecay, basis_groups, decay_pull
 from paramfx.export.materialize import Recipe, materialize, save_recipe
 from paramfx.report.cost import count_macs, n_params
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 
 X = torch.zeros(1, 3, 32, 32)
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:fastai', 'ignore::FutureWarning', 'ignore::DeprecationWarning')

@@ -16,10 +16,11 @@ from paramfx.core.optimizers import swap_module
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.core.callback import EffectCallback, _same
 from paramfx.core.runs import RunState
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.sparsify import plan_masks, sparsify
 from paramfx.core.state import EffectState, effects
 from paramfx.report import plan as dryrun  # noqa: F401  (gives Learner plan)
+from paramfx.sparse.methods import DSR
 
 
 def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -190,7 +191,7 @@ def test_columns_end_with_an_interrupted_fit(mk):
 def test_a_callback_added_within_an_epoch_begins_there(mk):
     class Late(Callback):
         def after_batch(self):
-            if self.training and self.epoch == 0 and self.iter == 1: self.learn.add_cb(DynamicSparse(.8, period=1, stop_pct=1.))
+            if self.training and self.epoch == 0 and self.iter == 1: self.learn.add_cb(DynamicSparse(.8, period=1, stop=1.))
     learn = mk()
     learn.fit(2, 1e-2, cbs=Late())
     sp = learn.dynamic_sparse
@@ -199,7 +200,7 @@ def test_a_callback_added_within_an_epoch_begins_there(mk):
 
 
 def test_history_ends_where_a_loaded_file_ends(mk):
-    learn = mk(DynamicSparse(.8, period=2, stop_pct=1.))
+    learn = mk(DynamicSparse(.8, period=2, stop=1.))
     learn.fit(1, 1e-2)
     learn.save('early')
     n = len(learn.dynamic_sparse.history)
@@ -263,7 +264,7 @@ def test_equality_of_settings(a, b, equal): assert bool(_same(a, b)) == equal
 
 
 def test_numbers_of_numpy_are_numbers():
-    DynamicSparse(np.float32(.8), period=np.int64(3), n_realloc=np.float64(.1))
+    DynamicSparse(np.float32(.8), period=np.int64(3), method=DSR(n_realloc=np.float64(.1)))
 
 
 def test_a_file_name_or_a_path_both_resume(mk):
@@ -304,10 +305,6 @@ def test_warning_about_rewires_is_about_this_fit(mk):
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*without one rewire.*')
         learn.fit(2, 1e-2)
-
-
-def test_group_lasso_needs_its_weight():
-    with pytest.raises(ValueError, match='l1='): DynamicSparse(group_lasso=True)
 
 
 @pytest.mark.parametrize('opt', [SGD, partial(OptimWrapper, opt=torch.optim.SGD)], ids=['fastai', 'torch'])

@@ -28,7 +28,7 @@ from paramfx.experiments.demo import demo_net
 from paramfx.core.forward import check_same
 from paramfx.export.materialize import Recipe, load_recipe, materialize, save_recipe
 from paramfx.report.cost import n_params
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.slice import slice_model
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects

@@ -24,7 +24,7 @@ from paramfx.core.samples import rng_state
 from paramfx.evolution.masks import kels_masks
 from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.evolution.policies import LLF
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
 
 HERE = Path(__file__).resolve().parent.parent

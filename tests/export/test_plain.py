@@ -28,9 +28,10 @@ from paramfx.experiments.demo import demo_net
 from paramfx.core.runs import RunState
 from fastai.torch_core import TensorBase, TensorImage
 from paramfx.export.materialize import Recipe, defer, load_recipe, materialize, save_recipe, swap_model
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
+from paramfx.sparse.methods import DSR
 
 
 def lively(model, seed=0):
@@ -522,7 +523,7 @@ def test_effects_on_a_part_end_too():
 @pytest.mark.parametrize('kw', [dict(), dict(granularity='kernel'),
     dict(init_mask={'3.weight': torch.arange(32*16*9).view(32, 16, 3, 3)%3 > 0})], ids=['weight', 'kernel', 'given'])
 def test_rewired_masks_go_on_from_a_recipe(tmp_path, kw):
-    new = lambda: DynamicSparse(.8, period=4, n_realloc=5, **kw)
+    new = lambda: DynamicSparse(.8, period=4, method=DSR(n_realloc=5), **kw)
     learn = Learner(digits_dls(device='cpu'), demo_net(), path=tmp_path)
     learn.fit(1, cbs=new())
     again = load_recipe(save_recipe(learn.model, tmp_path/'net.pth'), demo_net())

@@ -17,8 +17,10 @@ from paramfx.sparse.compute import plan_csr
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
 from paramfx.report.cost import cost
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.plots import MaskRecorder
 from paramfx.sparse.sparsify import plan_masks
+from paramfx.sparse.methods import DSR, SET, GraNet
 
 OPTS = {
     'sgd': dict(opt_func=partial(SGD, mom=.9), wd=.1),
@@ -27,11 +29,11 @@ OPTS = {
     'torch adamw': dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
 }
 METHODS = {
-    'static': dict(),
-    'dsr': dict(period=2, threshold=.02, n_realloc=.2),
-    'set': dict(period=2, drop_frac=.2),
-    'rigl': dict(period=2, drop_frac=.3),
-    'granet': dict(period=2, drop_frac=.1),
+    'static': dict(method='static'),
+    'dsr': dict(method=DSR(threshold=.02, n_realloc=.2), period=2),
+    'set': dict(method=SET(drop_frac=.2), period=2),
+    'rigl': dict(method='rigl', period=2),
+    'granet': dict(method=GraNet(drop_frac=.1), period=2),
 }
 
 
@@ -43,7 +45,7 @@ def net(dtype=torch.float64):
 
 
 def learner(path, compute, method='dsr', opt='sgd', dtype=torch.float64, cbs=(), **kw):
-    cb = DynamicSparse(.8, method, compute=compute, **{**METHODS[method], **kw})
+    cb = DynamicSparse(.8, compute=compute, **{**METHODS[method], **kw})
     return build(path, [cb, *cbs], model=lambda: net(dtype), dls=lambda: tiny_dls(dtype=dtype), lr=.02, **OPTS[opt])
 
 
@@ -187,7 +189,7 @@ def test_an_optimizer_that_is_there_goes_on(tmp_path):
     for l, c in ((a, 'dense'), (b, 'csr')):
         l.fit(1)
         opt = l.opt
-        l.add_cb(DynamicSparse(.8, 'set', compute=c, **METHODS['set']))
+        l.add_cb(DynamicSparse(.8, compute=c, **METHODS['set']))
         l.fit(1)
         assert l.opt is opt
     close(records(a), records(b))
@@ -332,10 +334,14 @@ def test_a_gpu_stays_dense():
 
 @pytest.mark.parametrize('kw,match', [
     (dict(granularity='row'), "granularity='row'"), (dict(granularity='2:4'), "granularity='2:4'"), (dict(state='keep'), "state='keep'"),
-    (dict(explored=True), 'explored=True'), (dict(method='snfs'), "method='snfs'"),
-    (dict(method='deepr'), "method='deepr'"), (dict(compute='fast'), "compute='fast'")])
+    (dict(method='snfs'), "method='snfs'"), (dict(method='deepr'), "method='deepr'"), (dict(compute='fast'), "compute='fast'")])
 def test_settings_that_need_what_is_dead(kw, match):
     with pytest.raises(ValueError, match=match): DynamicSparse(.8, **dict(compute='csr') | kw)
+
+
+def test_what_was_ever_live_is_not_followed(tmp_path):
+    learn = build(tmp_path, DynamicSparse(.8, compute='csr'), model=net, dls=lambda: tiny_dls(dtype=torch.float64))
+    with pytest.raises(ValueError, match="a recorder that follows .*compute='dense'"): learn.fit(1, cbs=MaskRecorder(follow=True))
 
 
 @pytest.mark.parametrize('kw,match', [

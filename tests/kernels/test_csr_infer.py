@@ -19,7 +19,7 @@ from paramfx.data.memory import digits_dls
 from paramfx.kernels.inference import Frozen24, FrozenBSR, FrozenCSR, InferenceOnly, fit_block, freeze_layers, frozen, frozen_layers, is_24
 from paramfx.export.materialize import Recipe, load_recipe, materialize, save_recipe
 from paramfx.report.cost import cost
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 
 
 def net(density=.02):

@@ -18,8 +18,8 @@ from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
 from paramfx.sparse.prune import IterativePrune
 from paramfx.report.cost import cost
-from paramfx.sparse.rewire import DynamicSparse
-from paramfx.sparse.rewirer import REWIRERS, Rewirer, rewirer
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.methods import DSR, METHODS, Rewirer, rewirer
 from paramfx.sparse.sparsify import plan_masks, sparsify
 from paramfx.core.state import effects
 from paramfx.masks.units import expand_units, unit_scores
@@ -39,7 +39,7 @@ def conv_net(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8,
 def attached(cb, model, lr=.1):
     "`cb` on `model`, with an optimizer that has state everywhere, and no Learner"
     cb.__dict__['effect'] = cb.convert(model).attach(model)
-    cb.effect.values['threshold'] = cb.threshold
+    cb.effect.values['threshold'] = getattr(cb.method, 'threshold', 0.)
     opt = Adam(list(model.parameters()), lr=lr)
     for p in model.parameters(): p.grad = torch.ones_like(p)
     opt.step()
@@ -136,7 +136,8 @@ def test_rewires_of_blocks_keep_every_promise(kw, k, last):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, k), nn.ConvTranspose2d(8, 8, k, groups=2), nn.Linear(12, 8), nn.Conv2d(8, 4, k, groups=2))
     if last: model = model.to(memory_format=torch.channels_last)
-    cb = DynamicSparse(include='*', **kw)
+    own = {k: kw[k] for k in METHODS[kw['method']].__dataclass_fields__ if k in kw and kw[k] is not None}
+    cb = DynamicSparse(kw['sparsity'], METHODS[kw['method']](**own), kw['granularity'], include='*', seed=kw['seed'])
     try: opt = attached(cb, model)
     except ValueError as e:
         assert 'less than one' in str(e)
@@ -162,7 +163,7 @@ def test_resumed_equals_uninterrupted(tmp_path, method, granularity):
     def new(seed, *cbs):
         set_seed(seed)
         learn = Learner(digits_dls(bs=128, device='cpu'), conv_net(), lr=1e-2, path=tmp_path, opt_func=Adam, cbs=[RunState(every=1), *cbs])
-        return learn.add_cb(DynamicSparse(.5, method=method, granularity=granularity, period=3, threshold=.02, exclude='8'))
+        return learn.add_cb(DynamicSparse(.5, method=DSR(threshold=.02) if method == 'dsr' else method, granularity=granularity, period=3, exclude='8'))
     whole, half, rest = new(0), new(0, Stop(18)), new(7)
     with half.no_bar(), half.no_logging(), pytest.raises(KeyboardInterrupt): half.fit_one_cycle(3, 1e-2)
     with rest.no_bar(), rest.no_logging(): rest.resume(); rest.fit_one_cycle(3, 1e-2)
@@ -226,8 +227,8 @@ def test_each_group_keeps_its_number(nm, kind, times, k, method, init, across, s
         'conv2': lambda: nn.Conv2d(i, o, k), 'grouped': lambda: nn.Conv2d(2*i, o, k, groups=2),
              'transposed': lambda: nn.ConvTranspose2d(i, o, k), 'transposed grouped': lambda: nn.ConvTranspose1d(2*i, o, k, groups=2)}[kind]()
     tr = 'transposed' in kind
-    cb = DynamicSparse(method=method, granularity=f'{n}:{m}', include='*', init_mask=init, across_layers=across,
-        drop_frac=share, threshold=share/i**.5, seed=seed)
+    how = DSR(across_layers=across, threshold=share/i**.5) if method == 'dsr' else METHODS[method](drop_frac=share)
+    cb = DynamicSparse(method=how, granularity=f'{n}:{m}', include='*', init_mask=init, seed=seed)
     opt = attached(cb, nn.Sequential(layer, nn.Linear(2*m, 3)))
     if bad: # not a number, or all alike: the counts hold
         for s in cb.dense.values(): s.view(-1)[::2] = float('nan') if seed%2 else 1.
@@ -252,7 +253,7 @@ def test_what_goes_and_what_comes_in_a_group(method):
     w = torch.tensor([[.1, .2, 0., 0., .9, 0., .8, 0.], [.7, .6, 0., 0., 0., .3, 0., .4]])
     model = nn.Sequential(nn.Linear(8, 2, bias=False))
     with torch.no_grad(): model[0].weight.copy_(w)
-    cb = DynamicSparse(method=method, granularity='2:4', include='*', init_mask={'0.weight': w != 0}, drop_frac=lambda pos: 3/8)
+    cb = DynamicSparse(method=METHODS[method](drop_frac=lambda pos: 3/8), granularity='2:4', include='*', init_mask={'0.weight': w != 0})
     cb.__dict__['effect'] = cb.convert(model).attach(model)
     e = cb.store.items[0]
     cb.__dict__['dense'] = {e: torch.tensor([[5., 0., 1., 2., 9., 9., 9., 9.], [0., 0., 0., 0., 1., 2., 4., 9.]])}
@@ -278,7 +279,7 @@ def test_own_methods_keep_the_pattern_too():
             cb.rewire(opt)
             for e in cb.store.items: assert set(per_group(e.mask, 4, False)) == {3}
         assert sum(cb.traces['moved']) > 0
-    finally: REWIRERS.pop('half')
+    finally: METHODS.pop('half')
 
 
 def test_a_file_of_another_pattern_is_refused(tmp_path):

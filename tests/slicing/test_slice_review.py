@@ -11,7 +11,7 @@ from contracts import build, small_net
 from paramfx.channels.cuts import Cut
 from paramfx.channels.trace import trace_channels
 from paramfx.export.materialize import materialize
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.layers import Sliced

@@ -8,10 +8,12 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
 
 from paramfx.masks.store import density_erk, density_uniform, initial_counts
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.moves import adapt_threshold, allocate_growth, readmit
 from paramfx.masks.units import draw_positions, live_units, unit_shape
 from paramfx.core.samples import generator
+from paramfx.sparse.methods import DSR
+from settings import sparse_settings
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 counts = st.integers(0, 400)
@@ -131,13 +133,14 @@ def test_initial_counts(shapes, sparsity, granularity):
 def net(widths, kernel, groups):
     "Two convolutions, one of them transposed, and two matrices"
     a, b, c = widths
-    return nn.Sequential(nn.Conv2d(a, b, kernel), nn.ConvTranspose2d(b, b, kernel, groups=groups if b%groups == 0 else 1), nn.Linear(b, c), nn.Linear(c, a))
+    return nn.Sequential(nn.Conv2d(a, b, kernel), nn.ConvTranspose2d(b, b, kernel, groups=groups if b%groups == 0 else 1), nn.Linear(b, c),
+        nn.Linear(c, a))
 
 
 def attached(cb, model):
     "`cb` on `model`, with an optimizer that has state everywhere, and no Learner"
     cb.__dict__['effect'] = cb.convert(model).attach(model)
-    cb.effect.values['threshold'] = cb.threshold
+    cb.effect.values['threshold'] = cb.method.threshold
     opt = Adam(list(model.parameters()), lr=0.)
     for p in model.parameters(): p.grad = torch.ones_like(p)
     opt.step()
@@ -146,8 +149,10 @@ def attached(cb, model):
 
 cases = st.fixed_dictionaries(dict(
     widths=st.tuples(*[st.integers(1, 9)]*3), kernel=st.integers(1, 3), groups=st.integers(1, 2),
-    sparsity=st.one_of(st.sampled_from([0., .01, .02, .5, .9]), st.floats(0, .95)), granularity=st.sampled_from(['weight', 'row', 'kernel', 'filter']),
-    threshold=st.sampled_from([1e-9, .05, .2, 1e9]), across_layers=st.booleans(), grow_init=st.sampled_from(['zero', 'random']), seed=st.integers(0, 3),
+    sparsity=st.one_of(st.sampled_from([0., .01, .02, .5, .9]),
+        st.floats(0, .95)), granularity=st.sampled_from(['weight', 'row', 'kernel', 'filter']),
+    threshold=st.sampled_from([1e-9, .05, .2, 1e9]), across_layers=st.booleans(), grow_init=st.sampled_from(['zero', 'random']), seed=st.integers(0,
+        3),
     n_realloc=st.sampled_from([.1, .9, 1])))
 
 @given(cases)
@@ -156,7 +161,7 @@ def test_rewires_keep_every_promise(case):
     widths, kernel, groups, kw = case.pop('widths'), case.pop('kernel'), case.pop('groups'), case
     torch.manual_seed(0)
     model = net(widths, kernel, groups)
-    cb = DynamicSparse(include='*', **kw)
+    cb = DynamicSparse(include='*', **sparse_settings(**kw))
     try: opt = attached(cb, model)
     except ValueError as e:  # a budget below one unit is refused, never rounded
         assert 'less than one' in str(e)
@@ -164,7 +169,8 @@ def test_rewires_keep_every_promise(case):
     total, items = cb.store.live, cb.store.items
     for _ in range(3):
         live = [e.live for e in items]
-        before, weights, state = [e.mask.clone() for e in items], [e.weight.detach().clone() for e in items], [opt.state[e.weight]['grad_avg'].clone() for e in items]
+        before, weights, state = [e.mask.clone() for e in items], [e.weight.detach().clone() for e in items], [opt.state[e.weight]['grad_avg'].clone()
+            for e in items]
         cb.rewire(opt)
         assert cb.store.live == total
         last = cb.history[-1]
@@ -212,7 +218,7 @@ def test_the_same_seed_rewires_alike_and_another_does_not():
     def masks(seed, elsewhere):
         torch.manual_seed(0)
         model = net((4, 8, 8), 3, 1)
-        cb = DynamicSparse(.5, seed=seed, threshold=.05)
+        cb = DynamicSparse(.5, seed=seed, method=DSR(threshold=.05))
         opt = attached(cb, model)
         torch.manual_seed(elsewhere)  # the global random state plays no part
         for _ in range(3): cb.rewire(opt)
@@ -225,7 +231,7 @@ def test_the_same_seed_rewires_alike_and_another_does_not():
 def test_one_unit_layers_never_die():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 40), nn.Linear(40, 1))
-    cb = DynamicSparse({'0': 0., '1': .5, '2': .9}, threshold=1e9)
+    cb = DynamicSparse({'0': 0., '1': .5, '2': .9}, method=DSR(threshold=1e9))
     opt = attached(cb, model)
     for _ in range(5):
         cb.effect.values['threshold'] = 1e9

@@ -18,11 +18,14 @@ from paramfx.data.memory import digits_dls
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe, save_recipe
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.methods import DSR, GraNet
 from paramfx.core.state import effects
+from paramfx.sparse.plots import MaskRecorder
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
-CBS = {'dsr': partial(DynamicSparse, .8, period=2, threshold=.02), 'kernel': partial(DynamicSparse, .5, method='set', granularity='kernel', period=2),
+CBS = {'dsr': partial(DynamicSparse, .8, period=2, method=DSR(threshold=.02)),
+    'kernel': partial(DynamicSparse, .5, method='set', granularity='kernel', period=2),
        '2:4': partial(DynamicSparse, granularity='2:4', method='static'), 'prune': partial(IterativePrune, .8, n_prunes=2)}
 
 
@@ -172,13 +175,15 @@ def test_refusals(mk, tmp_path):
     torch.save([1, 2], tmp_path/'list.pth')
     torch.save(src.model, tmp_path/'pickled.pth')
     src.export(tmp_path/'export.pkl')
-    for f, err, text in ((tmp_path/'bad.pth', ValueError, 'damaged'), (tmp_path/'half.pth', ValueError, 'damaged'), (tmp_path/'list.pth', ValueError, 'no weights in it'),
+    for f, err, text in ((tmp_path/'bad.pth', ValueError, 'damaged'),
+        (tmp_path/'half.pth', ValueError, 'damaged'), (tmp_path/'list.pth', ValueError, 'no weights in it'),
                          (tmp_path/'pickled.pth', ValueError, 'not plain data'), (tmp_path/'export.pkl', ValueError, 'exported Learner'),
                          (tmp_path, IsADirectoryError, 'Name one of its files'), ('nowhere', FileNotFoundError, 'nowhere.pth'),
                          (learn.model, ValueError, 'no masks among'), ({}, ValueError, 'no weights in it')):
         with pytest.raises(err, match=text): learn.load_masks(f)
-    for kw, text in ((dict(initial='src'), 'is masked there'), (dict(initial=nn.Linear(3, 2)), 'not in this model|missing there'), (dict(method='x'), 'choose one of'),
-                     (dict(n_realloc=10**9, method='dsr'), 'n_realloc')):
+    for kw, text in ((dict(initial='src'), 'is masked there'),
+        (dict(initial=nn.Linear(3, 2)), 'not in this model|missing there'), (dict(method='x'), 'choose one of'),
+                     (dict(method=DSR(n_realloc=10**9)), 'n_realloc')):
         with pytest.raises(ValueError, match=text): learn.load_masks('src', **kw)
     state = small_net().state_dict()
     k = next(k for k, v in state.items() if v.ndim > 1)
@@ -209,7 +214,8 @@ def test_in_another_process(mk, tmp_path):
     fit(learn, 2, cbs=IterativePrune(.8, n_prunes=2)).save('done')
     here = Path(__file__).parent.parent
     env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(here), str(tmp_path)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(here), str(tmp_path)], capture_output=True, text=True, env=env, cwd=tmp_path,
+        timeout=120)
     assert r.returncode == 0, r.stderr
     start, masks = torch.load(tmp_path/'out.pt', weights_only=True)
     want = truth(learn)
@@ -223,14 +229,15 @@ def test_masks_of_blocks_and_of_a_followed_run(tmp_path):
     set_seed(0)
     net = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 12))
     new = lambda: Learner(digits_dls(bs=256, device='cpu'), net(), nn.CrossEntropyLoss(), path=tmp_path)
-    learn = new().sparsify(.75, method='set', granularity='4x4', period=2, explored=True)
+    learn = new().add_cb(MaskRecorder(follow=True)).sparsify(.75, method='set', granularity='4x4', period=2)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     learn.save('blocks')
     masks = load_masks(tmp_path/'models/blocks.pth', net())
-    for e in learn.dynamic_sparse.store.items: assert torch.equal(masks[e.name], expand_units(e.mask, e.weight.shape)) and masks[e.name].shape == e.weight.shape
+    for e in learn.dynamic_sparse.store.items:
+        assert torch.equal(masks[e.name], expand_units(e.mask, e.weight.shape)) and masks[e.name].shape == e.weight.shape
     copy = new().load_masks('blocks')
     assert all(torch.equal(copy.dynamic_sparse.masks[n], m) for n, m in masks.items())
-    full = new().sparsify(0., method='static', explored=True)
+    full = new().add_cb(MaskRecorder(follow=True)).sparsify(0., method='static')
     full.save('full')
     ticket = new().load_masks('blocks', initial='full')
     w = dict(full.model.named_parameters())
@@ -239,11 +246,13 @@ def test_masks_of_blocks_and_of_a_followed_run(tmp_path):
 
 # -- CSR layers: values, crow and col in place of weight and mask
 
-CSR_CBS = {'dsr': partial(DynamicSparse, .8, period=2, threshold=.02, compute='csr'), 'granet': partial(DynamicSparse, .8, method='granet', period=2, drop_frac=.1, compute='csr')}
+CSR_CBS = {'dsr': partial(DynamicSparse, .8, period=2, method=DSR(threshold=.02), compute='csr'),
+    'granet': partial(DynamicSparse, .8, method=GraNet(drop_frac=.1), period=2, compute='csr')}
 
 def pixel_net():
     "A masked 3x3 convolution, and a 1x1 one and a matrix that are sparse"
-    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 20, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10))
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 20, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10))
 
 def csr_truth(learn):
     "Masks row by row, by hand"
@@ -261,7 +270,8 @@ def test_every_file_of_a_run_with_csr_layers(tmp_path, kind):
     mk = partial(build, tmp_path, model=pixel_net)
     learn = fit(mk(), 2, cbs=[CSR_CBS[kind](), RunState('run')])
     want, folder = csr_truth(learn), learn.path/learn.model_dir
-    assert {n: m.shape for n, m in want.items()} == {'2.weight': (12, 8, 3, 3), '4.weight': (20, 12, 1, 1), '8.weight': (10, 20)} and not same(learn.dynamic_sparse.masks, want)
+    assert {n: m.shape for n, m in want.items()} == {'2.weight': (12, 8, 3, 3), '4.weight': (20, 12, 1, 1),
+        '8.weight': (10, 20)} and not same(learn.dynamic_sparse.masks, want)
     learn.save('opt'); learn.save('bare', with_opt=False)
     save_recipe(learn.model, folder/'recipe.pth')
     torch.save({'state_dict': learn.model.state_dict(), 'epoch': 3}, folder/'other.ckpt')
@@ -295,8 +305,10 @@ def test_a_ticket_of_csr_layers(tmp_path):
 
 
 @pytest.mark.parametrize('change', [
-    dict(crow=lambda t: t[:-1]), dict(crow=lambda t: t+1), dict(crow=lambda t: t.flip(0)), dict(crow=lambda t: t[None]), dict(crow=lambda t: t.index_fill(0, torch.tensor([3]), 2**30)),
-    dict(col=lambda t: t[:-1]), dict(col=lambda t: t+2**20), dict(col=lambda t: -t-1), dict(values=lambda t: t[:-1]), dict(values=lambda t: t.view(-1, 1)), dict(crow=lambda t: t[:0])])
+    dict(crow=lambda t: t[:-1]), dict(crow=lambda t: t+1), dict(crow=lambda t: t.flip(0)), dict(crow=lambda t: t[None]), dict(
+        crow=lambda t: t.index_fill(0, torch.tensor([3]), 2**30)),
+    dict(col=lambda t: t[:-1]), dict(col=lambda t: t+2**20), dict(col=lambda t: -t-1), dict(values=lambda t: t[:-1]),
+    dict(values=lambda t: t.view(-1, 1)), dict(crow=lambda t: t[:0])])
 def test_damaged_csr_layers(tmp_path, change):
     learn = build(tmp_path, CSR_CBS['dsr']())
     state = learn.model.state_dict()

@@ -12,7 +12,8 @@ from benchmarks.timing import write_table
 from paramfx.kernels.csr import CSRLinear
 
 
-def toy(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10))
+def toy():
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10))
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,8 @@ def test_one_of_several_layers_ran_dense():
     csr_step.check(net, ['1', '3', '5'], (3, 4, 4))
     assert all(p.grad is None for p in net.parameters())
     net[5].product = lambda x: dense_product(net[5], x)
-    with pytest.raises(SystemExit, match='3 ran dense: no sparse .*addmm of 40x40'): csr_step.check(net, ['1', '3', '5'], (3, 4, 4))  # one of the two of that size
+    # one of the two of that size
+    with pytest.raises(SystemExit, match='3 ran dense: no sparse .*addmm of 40x40'): csr_step.check(net, ['1', '3', '5'], (3, 4, 4))
     paramfx.kernels.csr.to_dense(net[5])
     with pytest.raises(SystemExit, match='5 ran dense: Linear'): csr_step.check(net, ['1', '3', '5'])
 

@@ -10,18 +10,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.basics import CrossEntropyLossFlat, Learner, SGD, accuracy
+from fastai.basics import CrossEntropyLossFlat, Learner, OptimWrapper, SGD, accuracy  # noqa: F401 - for the lines below
 from fastai.callback.schedule import *
 from torch import nn
 
 from contracts import quiet, seed_all
-from paramfx.sparse.load_masks import *
-from paramfx.data.memory import *
-from paramfx.core.runs import *
-from paramfx.sparse.prune import *
-from paramfx.sparse.rewire import *
-from paramfx.sparse.published import *
-from paramfx.sparse.tied import *
+from paramfx.all import *
+from paramfx.core.clock import read_steps  # noqa: F401
+from paramfx.core.samples import generator  # noqa: F401
+from paramfx.data.memory import tensor_dls
+from paramfx.sparse.sparsify import plan_masks  # noqa: F401
+from paramfx.sparse.tied import Tied
+from paramfx.zoo import networks as nets  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule
 
@@ -48,7 +48,9 @@ def data():
     x = torch.randn(32, 20, generator=torch.Generator().manual_seed(0))
     return tensor_dls(x, torch.arange(32)%4, x[:8], torch.arange(8)%4, bs=8, vocab=list('abcd'), normalize=False, device='cpu')
 
-def net(): return nn.Sequential(nn.Unflatten(1, (5, 2, 2)), nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 8, 3, padding=1), nn.Flatten(), nn.Linear(32, 20), nn.Tanh(), nn.Linear(20, 4))
+def net():
+    return nn.Sequential(nn.Unflatten(1, (5, 2, 2)), nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 8, 3, padding=1),
+        nn.Flatten(), nn.Linear(32, 20), nn.Tanh(), nn.Linear(20, 4))
 
 def new(path=None):
     seed_all()
@@ -57,7 +59,8 @@ def new(path=None):
 class Names(dict):
     "Names for a line of code: those of this module, and a new Learner; every Learner is quiet"
     def __init__(self, folder):
-        super().__init__(globals(), folder=folder, Learner=lambda *a, **kw: quiet(Learner(*a, **{**dict(loss_func=CrossEntropyLossFlat(), path=folder), **kw})))
+        super().__init__(globals(), folder=folder,
+            Learner=lambda *a, **kw: quiet(Learner(*a, **{**dict(loss_func=CrossEntropyLossFlat(), path=folder), **kw})))
         self['learn'] = new(folder)
         self.update(dls=self['learn'].dls, model=self['learn'].model)
     __getattr__ = dict.__getitem__
@@ -90,7 +93,8 @@ def _(o):
 @flag('lr momentum', '`lr`, `mom`', "learn = Learner(dls, model, opt_func=partial(SGD, mom=.8), lr=.05); learn.fit(1)")
 def _(o): assert {(h['lr'], h['mom']) for h in o.learn.opt.hypers} == {(.05, .8)}
 
-@flag('nesterov', '`OptimWrapper`', "learn = Learner(dls, model, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)); learn.fit(1)")
+@flag('nesterov', '`OptimWrapper`', "learn = Learner(dls, model, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)); "
+    "learn.fit(1)")
 def _(o):
     plain = again(o.code, o.folder, 'nesterov=True', 'nesterov=False')
     assert not all(torch.equal(a, b) for a, b in zip(o.model.parameters(), plain.model.parameters()))
@@ -159,7 +163,9 @@ def _(o): assert live(o.learn.iterative_prune) == {'4.weight': 216, '6.weight': 
 def _(o): assert len(o.learn.iterative_prune.history) == 3 and all(sum(h['dropped'].values()) > 0 for h in o.learn.iterative_prune.history)
 
 @flag('post-prune-epochs', '`post`', "cb = IterativePrune(.8, n_prunes=3, every=2, post=1); learn.fit(cb.run_length, cbs=cb)")
-def _(o): assert len(o.learn.recorder.values) == 5 and [h['epoch'] for h in o.cb.history] == [0, 2, 4] and again(o.code, o.folder, 'post=1', 'post=4').cb.run_length == 8
+def _(o):
+    assert len(o.learn.recorder.values) == 5 and [h['epoch'] for h in o.cb.history] == [0, 2, 4] and again(o.code, o.folder, 'post=1',
+        'post=4').cb.run_length == 8
 
 @flag('cubic-prune-schedule', '`schedule`', "learn.prune(.8, n_prunes=2, schedule='cubic').fit(1)")
 def _(o):
@@ -177,30 +183,33 @@ def _(o):
     still = again(o.code, o.folder, 'period=2', "method='static'").learn.dynamic_sparse
     assert not still.history and any(not torch.equal(still.masks[n], m) for n, m in cb.masks.items())
 
-@flag('n-prune-params', '`n_realloc`', "learn.sparsify(.5, period=1, threshold=.05, n_realloc=2).fit(2)")
+@flag('n-prune-params', '`n_realloc` of `DSR`', "learn.sparsify(.5, method=DSR(threshold=.05, n_realloc=2), period=1).fit(2)")
 def _(o):
     "A number of units, or a share; the threshold is moved towards it"
     few, many = (c.learn.dynamic_sparse for c in (o, again(o.code, o.folder, 'n_realloc=2', 'n_realloc=300')))
     share = again(o.code, o.folder, 'n_realloc=2', 'n_realloc=.25').learn.dynamic_sparse
-    assert min(few.traces['threshold']) < few.threshold == max(few.traces['threshold']) < max(many.traces['threshold'])
-    assert [cb.target(cb.store.live) for cb in (few, many, share)] == [2, 300, round(.25*sum(live(share).values()))]
+    assert min(few.traces['threshold']) < few.method.threshold == max(few.traces['threshold']) < max(many.traces['threshold'])
+    assert [cb.method.target(cb.store.live) for cb in (few, many, share)] == [2, 300, round(.25*sum(live(share).values()))]
 
-@flag('threshold-prune', "`threshold` of `method='dsr'`", "learn.sparsify(.5, method='dsr', threshold=.05, period=2).fit(1)")
+@flag('threshold-prune', '`threshold` of `DSR`', "learn.sparsify(.5, method=DSR(threshold=.05), period=2).fit(1)")
 def _(o):
     "Exactly the units below it: `test_invariants.py`"
     first, none, all_ = (c.learn.dynamic_sparse.history[0] for c in (o, *(again(o.code, o.folder, '=.05', v) for v in ('=1e-9', '=1e9'))))
-    assert first['threshold'] == .05 and sum(none['dropped'].values()) == 0 and list(all_['dropped'].values()) == [215, 319, 39], 'one of each layer stays'
+    assert first['threshold'] == .05 and sum(none['dropped'].values()) == 0 and list(all_['dropped'].values()) == [215, 319,
+        39], ('one of each layer stays')
     assert 10 < sum(first['dropped'].values()) < 500
 
-@flag('rewire-fraction', '`drop_frac`', "learn.sparsify(.5, method='set', drop_frac=.25, period=2).fit(1)")
-def _(o): assert o.learn.dynamic_sparse.history and all(h['dropped'] == {n: int(.25*k) for n, k in live(o.learn.dynamic_sparse).items()} for h in o.learn.dynamic_sparse.history)
+@flag('rewire-fraction', '`drop_frac` of `SET`, `RigL`, ...', "learn.sparsify(.5, method=SET(drop_frac=.25), period=2).fit(1)")
+def _(o):
+    assert o.learn.dynamic_sparse.history and all(h['dropped'] == {n: int(.25*k) for n, k in live(o.learn.dynamic_sparse).items()}
+        for h in o.learn.dynamic_sparse.history)
 
-@flag('rewire-scaling', '`across_layers`', "learn.sparsify(.5, threshold=.05, period=2, across_layers=True).fit(2)")
+@flag('rewire-scaling', '`across_layers` of `DSR`', "learn.sparsify(.5, method=DSR(threshold=.05, across_layers=True), period=2).fit(2)")
 def _(o):
     there, here = live(o.learn.dynamic_sparse), live(again(o.code, o.folder, 'True', 'False').learn.dynamic_sparse)
     assert here == dict(zip(here, (216, 320, 40))) != there and sum(here.values()) == sum(there.values())
 
-@flag('big-new-weights', '`grow_init`', "learn.sparsify(.5, threshold=.05, period=2, grow_init='random').fit(1)")
+@flag('big-new-weights', '`grow_init` of a method', "learn.sparsify(.5, method=DSR(threshold=.05, grow_init='random'), period=2).fit(1)")
 def _(o):
     def grown(cb):
         before = cb.masks
@@ -209,10 +218,10 @@ def _(o):
     w = grown(o.learn.dynamic_sparse)
     assert len(w) > 10 and w.all() and not grown(again(o.code, o.folder, 'random', 'zero').learn.dynamic_sparse).any()
 
-@flag('stop-rewire-epoch', '`stop_epoch`, `stop_pct`', "learn.sparsify(.5, period=1, stop_epoch=2).fit(4)")
+@flag('stop-rewire-epoch', '`stop`: an epoch, or a position', "learn.sparsify(.5, period=1, stop=2).fit(4)")
 def _(o):
     assert {h['epoch'] for h in o.learn.dynamic_sparse.history} == {0, 1}
-    share = again(o.code, o.folder, 'stop_epoch=2', 'stop_pct=.75').learn.dynamic_sparse
+    share = again(o.code, o.folder, 'stop=2', 'stop=.75').learn.dynamic_sparse
     assert {h['epoch'] for h in share.history} == {0, 1, 2}
 
 @flag('initial-sparsity-conv initial-sparsity-fc', '`sparsity`', "learn.sparsify({'conv': .5, 'fc': .9})")
@@ -226,30 +235,31 @@ def _(o):
         assert m.shape == shape and c.model[6].weight_mask.shape == (20, 32) and int(m.sum()) == m.numel()//2
         assert torch.equal(c.model[4].weight != 0, m.expand(8, 6, 3, 3))
 
-@flag('sparse-resnet-downsample', '`include`, `exclude`', "model = nets.resnet((1, 1), 10, first=4); table = plan_masks(model, .5, exclude='*.downsample.0')")
+@flag('sparse-resnet-downsample', '`include`, `exclude`', "model = nets.resnet((1, 1), 10, first=4); table = plan_masks(model, .5, "
+    "exclude='*.downsample.0')")
 def _(o):
     masked = lambda o: [r['layer'] for r in o.table if 'live' in r]
     names = masked(again(o.code, o.folder, "'*.downsample.0'", 'None'))
     assert any('downsample' in n for n in names) and masked(o) == [n for n in names if 'downsample' not in n]
 
-@flag('L1-loss-coeff', '`l1`', "learn.sparsify(.5, method='static', l1=.1); learn.fit(2)")
+@flag('L1-loss-coeff', '`regularizer=L1(...)`', "learn.sparsify(.5, method='static', regularizer=L1(.1)); learn.fit(2)")
 def _(o):
     size = lambda o: sum(p.detach().abs().sum().item() for n, p in o.model.named_parameters() if n in o.learn.dynamic_sparse.masks)
-    assert size(o) < .9*size(again(o.code, o.folder, 'l1=.1', 'l1=0.'))
+    assert size(o) < .9*size(again(o.code, o.folder, 'regularizer=L1(.1)', 'regularizer=None'))
 
-@flag('conv-group-lasso', '`group_lasso`', "learn.sparsify(.5, method='static', l1=.1, group_lasso=True); learn.fit(1)")
+@flag('conv-group-lasso', '`regularizer=GroupLasso(...)`', "learn.sparsify(.5, method='static', regularizer=GroupLasso(.1)); learn.fit(1)")
 def _(o):
     w = [o.model[i].weight.detach() for i in (4, 6, 8)]
     want = .1*(w[0].flatten(2).norm(dim=2).sum()+w[1].abs().sum()+w[2].abs().sum())
     assert torch.isclose(o.learn.dynamic_sparse.penalty(), want, rtol=1e-4)
-    assert not torch.equal(w[0], again(o.code, o.folder, 'group_lasso=True', 'group_lasso=False').model[4].weight)
+    assert not torch.equal(w[0], again(o.code, o.folder, 'GroupLasso', 'L1').model[4].weight)
 
-@flag('DeepR', "`method='deepr'`", "learn.sparsify(.5, method='deepr', l1=1e-3).fit(2)")
+@flag('DeepR', "`method='deepr'`", "learn.sparsify(.5, method='deepr', regularizer=L1(1e-3)).fit(2)")
 def _(o):
     h = o.learn.dynamic_sparse.history
     assert h and 'temperature' in h[0] and all(x['dropped'] == x['grown'] for x in h) and moved(o.learn.dynamic_sparse) > 0
 
-@flag('DeepR_eta', '`eta`', "learn.sparsify(.5, method='deepr', eta=.5, temperature=.1, noise='weight', stop_pct=1.).fit(2)")
+@flag('DeepR_eta', '`eta` of `DeepR`', "learn.sparsify(.5, method=DeepR(eta=.5, temperature=.1, noise='weight'), stop=1.).fit(2)")
 def _(o):
     "The weights jump by sqrt(2*eta*T) at each step, so their signs change all the time"
     assert moved(o.learn.dynamic_sparse) > 3*moved(again(o.code, o.folder, 'eta=.5', 'eta=1e-8').learn.dynamic_sparse)
@@ -275,7 +285,7 @@ def _(o):
 
 def finished(o):
     "A sparse run in `folder`, whose files are masks.pth and run.pth"
-    done = new(o.folder).sparsify(.7, threshold=.05, period=2)
+    done = new(o.folder).sparsify(.7, method=DSR(threshold=.05), period=2)
     done.fit(2, cbs=RunState('run'))
     done.save('masks')
     o['done'] = done
@@ -283,24 +293,27 @@ def finished(o):
 @flag('copy-mask-from', '`learn.load_masks`', "learn.load_masks('masks')")
 def _(o):
     before = o.done.dynamic_sparse.masks
-    assert live(o.learn.dynamic_sparse) == live(o.done.dynamic_sparse) and all(torch.equal(m, before[n]) for n, m in o.learn.dynamic_sparse.masks.items())
+    assert live(o.learn.dynamic_sparse) == live(o.done.dynamic_sparse) and all(torch.equal(m, before[n])
+        for n, m in o.learn.dynamic_sparse.masks.items())
     assert not torch.equal(o.model[1].weight, o.done.model[1].weight), 'the weights are its own'
 
-@flag('resume', '`RunState` and `learn.resume`; weights and masks alone: `learn.load`', "learn.sparsify(.7, threshold=.05, period=2); learn.resume('run'); learn.fit(2)")
+@flag('resume', '`RunState` and `learn.resume`; weights and masks alone: `learn.load`',
+    "learn.sparsify(.7, method=DSR(threshold=.05), period=2); learn.resume('run'); learn.fit(2)")
 def _(o):
     for a, b in zip(o.model.parameters(), o.done.model.parameters()): assert torch.equal(a, b)
     assert o.learn.dynamic_sparse.history == o.done.dynamic_sparse.history and len(o.learn.recorder.values) == 2
-    load = run("learn.sparsify(.7, threshold=.05, period=2); learn.load('masks')", o.folder)
+    load = run("learn.sparsify(.7, method=DSR(threshold=.05), period=2); learn.load('masks')", o.folder)
     assert live(load.learn.dynamic_sparse) == live(o.done.dynamic_sparse) and load.learn.dynamic_sparse.effect.clock.steps == 2*BATCHES
 
 @flag('schedule-file', '`lr`, `period`, `temperature`: tables, callables, or a file by `read_steps`',
-      "t = read_steps(folder/'schedule.yaml', n_epoch=4); learn.sparsify(.5, method='deepr', period=t['period'], temperature=t['temperature']); learn.fit(4, cbs=ParamScheduler({'lr': t['lr']}))")
+      "t = read_steps(folder/'schedule.yaml', n_epoch=4); learn.sparsify(.5, method=DeepR(temperature=t['temperature']), period=t['period']); "
+      "learn.fit(4, cbs=ParamScheduler({'lr': t['lr']}))")
 def _(o):
     h = o.learn.dynamic_sparse.history
     assert [round(float(v), 4) for v in o.learn.recorder.lrs[::BATCHES]] == [.1, .1, .02, .004]
     steps = {x['step']: x['temperature'] for x in h}
     assert steps == {0: 1e-2, 2: 1e-2, 4: 1e-2, 8: 1e-4, 12: 1e-4}, 'every second step in the first epoch, every fourth later'
-    recipe = sparse_recipe('mnist/lenet_300_100', 'dsr', steps=o.folder/'schedule.yaml')
+    recipe = sparse_recipe('mnist/lenet_300_100', 'deepr', steps=o.folder/'schedule.yaml')
     assert recipe.lr == {0: .1, 2: .02, 3: .004}
 
 @flag('job-idx name', 'a name for files', "learn.fit(1, cbs=RunState('job7')); learn.save('job7-end')")

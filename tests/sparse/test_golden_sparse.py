@@ -11,16 +11,19 @@ import torch
 from fastai.basics import Callback, DataLoaders, Learner, OptimWrapper
 from torch import nn
 
-import paramfx.sparse.rewire as rewire
+import paramfx.sparse.callback as callback
+import paramfx.sparse.methods as rewire
 from paramfx.core.clock import SchedSteps, read_steps
 from paramfx.masks.store import Masked, density_erk, initial_counts
 from paramfx.core.clock import SchedConst
-from paramfx.sparse.rewire import DynamicSparse
-from paramfx.sparse.moves import adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.moves import adapt_threshold, allocate_growth, drop_fraction, drop_threshold, unit_values, grow_top
 from paramfx.sparse.prune import IterativePrune, prune_counts, prune_fractions
 from paramfx.sparse.tied import TIED, tied_index
 from paramfx.core.samples import generator
 from paramfx.masks.units import unit_shape
+from paramfx.sparse.methods import DSR, SET, SNFS, DeepR, RigL
+from paramfx.sparse.penalties import L1, GroupLasso
 
 GRANULARITY = {1: 'filter', 2: 'kernel', 3: 'row', 4: 'weight'}
 
@@ -249,9 +252,8 @@ def replay(folder, name, monkeypatch, **kw):
                                             weight_decay=spec['weight_decay_l2_all_params']))
     learn = Learner(DataLoaders(batches, batches, device='cpu'), net, loss_func=nn.CrossEntropyLoss(), opt_func=opt)
     granularity = GRANULARITY[z['mask0_0'].ndim] if spec['conv'] else 'weight'
-    cb = DynamicSparse(spec['sparsity'], init_mask=masks, include='*', granularity=granularity, period=spec['period'], n_realloc=8,
-                       threshold=spec['threshold0'], stop_pct=1., l1=spec['l1'], **{'state': 'keep', **kw}, group_lasso=spec['group_lasso'],
-                       **method_of(spec, monkeypatch))
+    cb = DynamicSparse(spec['sparsity'], init_mask=masks, include='*', granularity=granularity, period=spec['period'], stop=1.,
+                       regularizer=GroupLasso(spec['l1']) if spec['l1'] else None, **{'state': 'keep', **kw}, method=method_of(spec, monkeypatch))
     losses = Losses()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, spec['lr'], cbs=[cb, losses])
     return spec, z, learn, tensors, losses.rows
@@ -259,10 +261,10 @@ def replay(folder, name, monkeypatch, **kw):
 
 def method_of(spec, monkeypatch):
     "The method of a recorded run; SET with the original's rule, which drops one unit more than the fraction says"
-    if '--rewire-fraction' not in spec['extra']: return dict(method='dsr' if '--rewire' in spec['extra'] else 'static')
+    if '--rewire-fraction' not in spec['extra']: return DSR(n_realloc=8, threshold=spec['threshold0']) if '--rewire' in spec['extra'] else 'static'
     one_more = lambda score, mask, fraction: drop_fraction(score, mask, (int(fraction*int(mask.sum()))+1+1e-9)/int(mask.sum()))
     monkeypatch.setattr(rewire, 'drop_fraction', one_more)
-    return dict(method='set', drop_frac=float(spec['extra'].split('--rewire-fraction ')[1].split()[0]))
+    return SET(drop_frac=float(spec['extra'].split('--rewire-fraction ')[1].split()[0]))
 
 
 def recorded_growth(monkeypatch, z, tensors):
@@ -280,7 +282,7 @@ def recorded_growth(monkeypatch, z, tensors):
         assert not mask.flatten()[idx].any() and len(idx) == n, 'grown where a unit was live, or another number'
         return idx
     monkeypatch.setattr(rewire, 'allocate_growth', allocate)
-    monkeypatch.setattr(rewire, 'grow_random', draw)
+    for module in (rewire, callback): monkeypatch.setattr(module, 'grow_random', draw)
 
 
 @pytest.mark.parametrize('name', ['dsr_mlp', 'dsr_mlp_nesterov', 'set_conv', 'static_l1_wd', 'static_group_lasso'])
@@ -317,12 +319,14 @@ def test_rigl(folder):
     z, updates = arrays(folder, 'rigl'), load(folder, 'rigl')['updates']
     assert len(updates) == int(z['n_updates'])
     for t, o in enumerate(updates):
-        w, before, dense, after, w_after = ([torch.from_numpy(z[f'{k}_{t}_{l}']) for l in (1, 2)] for k in ('w', 'mask_before', 'dense_grad', 'mask_after', 'w_after'))
+        w, before, dense, after, w_after = ([torch.from_numpy(z[f'{k}_{t}_{l}']) for l in (1, 2)]
+            for k in ('w', 'mask_before', 'dense_grad', 'mask_after', 'w_after'))
         net = nn.Sequential(*(nn.Linear(x.shape[1], x.shape[0], bias=False) for x in w))
         for m, x in zip(net, w): m.weight.data.copy_(x)
         data = [(torch.zeros(2, w[0].shape[1]), torch.zeros(2, dtype=torch.long))]
         learn = Learner(DataLoaders(data, data, device='cpu'), net, loss_func=nn.CrossEntropyLoss(), lr=.1)
-        cb = DynamicSparse(.7, method='rigl', include='*', init_mask={f'{i}.weight': m for i, m in enumerate(before)}, drop_frac=SchedConst(o['drop_fraction']))
+        cb = DynamicSparse(.7, method=RigL(drop_frac=SchedConst(o['drop_fraction'])), include='*',
+            init_mask={f'{i}.weight': m for i, m in enumerate(before)})
         learn.add_cb(cb)
         for e, x in zip(cb.store.items, w): assert torch.equal(e.weight, x*e.mask)
         cb.__dict__['dense'] = {e: g.abs() for e, g in zip(cb.store.items, dense)}
@@ -347,9 +351,11 @@ def test_deepr_replay(folder, monkeypatch, sign='first_step'):
     for i, m in enumerate(layers): m.weight.data.copy_(torch.from_numpy(z[f'w0_{i}']))
     batch = (torch.from_numpy(z['x']), torch.from_numpy(z['y']))
     dls = DataLoaders([batch]*int(z['steps']), [batch], device='cpu')
-    learn = Learner(dls, net, nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=float(z['momentum']))), wd=0.)
-    cb = DynamicSparse(.5, 'deepr', include='*', init_mask={f'{2*i}.weight': torch.from_numpy(z[f'mask0_{i}']) for i in range(n_layers)},
-                       temperature=0., l1=float(z['l1']), state='keep', stop_pct=2., sign=sign)
+    learn = Learner(dls, net, nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=float(z['momentum']))),
+        wd=0.)
+    cb = DynamicSparse(.5, DeepR(temperature=0., sign=sign), include='*',
+        init_mask={f'{2*i}.weight': torch.from_numpy(z[f'mask0_{i}']) for i in range(n_layers)},
+                       regularizer=L1(float(z['l1'])), state='keep', stop=2.)
     seen, dropped = Snapshots(), []
     def draw(mask, n, generator, exclude=None):
         t, i = len(seen.end), next(i for i, e in enumerate(cb.store.items) if e.mask is mask)
@@ -385,24 +391,26 @@ def test_deepr_replay_fails_with_a_stub(folder, monkeypatch):
 def test_snfs(folder):
     "Shares of the layers, what goes and what is grown, through the callback's own methods; the budget, unlike the original's, to the unit"
     z = arrays(folder, 'snfs')
-    ws, before, moms, pruned, after = ([torch.from_numpy(z[f'{k}_{i}']) for i in range(3)] for k in ('w', 'mask_before', 'momentum', 'mask_pruned', 'mask_after'))
+    ws, before, moms, pruned, after = ([torch.from_numpy(z[f'{k}_{i}']) for i in range(3)]
+        for k in ('w', 'mask_before', 'momentum', 'mask_pruned', 'mask_after'))
     net = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in ws))
     for m, w in zip(net, ws): m.weight.data.copy_(w)
     data = [(torch.zeros(2, ws[0].shape[1]), torch.zeros(2, dtype=torch.long))]
-    learn = Learner(DataLoaders(data, data, device='cpu'), net, nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)))
+    learn = Learner(DataLoaders(data, data, device='cpu'), net, nn.CrossEntropyLoss(),
+        opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)))
     ceil = lambda pos: float(z['prune_rate_now'])
-    cb = DynamicSparse(.7, 'snfs', include='*', init_mask={f'{i}.weight': m for i, m in enumerate(before)}, drop_frac=ceil)
+    cb = DynamicSparse(.7, SNFS(drop_frac=ceil), include='*', init_mask={f'{i}.weight': m for i, m in enumerate(before)})
     learn.add_cb(cb)
     learn.create_opt()
     for m, v in zip(net, moms): learn.opt.opt.state[m.weight]['momentum_buffer'] = v.clone()
-    how, items = cb.how, cb.store.items
+    how, items = cb.method, cb.store.items
     how.start(cb, items, cb.store.live)
     np.testing.assert_allclose(how.shares(cb, items), z['layer_share'], atol=1e-5)
     for e, keep, p, m, n in zip(items, before, pruned, moms, z['removed']):
         gone = drop_fraction(unit_values(e).abs(), e.mask, float(n)/int(keep.sum()) + 1e-9)  # the original rounds up
         assert torch.equal(e.mask & ~e.picked(gone), p)
     for p, a, m in zip(pruned, after, moms):  # the original lets what was just pruned return
-        grown = rewire.grow_top(m.abs(), p, int(a.sum()-p.sum()))
+        grown = grow_top(m.abs(), p, int(a.sum()-p.sum()))
         assert torch.equal(p.flatten().scatter(0, grown, True).view_as(a), a)
     live = cb.store.live
     dropped = how.drop(cb, items)

@@ -16,9 +16,9 @@ from paramfx.masks.store import Masked, initial_counts
 from paramfx.export.materialize import load_recipe, save_recipe
 from paramfx.sparse.prune import CRITERIA, SCHEDULES, IterativePrune, prune_counts, prune_fractions
 from paramfx.sparse.moves import keep_global
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.core.state import effects
-import paramfx.report.plan # gives Learner plan  # noqa: F401
+from paramfx.core.clock import AllFits
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')
 
@@ -181,7 +181,7 @@ def test_frozen_layers_go_through_all_of_their_prunes(mk):
 
 
 def test_epochs_over_several_fits(mk):
-    a, b = mk(IterativePrune(.9, n_prunes=3, start=1, every=2, span='total', epochs=6)), mk(IterativePrune(.9, n_prunes=3, start=1, every=2))
+    a, b = mk(IterativePrune(.9, n_prunes=3, start=1, every=2, span=AllFits(6))), mk(IterativePrune(.9, n_prunes=3, start=1, every=2))
     for _ in range(2): a.fit(3)
     b.fit(6)
     assert [h['step'] for h in a.iterative_prune.history] == [h['step'] for h in b.iterative_prune.history] == [2*N_STEPS-1, 4*N_STEPS-1, 6*N_STEPS-1]
@@ -197,7 +197,7 @@ def test_a_shortened_epoch_ends_with_its_prune(mk):
 # -- files
 
 def test_saved_between_prunes(mk):
-    new = lambda seed=0: mk([IterativePrune(.9, n_prunes=4, span='total', epochs=6), Probe(METHODS['prune'])], seed=seed)
+    new = lambda seed=0: mk([IterativePrune(.9, n_prunes=4, span=AllFits(6)), Probe(METHODS['prune'])], seed=seed)
     a = new()
     a.fit(2)
     a.save('two')
@@ -290,7 +290,7 @@ def test_a_fit_too_short_warns_before_it_begins(mk):
     assert seen(lambda: learn.fit(1)) == [] == seen(lambda: learn.fit(1))  # the last one; none to come
     tune = mk(IterativePrune(.9, n_prunes=3), splitter=two_groups)
     assert seen(lambda: tune.fine_tune(3)) == []  # the frozen epoch is not the whole story
-    total = mk(IterativePrune(.9, n_prunes=3, span='total', epochs=3))
+    total = mk(IterativePrune(.9, n_prunes=3, span=AllFits(3)))
     assert [seen(lambda: total.fit(1)) for _ in range(3)] == [[]]*3
     assert seen(lambda: mk(IterativePrune(.9)).lr_find(num_it=4, show_plot=False)) == []
 
@@ -299,9 +299,11 @@ def test_a_fit_too_short_warns_before_it_begins(mk):
     (dict(target=1.), 'target=1.0: give the share'), (dict(target={'conv': -.1}), 'conv=-0.1: give the share'), (dict(target='.9'), "target='.9'"),
     (dict(n_prunes=0), 'n_prunes=0: give a whole number, at least 1'), (dict(n_prunes=2.5), 'n_prunes=2.5'), (dict(n_prunes=True), 'n_prunes=True'),
     (dict(start=-1), 'start=-1: give a whole number, at least 0'), (dict(every=0), 'every=0'), (dict(post=-1), 'post=-1'),
-    (dict(schedule='linear'), "schedule='linear': choose one of exponential, cubic"), (dict(criterion='both'), "criterion='both': choose one of local, global"),
-    (dict(granularity='2:4'), 'no steps in between'), (dict(granularity='pixel'), "granularity='pixel'"), (dict(init_mask='random'), "init_mask='random': choose"),
-    (dict(state='lose'), "state='lose'"), (dict(l1=-1), 'l1=-1'), (dict(span='total'), 'epochs=')])
+    (dict(schedule='linear'), "schedule='linear': choose one of exponential, cubic"), (dict(criterion='both'),
+        "criterion='both': choose one of local, global"),
+    (dict(granularity='2:4'), 'no steps in between'), (dict(granularity='pixel'), "granularity='pixel'"), (dict(init_mask='random'),
+        "init_mask='random': choose"),
+    (dict(state='lose'), "state='lose'"), (dict(regularizer=1e-4), 'regularizer=0.0001'), (dict(span='total'), 'AllFits')])
 def test_bad_settings(kw, words):
     with pytest.raises(ValueError) as e: IterativePrune(**kw)
     assert words in str(e.value) and '\n' not in str(e.value)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, L, Learner, OptimWrapper, RMSProp, SGD, accuracy, load_learner, params, set_seed
+from fastai.basics import (Callback, CancelFitException, CrossEntropyLossFlat, L, Learner, OptimWrapper, RMSProp, SGD, accuracy, load_learner, params,
+    set_seed)
 from fastai.callback.schedule import SchedLin
 from torch import nn
 
@@ -13,11 +14,16 @@ from contracts import quiet, seed_all
 from paramfx.core.clock import SchedConst, SchedSteps
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.report.plan import *
-from paramfx.sparse.rewire import DynamicSparse
-from paramfx.sparse.rewirer import REWIRERS, Rewirer
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.methods import METHODS, Rewirer
 from paramfx.sparse.moves import drop_threshold, threshold_for, unit_values
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
+from paramfx.sparse.methods import DSR, SET, DeepR, GraNet, RigL, Static
+from paramfx.sparse.penalties import L1
+from paramfx.core.clock import AllFits
+from settings import sparse_settings
+from paramfx.sparse.plots import MaskRecorder
 
 
 def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
@@ -30,7 +36,7 @@ def dls(): return digits_dls(bs=128, device='cpu')  # 12 batches an epoch
 def fit(dls, epochs=2, **kw):
     set_seed(0)
     learn = Learner(dls, net(), metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2, cbs=DynamicSparse(**{'sparsity': .8, **kw}))
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2, cbs=DynamicSparse(**sparse_settings(**{'sparsity': .8, **kw})))
     return learn.dynamic_sparse
 
 
@@ -44,24 +50,24 @@ def test_default_period_is_a_fifth_of_an_epoch_and_stops_at_90_percent(dls):
 
 
 def test_period_1_rewires_after_every_batch_but_the_first(dls):
-    assert steps(fit(dls, 1, period=1, stop_pct=1.)) == list(range(1, len(dls.train)))
+    assert steps(fit(dls, 1, period=1, stop=1.)) == list(range(1, len(dls.train)))
 
 
 def test_period_table_and_stop_epoch(dls):
     n = len(dls.train)
-    sp = fit(dls, 3, period={0: 3, 1: 5}, stop_epoch=2, stop_pct=1.)
+    sp = fit(dls, 3, period={0: 3, 1: 5}, stop=2)
     assert steps(sp) == [i for i in range(1, 2*n) if i % (3 if i < n else 5) == 0]
 
 
 def test_period_as_a_schedule_of_the_position(dls):
     n = len(dls.train)
-    sp = fit(dls, 1, period=SchedLin(2, 6), stop_pct=1.)
+    sp = fit(dls, 1, period=SchedLin(2, 6), stop=1.)
     assert steps(sp) == [i for i in range(1, n) if i % max(1, int(2+4*i/n)) == 0]
 
 
 def test_steps_count_over_all_fits(dls):
     set_seed(0)
-    learn = Learner(dls, net()).sparsify(.8, period=10, stop_pct=1.)
+    learn = Learner(dls, net()).sparsify(.8, period=10, stop=1.)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2); learn.fit(1, 1e-2)
     assert steps(learn.dynamic_sparse) == [i for i in range(1, 2*len(dls.train)) if i % 10 == 0]
 
@@ -69,7 +75,7 @@ def test_steps_count_over_all_fits(dls):
 def test_span_total_stops_at_90_percent_of_all_epochs(dls):
     set_seed(0)
     n = len(dls.train)
-    learn = Learner(dls, net()).sparsify(.8, period=1, span='total', epochs=4)
+    learn = Learner(dls, net()).sparsify(.8, period=1, span=AllFits(4))
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2); learn.fit(2, 1e-2)
     assert steps(learn.dynamic_sparse) == [i for i in range(1, 4*n) if i/(4*n) < .9]
 
@@ -90,7 +96,7 @@ def test_grow_random_gives_weights_and_grow_zero_does_not(dls):
     for how, live_zero in (('zero', True), ('random', False)):
         set_seed(0)
         model = net()
-        cb = DynamicSparse(.8, grow_init=how, threshold=.05)
+        cb = DynamicSparse(.8, method=DSR(grow_init=how, threshold=.05))
         cb.__dict__['effect'] = cb.convert(model).attach(model)
         cb.effect.values['threshold'] = .05
         before = cb.masks
@@ -119,7 +125,7 @@ def test_threshold_is_searched_anew_when_layers_are_unfrozen(dls):
     set_seed(0)
     learn = Learner(dls, net(), splitter=splitter)
     learn.freeze()
-    learn.sparsify(.5, period=1, stop_pct=1., init_mask='magnitude')
+    learn.sparsify(.5, period=1, stop=1., init_mask='magnitude')
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     learn.dynamic_sparse.effect.values['threshold'] = 1.  # above every weight of the body
     learn.unfreeze()
@@ -160,7 +166,7 @@ def test_slow_weights_of_lookahead_follow_the_masks(dls):
     "Else a unit that grows again would be pulled towards the value it had before it was dropped"
     from fastai.optimizer import ranger
     set_seed(0)
-    learn = Learner(dls, net(), opt_func=ranger).sparsify(.8, period=2, threshold=.05)
+    learn = Learner(dls, net(), opt_func=ranger).sparsify(.8, period=2, method=DSR(threshold=.05))
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
     slow = {id(p): s for ps, ss in zip(learn.opt.param_lists, learn.opt.slow_weights) for p, s in zip(ps, ss)}
     learn.dynamic_sparse.rewire(learn.opt)
@@ -178,12 +184,14 @@ def trained(method, epochs=2, sparsity=.8, cbs=(), **kw):
     "A small run, with all masks and weights after each optimizer step"
     set_seed(0)
     dls = digits_dls(bs=256, device='cpu')
-    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10)), lr=1e-2, opt_func=partial(SGD, mom=.9), cbs=list(cbs))
-    learn.add_cb(DynamicSparse(sparsity, method=method, **kw))
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10)), lr=1e-2, opt_func=partial(SGD, mom=.9),
+        cbs=list(cbs))
+    learn.add_cb(DynamicSparse(sparsity, **sparse_settings(method, **kw)))
     class Seen(Callback):
         order = 90
         rows = []
-        def after_step(self): self.rows.append([(e.mask.clone(), e.weight.detach().clone(), e.weight.grad.clone()) for e in learn.dynamic_sparse.store.items])
+        def after_step(self):
+            self.rows.append([(e.mask.clone(), e.weight.detach().clone(), e.weight.grad.clone()) for e in learn.dynamic_sparse.store.items])
     Seen.rows = []
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=Seen())
     return learn, Seen.rows
@@ -244,17 +252,64 @@ def test_rigl_without_free_places_is_plain_training():
 
 
 def test_fractions():
-    f = lambda pos, **kw: [REWIRERS[m].fraction(SimpleNamespace(drop_frac=kw.get('frac'), stop=kw.get('stop', 1.), value=lambda s: s(pos), effect=SimpleNamespace(clock=SimpleNamespace(step_pos=pos)))) for m in ('set', 'rigl')]
+    def f(pos, stop=1., frac=None):
+        cb = SimpleNamespace(stop_pos=stop, value=lambda sched: sched(pos), effect=SimpleNamespace(clock=SimpleNamespace(step_pos=pos)))
+        return [m(**{} if frac is None else dict(drop_frac=frac)).fraction(cb) for m in (SET, RigL)]
     assert f(.5) == [.1, pytest.approx(.15)] and f(0.) == [.1, .3] and f(1.)[1] == pytest.approx(0) and f(.45, stop=.9)[1] == pytest.approx(.15)
     assert f(.5, frac=.2) == [.2, pytest.approx(.1)] and f(.25, frac=SchedSteps({0: .4})) == [.4, .4]
 
 
-@pytest.mark.parametrize('kw,text', [
-    (dict(method='set', drop_frac=0), 'drop_frac=0'), (dict(method='set', drop_frac=1.), 'drop_frac=1.0'), (dict(method='rigl', drop_frac=-.1), 'drop_frac=-0.1'),
-    (dict(method='set', drop_frac=SchedConst(1.5)), 'drop_frac='), (dict(two_ended=True), "method='set'"), (dict(method='set', two_ended=True, granularity='filter'), "granularity='weight'"),
-    (dict(method='set', two_ended=True, granularity='2:4'), "granularity='weight'"), (dict(method='lottery'), 'choose one of')])
-def test_bad_settings_of_the_methods(kw, text):
-    with pytest.raises(ValueError, match=text): DynamicSparse(.8, **kw)
+@pytest.mark.parametrize('make,text', [
+    (lambda: SET(drop_frac=0), 'drop_frac=0'), (lambda: SET(drop_frac=1.), 'drop_frac=1.0'), (lambda: RigL(drop_frac=-.1), 'drop_frac=-0.1'),
+    (lambda: SET(drop_frac=SchedConst(1.5)), 'drop_frac='), (lambda: DynamicSparse(granularity='filter', method=SET(two_ended=True)),
+        "granularity='weight'"),
+    (lambda: DynamicSparse(granularity='2:4', method=SET(two_ended=True)), "granularity='weight'"), (lambda: DynamicSparse(method='lottery'),
+        'choose one of'),
+    (lambda: DynamicSparse(method=SET), r'SET\(\)'), (lambda: DynamicSparse(method=3), 'method=3: choose one of'),
+    (lambda: DeepR(eta=-1), 'eta=-1'), (lambda: DeepR(temperature=-1.), 'temperature=-1'), (lambda: GraNet(start_sparsity=1.), 'start_sparsity')])
+def test_bad_settings_of_the_methods(make, text):
+    with pytest.raises(ValueError, match=text): make()
+
+
+def test_a_setting_of_another_method_cannot_be_given():
+    for cls, kw in ((DSR, dict(drop_frac=.1)), (SET, dict(eta=.1)), (RigL, dict(two_ended=True)), (Static, dict(grow_init='zero', tol=.1))):
+        with pytest.raises(TypeError, match='unexpected keyword'): cls(**kw)
+
+
+OLD = [(dict(method='set', drop_frac=.2, two_ended=True), 'method=SET(drop_frac=0.2, two_ended=True)'),
+    (dict(n_realloc=9), 'method=DSR(n_realloc=9)'), (dict(eta=.1), 'method=DeepR(eta=0.1)'),
+       (dict(method='granet', start_sparsity=.2, drop_frac=.1), 'method=GraNet(start_sparsity=0.2, drop_frac=0.1)'), (dict(l1=.1),
+           'regularizer=L1(0.1)'),
+       (dict(l1=.1, group_lasso=True), 'regularizer=GroupLasso(0.1)'), (dict(stop_pct=.5), 'stop=0.5'), (dict(stop_epoch=3), 'stop=3'),
+       (dict(span='total', epochs=9), 'span=AllFits(9)')]
+
+@pytest.mark.parametrize('old,new', OLD)
+def test_old_keywords_tell_the_new_form_which_works_when_pasted(old, new):
+    import paramfx.all
+    for call in (DynamicSparse, two_paths().sparsify):
+        with pytest.raises(TypeError) as e: call(.9, **old)
+        assert f'write {new} instead of' in str(e.value)
+    eval(f'DynamicSparse(.9, {new})', vars(paramfx.all))
+    with pytest.raises(TypeError, match='GraNet'): DynamicSparse(.9, 'granet', start_sparsity=.2)  # by position, too
+
+
+@pytest.mark.parametrize('old,new', [(dict(l1=.1), 'regularizer=L1(0.1)'), (dict(span='total', epochs=9), 'span=AllFits(9)')])
+def test_old_keywords_of_pruning(old, new):
+    with pytest.raises(TypeError) as e: two_paths().prune(.9, **old)
+    assert f'IterativePrune: write {new} instead of' in str(e.value)
+
+
+def test_methods_are_values():
+    "Equal settings are the same method: another object continues what is in force, other settings do not"
+    learn = two_paths().sparsify(.5, method=SET(drop_frac=SchedSteps({0: .2, 2: .1})), regularizer=L1(1e-4), span=AllFits(4))
+    learn.fit(1, 1e-2)
+    same = lambda frac=.2, l1=1e-4, n=4: DynamicSparse(.5, method=SET(drop_frac=SchedSteps({0: frac, 2: .1})), regularizer=L1(l1), span=AllFits(n))
+    learn.fit(1, 1e-2, cbs=same())
+    for other in (same(.3), same(l1=1e-3), same(n=5)):
+        with pytest.raises(ValueError, match='other settings'): learn.fit(1, cbs=other)
+    assert DSR() == DSR(n_realloc=.1) != DSR(n_realloc=.2) and RigL() != SET(drop_frac=.3)
+    with pytest.raises(AttributeError): DSR().tol = .2
+    assert DynamicSparse(method='rigl').settings['method'] == RigL()
 
 
 def test_a_rewirer_has_to_drop():
@@ -268,14 +323,14 @@ def test_units_of_other_sizes(method, granularity):
     set_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
     learn = Learner(digits_dls(bs=256, device='cpu'), net, lr=1e-2)
-    learn.add_cb(DynamicSparse(.5, method=method, granularity=granularity, period=2, drop_frac=.4))
+    learn.add_cb(DynamicSparse(.5, method=METHODS[method](drop_frac=.4), granularity=granularity, period=2))
     live = [e.live for e in learn.dynamic_sparse.store.items]
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     assert [e.live for e in learn.dynamic_sparse.store.items] == live and sum(sum(h['grown'].values()) for h in learn.dynamic_sparse.history) > 0
 
 
 
-@pytest.mark.parametrize('method', [*REWIRERS])
+@pytest.mark.parametrize('method', [*METHODS])
 def test_a_network_of_one_layer(method):
     "Its parameters have no layer's name before theirs"
     set_seed(0)
@@ -298,10 +353,10 @@ def granet(period=2, **kw):
     set_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
     learn = Learner(digits_dls(bs=256, device='cpu'), net, lr=1e-2)
-    return learn.add_cb(DynamicSparse(.9, method='granet', start_sparsity=.4, period=period, **kw))
+    return learn.add_cb(DynamicSparse(.9, method=GraNet(start_sparsity=.4), period=period, **kw))
 
 
-@pytest.mark.parametrize('kw', [{}, dict(stop_pct=3.), dict(stop_epoch=2), dict(stop_epoch=0), dict(period=50), dict(span='total', epochs=2)])
+@pytest.mark.parametrize('kw', [{}, dict(stop=3.), dict(stop=2), dict(stop=0), dict(period=50), dict(span=AllFits(2))])
 def test_granet_ends_at_its_target(kw):
     "Whenever it stops, and where no rewire falls on the end"
     learn = granet(**kw)
@@ -317,7 +372,7 @@ def test_granet_ends_at_its_target(kw):
 def test_granet_half_way_through_a_recipe(tmp_path):
     "Its file keeps more than the target; a recipe takes it, a callback on foreign masks does not"
     from paramfx.export.materialize import load_recipe, save_recipe
-    learn = granet(span='total', epochs=4)
+    learn = granet(span=AllFits(4))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     live = learn.dynamic_sparse.store.live
     assert 355 < live < 2131
@@ -354,7 +409,7 @@ def test_snfs_leaves_alone_what_never_had_a_gradient():
 
 @pytest.mark.parametrize('noise', ['grad', 'weight'])
 def test_noise_of_deepr_spares_frozen_layers_that_were_trained_before(noise):
-    learn = two_paths(opt_func=SGD).sparsify(.5, method='deepr', noise=noise, eta=10., temperature=1.)
+    learn = two_paths(opt_func=SGD).sparsify(.5, method=DeepR(noise=noise, eta=10., temperature=1.))
     learn.fit(1, 1e-2, wd=0.)
     learn.freeze()
     before = learn.model.body.weight.detach().clone()
@@ -364,7 +419,7 @@ def test_noise_of_deepr_spares_frozen_layers_that_were_trained_before(noise):
 @pytest.mark.parametrize('method', ['rigl', 'granet', 'set', 'snfs'])
 def test_the_column_counts_what_the_history_counts(method):
     "Not the units that were dropped and came back at once"
-    learn = two_paths().sparsify(.5, method=method, drop_frac=.5, period=2)
+    learn = two_paths().sparsify(.5, method=METHODS[method](drop_frac=.5), period=2)
     learn.fit(1, 1e-3)
     cb = learn.dynamic_sparse
     assert int(cb.effect.values['rewired']) == sum(cb.traces['moved']) > 0
@@ -390,22 +445,25 @@ def test_what_was_explored_agrees_with_files_that_do_not_know_of_it(tmp_path):
     a = two_paths(path=tmp_path).sparsify(.5, method='set', seed=3)
     a.fit(1, 1e-2)
     a.save('without')
-    b = two_paths(path=tmp_path).sparsify(.5, method='set', explored=True)
+    b = two_paths(path=tmp_path, cbs=MaskRecorder(follow=True)).sparsify(.5, method='set')
     b.load('without')
-    assert all(torch.equal(e.ever, e.mask) for e in b.dynamic_sparse.store.items)
+    first = {n: m.clone() for n, m in b.dynamic_sparse.masks.items()}
     b.fit(1, 1e-2)
+    for e in b.dynamic_sparse.store.items: assert (e.ever >= (first[e.name] | e.mask)).all() and e.ever.sum() > e.mask.sum()
+    assert b.recorder.metric_names[-2] == 'explored' and b.recorder.values[-1][-1] == b.dynamic_sparse.store.explored
     b.save('with')
     c = two_paths(path=tmp_path).sparsify(.5, method='set')
-    c.load('with') # explored=True only shows something: no reason to refuse the file
-    assert all(torch.equal(m, c.dynamic_sparse.masks[n]) for n, m in b.dynamic_sparse.masks.items())
+    c.load('with') # following only shows something: no reason to refuse the file, and it goes on
+    for x, y in zip(b.dynamic_sparse.store.items, c.dynamic_sparse.store.items): assert torch.equal(x.mask, y.mask) and torch.equal(x.ever, y.ever)
+
 
 def test_tables_have_keys_within_an_epoch():
     "As those of `sparse_recipe(epochs=2)`, which stretches a hundred epochs"
     seen = []
     class See(Callback):
         def before_batch(self):
-            if self.training: seen.append(self.learn.dynamic_sparse.value(self.learn.dynamic_sparse.temps))
-    two_paths().sparsify(.5, method='deepr', temperature={0: 4., .5: 3., 1: 2., 1.5: 1.}).fit(2, 1e-2, cbs=See())
+            if self.training: seen.append(self.learn.dynamic_sparse.method.now(self.learn.dynamic_sparse))
+    two_paths().sparsify(.5, method=DeepR(temperature={0: 4., .5: 3., 1: 2., 1.5: 1.})).fit(2, 1e-2, cbs=See())
     assert seen == [4.]*4 + [3.]*4 + [2.]*4 + [1.]*4
 
 @pytest.mark.parametrize('opt', [SGD, partial(OptimWrapper, opt=torch.optim.SGD), RMSProp])
@@ -418,7 +476,7 @@ def test_snfs_without_momentum_is_refused_before_anything_is_masked(opt):
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
 
 def test_a_fit_after_the_span_is_no_reason_to_warn():
-    learn = two_paths().sparsify(.5, method='set', span='total', epochs=1)
+    learn = two_paths().sparsify(.5, method='set', span=AllFits(1))
     learn.fit(1, 1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -429,17 +487,17 @@ def test_a_fit_after_the_span_is_no_reason_to_warn():
 def test_noise_of_deepr_has_its_deviation(noise):
     "sqrt(2*eta*T), on the live weights alone, and another one at every step"
     learn = Learner(digits_dls(bs=256, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 400)), lr=0.)
-    cb = DynamicSparse(.5, method='deepr', eta=.02, temperature=.5, noise=noise, stop_pct=1.)
+    cb = DynamicSparse(.5, method=DeepR(eta=.02, temperature=.5, noise=noise), stop=1.)
     learn.add_cb(cb)
     e, seen = cb.store.items[0], []
     where = (lambda: e.weight.grad) if noise == 'grad' else (lambda: e.weight.data)
-    add = type(cb.how).before_step if noise == 'grad' else type(cb.how).after_step
+    add = type(cb.method).before_step if noise == 'grad' else type(cb.method).after_step
     e.weight.grad = torch.zeros_like(e.weight)
-    cb.how.ready(cb, learn)
+    cb.method.ready(cb, learn)
     for step in (0, 1):
         cb.effect.clock.steps = step
         before = where().clone()
-        add(cb.how, cb, learn)
+        add(cb.method, cb, learn)
         seen.append((where()-before)[e.mask])
         assert not where()[~e.mask].any()
     for n in seen: assert abs(float(n.std())/(2*.02*.5)**.5-1) < .03 and abs(float(n.mean())) < .01
@@ -451,11 +509,11 @@ def test_drawn_signs_of_deepr():
     def lists(seed, **kw):
         set_seed(0)
         learn = Learner(digits_dls(bs=256, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 40)), lr=.1)
-        cb = DynamicSparse(.5, method='deepr', seed=seed, **kw)
+        cb = DynamicSparse(.5, method=DeepR(**kw), seed=seed)
         learn.add_cb(cb)
         e = cb.store.items[0]
         e.weight.data[:, ::2] = 0.  # awake, but at 0
-        cb.how.ready(cb, learn)
+        cb.method.ready(cb, learn)
         l = cb.lists[e]
         return l.idx, l.sign, e.weight.data.flatten()[l.idx]
     idx, sign, w = lists(3, sign='random')
@@ -467,12 +525,13 @@ def test_drawn_signs_of_deepr():
 
 def test_two_ended_leaves_zeros_to_neither_side():
     e = SimpleNamespace(weight=torch.tensor([[0., 0., .1, .2, -.3, -.1]]), mask=torch.ones(1, 6, dtype=torch.bool))
-    assert sorted(REWIRERS['set']._ends(e, .5).tolist()) == [2, 5]
+    assert sorted(SET()._ends(e, .5).tolist()) == [2, 5]
 
 
 def test_what_a_step_leaves_is_not_exported(tmp_path):
     for method in ('deepr', 'snfs', 'rigl'):
-        learn = Learner(digits_dls(bs=256, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 40)), opt_func=partial(SGD, mom=.9), lr=.1, path=tmp_path)
+        learn = Learner(digits_dls(bs=256, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 40)), opt_func=partial(SGD, mom=.9), lr=.1,
+            path=tmp_path)
         learn.add_cb(DynamicSparse(.5, method=method, period=1))
         with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
             learn.fit(1, cbs=Each(lambda l: (_ for _ in ()).throw(KeyboardInterrupt()) if l.train_iter > 3 else None))

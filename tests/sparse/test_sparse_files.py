@@ -22,12 +22,14 @@ from contracts import build, opt_state_of, small_net
 from paramfx.kernels.csr import CSR, to_csr, to_dense, why_not_csr
 from paramfx.sparse.coding import decode_mask, encode_mask, mask_entropy, plan_code
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.plots import MaskRecorder
 from paramfx.sparse.container import SealedFile, packed, write_sealed
 from paramfx.sparse.sparsify import sparsify
 from paramfx.sparse.tensors import BLOCK
 from paramfx.sparse.files import load_sparse, save_sparse
 from paramfx.core.state import effects
+from paramfx.sparse.methods import DSR, GraNet
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
 
@@ -80,10 +82,13 @@ class Odd(nn.Module):
         self.lin, self.tied = nn.Linear(30, 40, dtype=dtype), nn.Linear(30, 40, bias=False, dtype=dtype)
         self.tied.weight = self.lin.weight
         self.conv, self.bn = nn.Conv2d(6, 8, 3, dtype=dtype), nn.BatchNorm2d(8)
-        self.up, self.rnn, self.emb = nn.ConvTranspose1d(6, 8, 5, dtype=dtype), nn.LSTM(10, 12, 2, bidirectional=True), nn.Embedding(20, 12, padding_idx=0)
+        self.up, self.rnn, self.emb = nn.ConvTranspose1d(6, 8, 5, dtype=dtype), nn.LSTM(10, 12, 2, bidirectional=True), nn.Embedding(20, 12,
+            padding_idx=0)
         self.scale, self.none = nn.Parameter(torch.tensor(3.5)), nn.Parameter(torch.empty(0, 4))
-        for n, b in dict(flags=torch.tensor([True, False, True]), ids=torch.arange(5), few=torch.arange(3, dtype=torch.int8), one=torch.tensor(7, dtype=torch.uint8),
-                         wave=torch.randn(3, dtype=torch.complex64), brain=torch.randn(5).bfloat16(), wide=torch.randn(2, 2).double(), tiny=torch.tensor([-3], dtype=torch.int16)).items():
+        for n, b in dict(flags=torch.tensor([True, False, True]), ids=torch.arange(5),
+            few=torch.arange(3, dtype=torch.int8), one=torch.tensor(7, dtype=torch.uint8),
+                         wave=torch.randn(3, dtype=torch.complex64), brain=torch.randn(5).bfloat16(), wide=torch.randn(2, 2).double(),
+                         tiny=torch.tensor([-3], dtype=torch.int16)).items():
             self.register_buffer(n, b)
         self.register_buffer('gone', torch.ones(9), persistent=False)
 
@@ -186,7 +191,8 @@ def test_given_masks(tmp_path):
     sparsify(other, 1-int(mask.sum())/2000+1e-6, init_mask={'weight': mask.roll(1, 0)})
     load_sparse(save_sparse(model, tmp_path/'a', masks={'weight': mask}), other)
     assert torch.equal(other.weight_mask, mask) and torch.equal(other.weight, model.weight)
-    for masks, match in (({'w': mask}, "'w' is no parameter"), ({'weight': mask.float()}, 'needs a bool tensor'), ({'weight': mask[:7]}, r'of shape \(40, 50\)'),
+    for masks, match in (({'w': mask}, "'w' is no parameter"),
+        ({'weight': mask.float()}, 'needs a bool tensor'), ({'weight': mask[:7]}, r'of shape \(40, 50\)'),
                          ({'weight': torch.zeros_like(mask)}, 'not 0 where the mask is False')):
         with pytest.raises(ValueError, match=match): save_sparse(model, tmp_path/'a', masks=masks)
 
@@ -247,7 +253,8 @@ def test_foreign_files(small, tmp_path):
     _, other, before = small
     safetensors.torch.save_file(before, tmp_path/'plain.safetensors')
     torch.save(before, tmp_path/'plain.pth')
-    for name, match in (('plain.safetensors', r'but not one of `save_sparse`. Load it with .* `safetensors.torch.load_file`'), ('plain.pth', 'a file of torch')):
+    for name, match in (('plain.safetensors', r'but not one of `save_sparse`. Load it with .* `safetensors.torch.load_file`'),
+        ('plain.pth', 'a file of torch')):
         refused((tmp_path/name).read_bytes(), tmp_path/name, other, match)
     for data in (b'', b'hello', b'\0'*1000, b'[]'*100): refused(data, tmp_path/'x', other, 'not a file of `save_sparse`')
     with pytest.raises(FileNotFoundError): load_sparse(tmp_path/'nowhere', other)
@@ -255,7 +262,8 @@ def test_foreign_files(small, tmp_path):
 
 def test_other_networks(small):
     file, other, _ = small
-    for model, match in ((nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)), r'2.weight has shape \(2, 16\) there and \(5, 16\) in this model'),
+    for model, match in ((nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)),
+        r'2.weight has shape \(2, 16\) there and \(5, 16\) in this model'),
                          (nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16)), 'it has 2.weight, 2.bias, and this model does not'),
                          (nn.Sequential(*other, nn.Linear(2, 2)), 'it lacks 3.weight, 3.bias, which this model has')):
         before = state(model)
@@ -299,10 +307,14 @@ def put(i, j, value):
 
 HUGE = 2**61
 INDEXES = dict(
-    shape=put(0, 2, [HUGE, HUGE]), negative=put(0, 2, [-16, -12]), floats=put(0, 2, [16., 12.]), nested=put(0, 2, [[16], [12]]), dtype=put(0, 1, 'F99'), odd_dtype=put(0, 1, ['F32']),
-    live=put(0, 3, [HUGE, 1, 4]), shift=put(0, 3, [48, HUGE, 4]), length=put(0, 3, [48, 1, HUGE]), blocks=put(0, 3, [48, 1, 4]*5000), few=put(0, 3, [48, 1]), text=put(0, 3, 'abc'),
-    fewer=put(0, 3, [47, 2, 24]), dead=put(0, 3, [0, 0, 0]), name=put(0, 0, 'weight'), number=put(0, 0, 5), twice=lambda rows: [*rows, rows[0]], nothing=lambda rows: rows.clear(), none=lambda rows: {'a': 1},
-    string=lambda rows: 'abc', short=lambda rows: [[]], units=lambda rows: [[*rows[0], [HUGE, 1]], *rows[1:]], tiles=lambda rows: [[*rows[0], [0, 0]], *rows[1:]], one=lambda rows: [[*rows[0], [1, 1]], *rows[1:]],
+    shape=put(0, 2, [HUGE, HUGE]), negative=put(0, 2, [-16, -12]), floats=put(0, 2, [16., 12.]), nested=put(0, 2, [[16], [12]]), dtype=put(0, 1,
+        'F99'), odd_dtype=put(0, 1, ['F32']),
+    live=put(0, 3, [HUGE, 1, 4]), shift=put(0, 3, [48, HUGE, 4]), length=put(0, 3, [48, 1, HUGE]), blocks=put(0, 3, [48, 1, 4]*5000), few=put(0, 3,
+        [48, 1]), text=put(0, 3, 'abc'),
+    fewer=put(0, 3, [47, 2, 24]), dead=put(0, 3, [0, 0, 0]), name=put(0, 0, 'weight'), number=put(0, 0, 5), twice=lambda rows: [*rows,
+        rows[0]], nothing=lambda rows: rows.clear(), none=lambda rows: {'a': 1},
+    string=lambda rows: 'abc', short=lambda rows: [[]], units=lambda rows: [[*rows[0], [HUGE, 1]], *rows[1:]], tiles=lambda rows: [[*rows[0], [0, 0]],
+        *rows[1:]], one=lambda rows: [[*rows[0], [1, 1]], *rows[1:]],
     ints=lambda rows: [[r[0], 'I64', *r[2:]] for r in rows], bomb=lambda rows: '0'*10**7, deep=lambda rows: json.loads('['*500 + ']'*500))
 
 
@@ -323,8 +335,10 @@ def entry(name, **kw):
     def change(head): head[name].update(kw)
     return change
 
-HEADERS = dict(size=entry('values.F32', shape=[HUGE], data_offsets=[0, 4*HUGE]), overlap=entry('gaps', data_offsets=[0, 8]), text=entry('gaps', shape='a'), bool=entry('gaps', shape=[True]),
-               backwards=entry('values.F32', data_offsets=[40, 0]), kind=entry('gaps', dtype='F32'), shape=entry('values.F32', shape=[2, 2]), no_index=lambda h: {k: v for k, v in h.items() if k != 'index'},
+HEADERS = dict(size=entry('values.F32', shape=[HUGE], data_offsets=[0, 4*HUGE]),
+    overlap=entry('gaps', data_offsets=[0, 8]), text=entry('gaps', shape='a'), bool=entry('gaps', shape=[True]),
+               backwards=entry('values.F32', data_offsets=[40, 0]), kind=entry('gaps', dtype='F32'), shape=entry('values.F32',
+                   shape=[2, 2]), no_index=lambda h: {k: v for k, v in h.items() if k != 'index'},
                unknown=lambda h: dict(h, **{'values.F128': h['gaps']}), more=lambda h: dict(h, x=dict(dtype='U8', shape=[0], data_offsets=[0, 0])))
 
 
@@ -380,7 +394,8 @@ def some_csr(model, density=None, seed=0):
 def pixels(dtype=torch.float32):
     "All kinds of layers that can be sparse, one of more than a block, one that is shared, and one that cannot"
     shared = nn.Linear(40, 40, dtype=dtype)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, dtype=dtype), nn.Conv2d(8, 300, 1, dtype=dtype), nn.BatchNorm2d(300), nn.Conv1d(6, 7, 1, bias=False, dtype=dtype), nn.Conv3d(4, 5, 1, dtype=dtype),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, dtype=dtype), nn.Conv2d(8, 300, 1, dtype=dtype),
+        nn.BatchNorm2d(300), nn.Conv1d(6, 7, 1, bias=False, dtype=dtype), nn.Conv3d(4, 5, 1, dtype=dtype),
                          nn.Linear(400, 3*BLOCK//400+9, dtype=dtype), shared, nn.ReLU(), shared, nn.Linear(5, 1, bias=False, dtype=dtype))
 
 
@@ -420,7 +435,8 @@ def test_a_live_zero_of_a_csr_layer_stays(tmp_path):
     other = to_csr(nn.Linear(50, 40), torch.rand(40, 50) < .4)
     p = other.values
     load_sparse(save_sparse(model, tmp_path/'a'), other)
-    assert other.values is p and p.view(-1).view(torch.int32).equal(model.values.view(torch.int32)) and torch.equal(other.flat, model.flat) and other.values.requires_grad
+    assert other.values is p and p.view(-1).view(torch.int32).equal(model.values.view(torch.int32)) and torch.equal(other.flat,
+        model.flat) and other.values.requires_grad
     masks = {'weight': mask | (torch.rand(40, 50) < .1)}
     load_sparse(save_sparse(model, tmp_path/'b', masks=masks), other)
     assert torch.equal(other.flat, masks['weight'].flatten().nonzero().flatten())
@@ -429,10 +445,12 @@ def test_a_live_zero_of_a_csr_layer_stays(tmp_path):
 
 
 def test_a_dense_file_keeps_the_places(tmp_path):
-    dense, other = fresh(lambda: nn.Sequential(nn.Linear(700, 200), nn.Linear(200, 3)), 0), some_csr(fresh(lambda: nn.Sequential(nn.Linear(700, 200), nn.Linear(200, 3))), .2)
+    dense, other = fresh(lambda: nn.Sequential(nn.Linear(700, 200), nn.Linear(200, 3)),
+        0), some_csr(fresh(lambda: nn.Sequential(nn.Linear(700, 200), nn.Linear(200, 3))), .2)
     flat = [m.flat.clone() for m in other]
     load_sparse(save_sparse(dense, tmp_path/'a'), other)
-    for m, f, d in zip(other, flat, dense): assert torch.equal(m.flat, f) and torch.equal(m.values, d.weight.flatten()[f]) and torch.equal(m.bias, d.bias)
+    for m, f, d in zip(other, flat, dense):
+        assert torch.equal(m.flat, f) and torch.equal(m.values, d.weight.flatten()[f]) and torch.equal(m.bias, d.bias)
 
 
 def test_memory_with_csr_layers(tmp_path):
@@ -456,14 +474,17 @@ assert torch.equal(b[0].values, a[0].values) and torch.equal(b[0].flat, a[0].fla
 print(peak()-base)
 """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root),
+        capture_output=True, text=True).stdout
     assert float(out) < 110, out
 
 
 # -- masks in force
 
-CBS = {'dsr': partial(DynamicSparse, .8, period=2, threshold=.02), 'kernel': partial(DynamicSparse, .5, method='set', granularity='kernel', period=2), 'block': partial(DynamicSparse, .5, method='set', granularity='2x4', period=2),
-       '2:4': partial(DynamicSparse, granularity='2:4', method='set', period=2), 'prune': partial(IterativePrune, .8, n_prunes=2), 'explored': partial(DynamicSparse, .8, method='set', period=2, explored=True)}
+CBS = {'dsr': partial(DynamicSparse, .8, period=2, method=DSR(threshold=.02)), 'kernel': partial(DynamicSparse,
+    .5, method='set', granularity='kernel', period=2), 'block': partial(DynamicSparse, .5, method='set', granularity='2x4', period=2),
+       '2:4': partial(DynamicSparse, granularity='2:4', method='set', period=2), 'prune': partial(IterativePrune, .8, n_prunes=2),
+       'explored': partial(DynamicSparse, .8, method='set', period=2)}
 
 
 @pytest.fixture
@@ -478,10 +499,11 @@ def masked_state(learn): return {k: v for k, v in state(learn.model).items() if 
 
 @pytest.mark.parametrize('kind', CBS)
 def test_learner_with_masks(mk, kind):
-    learn = fit(mk(), 2, cbs=CBS[kind]())
+    seen = [MaskRecorder(follow=True)] if kind == 'explored' else []
+    learn = fit(mk(), 2, cbs=[CBS[kind](), *seen])
     path = learn.save_sparse('run')
     assert path == learn.path/learn.model_dir/'run.safetensors' and learn.save_sparse('run.safetensors') == path
-    other = fit(mk(seed=1), cbs=CBS[kind]())
+    other = fit(mk(seed=1), cbs=[CBS[kind](), *seen])
     key = {e.name: e for st in effects(other.model).values() for e in st.holder.items}
     other.load_sparse('run')
     assert_same(masked_state(other), masked_state(learn))
@@ -499,7 +521,7 @@ def spread(learn):
     "Masks and dense weights of a run, whether its layers are masked or CSR"
     return {e.name: (e.mask.clone(), e.weight.detach().clone()) for e in learn.dynamic_sparse.store.items}
 
-RUNS = {'static': dict(method='static'), 'dsr': dict(period=2, threshold=.02), 'granet': dict(method='granet', period=2, drop_frac=.1)}
+RUNS = {'static': dict(method='static'), 'dsr': dict(method=DSR(threshold=.02), period=2), 'granet': dict(method=GraNet(drop_frac=.1), period=2)}
 OPTS = {'adam': Adam, 'adamw': partial(OptimWrapper, opt=torch.optim.AdamW), 'sgd': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9))}
 
 
@@ -508,9 +530,11 @@ OPTS = {'adam': Adam, 'adamw': partial(OptimWrapper, opt=torch.optim.AdamW), 'sg
 @pytest.mark.parametrize('here', ['dense', 'csr'])
 def test_runs_with_csr_layers(mk, here, there, method, opt):
     "The file of one run goes into another, whichever of them computes how, and makes the same file again"
-    learn, other = (fit(mk(seed=i, opt_func=OPTS[opt]), 2, cbs=DynamicSparse(.8, compute=c, seed=i, **RUNS[method])) for i, c in enumerate((there, here)))
+    learn, other = (fit(mk(seed=i, opt_func=OPTS[opt]), 2, cbs=DynamicSparse(.8, compute=c, seed=i, **RUNS[method]))
+        for i, c in enumerate((there, here)))
     want, old = spread(learn), spread(other)
-    assert any(not torch.equal(want[n][0], old[n][0]) for n in want) and {e.masks for e in other.dynamic_sparse.store.items} == {True, here == 'dense'}
+    assert any(not torch.equal(want[n][0], old[n][0]) for n in want) and {e.masks for e in other.dynamic_sparse.store.items} == {True,
+        here == 'dense'}
     path = learn.save_sparse('run')
     params = [*map(id, other.model.parameters())]
     other.load_sparse('run')
@@ -531,7 +555,8 @@ def test_a_model_filled_beside_its_optimizer(mk):
     learn, other = (fit(mk(seed=i), 2, cbs=DynamicSparse(.8, compute='csr', **RUNS['dsr'])) for i in range(2))
     load_sparse(learn.save_sparse('run'), other.model)
     fit(other)
-    for e in other.dynamic_sparse.store.sparse: assert {t.shape for t in opt_state_of(other.opt, e.param).values() if torch.is_tensor(t) and t.ndim} == {e.param.shape}
+    for e in other.dynamic_sparse.store.sparse:
+        assert {t.shape for t in opt_state_of(other.opt, e.param).values() if torch.is_tensor(t) and t.ndim} == {e.param.shape}
 
 
 def test_masks_that_do_not_fit_csr_layers(mk):
@@ -550,7 +575,8 @@ def test_masks_that_do_not_fit_csr_layers(mk):
 def test_masks_that_do_not_fit(mk):
     path = fit(mk(), cbs=DynamicSparse(.8, method='static')).save_sparse('run')
     plain = fit(mk()).save_sparse('dense')
-    for cb, match in ((DynamicSparse(.5, method='static'), "masks keep .* units, these"), (DynamicSparse(.8, method='static', granularity='kernel'), 'cuts through units'),
+    for cb, match in ((DynamicSparse(.5, method='static'), "masks keep .* units, these"),
+        (DynamicSparse(.8, method='static', granularity='kernel'), 'cuts through units'),
                       (DynamicSparse(granularity='2:4', method='static'), 'another n:m pattern')):
         other = fit(mk(), cbs=cb)
         before = state(other.model)
@@ -617,4 +643,5 @@ def test_memory_while_saving_and_loading(tmp_path):
 def test_on_the_gpu(tmp_path):
     model, other = thin(small_net(), .2).cuda(), small_net().cuda()
     load_sparse(save_sparse(model, tmp_path/'a', dtype='bfloat16'), other)
-    for k, v in model.state_dict().items(): assert other.state_dict()[k].is_cuda and torch.equal(other.state_dict()[k], v.bfloat16().to(v.dtype) if v.ndim > 1 else v)
+    for k, v in model.state_dict().items():
+        assert other.state_dict()[k].is_cuda and torch.equal(other.state_dict()[k], v.bfloat16().to(v.dtype) if v.ndim > 1 else v)

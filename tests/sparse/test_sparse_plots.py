@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from contracts import build, run_record, same
 from paramfx.report.plots import plot_inputs, plot_shares, plot_survival, plot_tradeoff
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.core.registry import PICTURES
 from paramfx.sparse.plots import MaskRecorder, live_counts, plot_rewiring
+from paramfx.sparse.methods import DSR
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
-CBS = {'dsr': partial(DynamicSparse, .8, period=2, threshold=.02), 'rigl': partial(DynamicSparse, .8, method='rigl', period=2),
+CBS = {'dsr': partial(DynamicSparse, .8, period=2, method=DSR(threshold=.02)), 'rigl': partial(DynamicSparse, .8, method='rigl', period=2),
        'kernel': partial(DynamicSparse, .5, method='set', granularity='kernel', period=2), 'prune': partial(IterativePrune, .8, n_prunes=3)}
 
 

@@ -11,9 +11,10 @@ from paramfx.core.clock import as_sched
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.zoo.networks import lenet_300_100
 from paramfx.sparse.prune import IterativePrune
-from paramfx.sparse.rewirer import REWIRERS
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.methods import DSR, METHODS, DeepR, Static
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.published import PUBLISHED_DENSE, PUBLISHED_RECIPES, RECIPE_METHODS, sparse_recipe
+from paramfx.sparse.penalties import L1
 
 MNIST, WRN, RESNET = 'mnist/lenet_300_100', 'cifar10/wrn_28_2', 'imagenet/resnet50'
 LIVE = {
@@ -37,7 +38,8 @@ TRAIN = [
     (RESNET, ('prune',), 48, 1e-4, {0: 0, 1: .01, 15: .01, 25: .001, 35: .0001}),
 ]
 PERIOD = {MNIST: {0: 100, 25: 200, 50: 400, 75: 800}, WRN: {0: 100, 25: 200, 80: 400, 140: 800}, RESNET: {0: 1000, 25: 2000, 50: 4000, 75: 8000}}
-TEMPERATURE = {MNIST: {0: 1e-3, 25: 1e-4, 50: 1e-5, 75: 1e-6}, WRN: {0: 1e-5, 25: 1e-8, 80: 1e-12, 140: 1e-15}, RESNET: {0: 1e-5, 25: 1e-8, 50: 1e-12, 75: 1e-15}}
+TEMPERATURE = {MNIST: {0: 1e-3, 25: 1e-4, 50: 1e-5, 75: 1e-6}, WRN: {0: 1e-5, 25: 1e-8, 80: 1e-12, 140: 1e-15},
+    RESNET: {0: 1e-5, 25: 1e-8, 50: 1e-12, 75: 1e-15}}
 STOP, N_P, BS = {MNIST: 90, WRN: 190, RESNET: 95}, {MNIST: 600, WRN: 20_000, RESNET: 400_000}, {MNIST: 100, WRN: 100, RESNET: 256}
 
 
@@ -59,21 +61,21 @@ def test_moves(network):
     get = lambda method, **kw: sparse_recipe(network, method, .9, **kw).settings
     for method in ('dsr', 'set', 'deepr'):
         s = get(method)
-        assert (s['method'], s['sparsity'], s['stop_epoch'], s['stop_pct']) == (method, .9, STOP[network], 1)
+        assert (s['method'].name, s['sparsity'], s['stop']) == (method, .9, STOP[network])
         assert s.get('period') == (None if method == 'deepr' else PERIOD[network])
-    assert get('dsr')['n_realloc'] == N_P[network] and get('dsr').get('l1', 0) == (1e-4 if network == MNIST else 0)
-    assert get('dsr', granularity='kernel')['n_realloc'] == {MNIST: 600, WRN: 2000, RESNET: 40_000}[network]
+    assert get('dsr')['method'] == DSR(n_realloc=N_P[network]) and get('dsr').get('regularizer') == (L1(1e-4) if network == MNIST else None)
+    assert get('dsr', granularity='kernel')['method'].n_realloc == {MNIST: 600, WRN: 2000, RESNET: 40_000}[network]
     d = get('deepr')
-    assert (d['temperature'], d['eta'], d['l1']) == (TEMPERATURE[network], .001 if network == MNIST else .01, 1e-4 if network == MNIST else 1e-5)
-    assert (d['noise'], d['sign']) == ('grad', 'first_step')
-    assert get('static')['method'] == 'static' and 'l1' not in get('static')
+    assert d['method'] == DeepR(eta=.001 if network == MNIST else .01, temperature=TEMPERATURE[network], noise='grad', sign='first_step')
+    assert d['regularizer'] == L1(1e-4 if network == MNIST else 1e-5)
+    assert get('static')['method'] == Static() and 'regularizer' not in get('static')
 
 
 def test_the_share_that_set_drops():
-    for s, f in {.9: .138, .8: .07, .7: .046, .6: .034, .5: .028}.items(): assert sparse_recipe(WRN, 'set', s).settings['drop_frac'] == f
-    for s, f in {.8: .089, .9: .14}.items(): assert sparse_recipe(RESNET, 'set', s).settings['drop_frac'] == f
-    for s, n in LIVE[MNIST].items(): assert sparse_recipe(MNIST, 'set', s).settings['drop_frac']*n == pytest.approx(600)
-    assert sparse_recipe(WRN, 'set', .95).settings['drop_frac']*.05*1_451_520 == pytest.approx(20_000)
+    for s, f in {.9: .138, .8: .07, .7: .046, .6: .034, .5: .028}.items(): assert sparse_recipe(WRN, 'set', s).settings['method'].drop_frac == f
+    for s, f in {.8: .089, .9: .14}.items(): assert sparse_recipe(RESNET, 'set', s).settings['method'].drop_frac == f
+    for s, n in LIVE[MNIST].items(): assert sparse_recipe(MNIST, 'set', s).settings['method'].drop_frac*n == pytest.approx(600)
+    assert sparse_recipe(WRN, 'set', .95).settings['method'].drop_frac*.05*1_451_520 == pytest.approx(20_000)
 
 
 @pytest.mark.parametrize('network', PUBLISHED_RECIPES)
@@ -114,8 +116,8 @@ def test_callbacks_are_fresh_and_complete():
     assert [type(c).__name__ for c in r.cbs()] == ['DynamicSparse', 'ParamScheduler']
     assert isinstance(sparse_recipe(MNIST, 'prune', .98).callback(), IterativePrune)
     assert [len(sparse_recipe(WRN, m, .9).cbs()) for m in ('dense', 'thin')] == [1, 1]
-    if 'deepr' in REWIRERS:
-        for n in PUBLISHED_RECIPES: assert sparse_recipe(n, 'deepr', .9).callback().method == 'deepr'
+    if 'deepr' in METHODS:
+        for n in PUBLISHED_RECIPES: assert sparse_recipe(n, 'deepr', .9).callback().method.name == 'deepr'
 
 
 def test_what_was_printed():
@@ -128,23 +130,23 @@ def test_what_was_printed():
 
 def test_changes():
     r = sparse_recipe(MNIST, 'deepr', .9, epochs=50, wd=.1, bs=32, eta=.5)
-    assert (r.epochs, r.wd, r.loader, r.settings['eta'], r.settings['stop_epoch']) == (50, .1, dict(bs=32), .5, 45)
-    assert r.lr == {0: .1, 12.5: .02, 25: .004, 37.5: .0008} and list(r.settings['temperature']) == [0, 12.5, 25, 37.5]
-    assert sparse_recipe(MNIST, 'dsr', epochs=1).settings['stop_epoch'] == 1
+    assert (r.epochs, r.wd, r.loader, r.settings['method'].eta, r.settings['stop']) == (50, .1, dict(bs=32), .5, 45)
+    assert r.lr == {0: .1, 12.5: .02, 25: .004, 37.5: .0008} and list(r.settings['method'].temperature) == [0, 12.5, 25, 37.5]
+    assert sparse_recipe(MNIST, 'dsr', epochs=1).settings['stop'] == 1
     assert sparse_recipe(WRN, 'dsr', epochs=29).lr.keys() == {0, 8.7, 17.4, 23.2}
     r = sparse_recipe(MNIST, 'dsr')
     r.lr[0] = r.settings['period'][0] = r.loader['bs'] = 7
     assert sparse_recipe(MNIST, 'dsr').settings['period'][0] == sparse_recipe(MNIST, 'dsr').loader['bs'] == 100
     assert PUBLISHED_RECIPES[MNIST]['train']['lr'] == {0: .1, 25: .02, 50: .004, 75: .0008}  # the source stays
     assert sparse_recipe(MNIST, 'prune', n_prunes=3, every=1, post=2).epochs == 5
-    assert sparse_recipe(MNIST, 'dsr', stop_epoch=3, epochs=10).settings['stop_epoch'] == 3
+    assert sparse_recipe(MNIST, 'dsr', stop=3, epochs=10).settings['stop'] == 3
 
 
 def test_files_of_schedules(tmp_path):
     f = tmp_path/'s.yaml'
     f.write_text('lr: {0: .5, 2: .05}\nDeepR_temperature_schedule: [[0, .1], [2, .01]]\n')
     r = sparse_recipe(MNIST, 'deepr', steps=f, epochs=10)
-    assert r.lr == {0: .5, 2: .05} and r.settings['temperature'] == {0: .1, 2: .01}
+    assert r.lr == {0: .5, 2: .05} and r.settings['method'].temperature == {0: .1, 2: .01}
     with pytest.raises(ValueError, match="setting='temperature'"): sparse_recipe(MNIST, 'prune', steps=f)
     assert sparse_recipe(MNIST, 'dense', steps='lr: {0: .5}', lr=.1).lr == .1  # what is given by name goes first
 
@@ -152,7 +154,8 @@ def test_files_of_schedules(tmp_path):
 @pytest.mark.parametrize('args,kw,text', [
     (('mnist',), {}, "network='mnist': choose one of mnist/lenet_300_100"), ((MNIST, 'rigl'), {}, "method='rigl': choose one of dense"),
     ((MNIST, 'dsr', 1.), {}, 'sparsity=1.0'), ((MNIST, 'dense', .9), dict(l1=1.), "setting='l1': choose one of epochs, wd, lr"),
-    ((MNIST, 'prune'), dict(epochs=4), "setting='epochs'"), ((MNIST, 'dsr'), dict(epochs=2.5), 'epochs=2.5'), ((MNIST, 'set'), dict(epochs=True), 'epochs=True'),
+    ((MNIST, 'prune'), dict(epochs=4), "setting='epochs'"), ((MNIST, 'dsr'), dict(epochs=2.5), 'epochs=2.5'), ((MNIST, 'set'), dict(epochs=True),
+        'epochs=True'),
     ((WRN, 'thin', .95), {}, 'sparsity of a thin network=0.95: choose one of 0.9, 0.8'), ((MNIST, 'prune'), dict(n_prunes=0), 'n_prunes=0')])
 def test_bad_input(args, kw, text):
     with pytest.raises(ValueError) as e: sparse_recipe(*args, **kw)
@@ -209,7 +212,7 @@ def test_weight_decay_reaches_all_parameters():
 def test_shows_what_it_says():
     r = sparse_recipe(MNIST, 'dsr', .98)
     assert repr(r) == "SparseRecipe('mnist/lenet_300_100', 'dsr', 0.98: 100 epochs, wd 0)"
-    assert '|n_realloc|600|' in r._repr_markdown_() and {o['what'] for o in r.table()} >= {'epochs', 'lr', 'wd', 'bs', 'period', 'l1'}
+    assert 'n_realloc=600' in r._repr_markdown_() and {o['what'] for o in r.table()} >= {'epochs', 'lr', 'wd', 'bs', 'period', 'regularizer'}
     json.loads(r.table().to_json())
 
 

@@ -27,7 +27,7 @@ from paramfx.core.samples import rng_state
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import Recipe, load_recipe, materialize, save_recipe
 from paramfx.report.cost import cost, file_bytes, n_params
-from paramfx.sparse.rewire import DynamicSparse
+from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
 from paramfx.sparse.tied import TIED, Tied, TiedConv2d, TiedLinear, plan_tied, read_bank, tie_weights, tied_index
