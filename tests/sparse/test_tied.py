@@ -287,9 +287,11 @@ def test_a_layer_used_twice_is_tied_once():
 
 
 @pytest.mark.parametrize('make,why', [
-    (lambda: nn.LSTM(4, 4), 'not LSTM'), (lambda: nn.MultiheadAttention(4, 2), 'MultiheadAttention'), (lambda: nn.ConvTranspose2d(3, 3, 3), 'not ConvTranspose2d'),
+    (lambda: nn.LSTM(4, 4), 'not LSTM'), (lambda: nn.MultiheadAttention(4, 2), 'MultiheadAttention'),
+    (lambda: nn.ConvTranspose2d(3, 3, 3), 'not ConvTranspose2d'),
     (lambda: Own(4, 4), 'not Own'), (lambda: nn.LazyLinear(4), 'lazy: run one batch'), (lambda: nn.Bilinear(2, 2, 2), 'not Bilinear'),
-    (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), 'parametrized'), (lambda: prune.l1_unstructured(nn.Linear(4, 4), 'weight', .5), 'no weight of its own')])
+    (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), 'parametrized'),
+    (lambda: prune.l1_unstructured(nn.Linear(4, 4), 'weight', .5), 'no weight of its own')])
 def test_what_is_left_alone_and_why(make, why):
     net = nn.Sequential(make(), nn.Linear(4, 4))
     kept = net[0]
@@ -441,7 +443,8 @@ def test_tying_a_frozen_learner(mk):
     learn.freeze()
     learn.tie(.8)
     assert not learn.model[0][3].bank.requires_grad
-    assert [p.requires_grad for p in materialize(learn.model, torch.randn(2, 1, 8, 8), dead=False).parameters()] == [p.requires_grad for p in learn.model.parameters()]
+    assert [p.requires_grad for p in materialize(learn.model, torch.randn(2, 1, 8, 8),
+        dead=False).parameters()] == [p.requires_grad for p in learn.model.parameters()]
     body = learn.model[0][3].bank.detach().clone()
     learn.fit(1)
     assert torch.equal(learn.model[0][3].bank, body)
@@ -571,7 +574,8 @@ def test_vision_learner(tmp_path):
 def test_timm_on_one_channel(tmp_path):
     from fastai.vision.learner import vision_learner
     seed_all()
-    learn = quiet(vision_learner(tiny_dls(n=16, n_valid=16, bs=16, scale=4), 'resnet10t', pretrained=False, normalize=False, n_in=1, n_out=10, path=tmp_path, metrics=[]))
+    learn = quiet(vision_learner(tiny_dls(n=16, n_valid=16, bs=16, scale=4), 'resnet10t', pretrained=False,
+        normalize=False, n_in=1, n_out=10, path=tmp_path, metrics=[]))
     learn.tie(.9, granularity='kernel').fit(1)
     assert tied_layers(learn.model)
 
@@ -582,7 +586,8 @@ def test_tabular(tmp_path):
     r = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=r.normal(size=128), b=r.normal(size=128), c=r.choice(list('xyz'), 128)))
     df['y'] = ((df.a+df.b > 0) ^ (df.c == 'x')).astype(str)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['a', 'b'], y_names='y', y_block=CategoryBlock, bs=32, num_workers=0)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['a', 'b'],
+        y_names='y', y_block=CategoryBlock, bs=32, num_workers=0)
     learn = quiet(tabular_learner(dls, layers=[32, 16], n_out=2, path=tmp_path)).tie(.5)
     learn.lr_find(num_it=6, show_plot=False)
     learn.fit_one_cycle(2, 1e-2)
@@ -605,7 +610,8 @@ torch.manual_seed(9)
 x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
 for _ in range(3):
     opt.zero_grad(); torch.nn.functional.cross_entropy(ddp(x[rank::2]), y[rank::2]).backward(); opt.step()
-torch.save(dict(state=net.state_dict(), idx=[m.idx for m in net.modules() if hasattr(m, 'idx')], sent=[n for n, _ in ddp.module.named_buffers() if n not in ddp.parameters_to_ignore]), sys.argv[1]+f'/{rank}.pt')
+torch.save(dict(state=net.state_dict(), idx=[m.idx for m in net.modules() if hasattr(m, 'idx')],
+                sent=[n for n, _ in ddp.module.named_buffers() if n not in ddp.parameters_to_ignore]), sys.argv[1]+f'/{rank}.pt')
 dist.barrier()
 dist.destroy_process_group()
 os._exit(0)  # what was computed is in the file; gloo's threads may end noisily after it
@@ -614,7 +620,8 @@ os._exit(0)  # what was computed is in the file; gloo's threads may end noisily 
 
 def test_two_ranks_are_one_big_batch(tmp_path):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]), OMP_NUM_THREADS='1')
-    procs = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', RANK, str(tmp_path)], env=dict(env, RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
+    procs = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', RANK, str(tmp_path)],
+        env=dict(env, RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
     errs = [p.communicate(timeout=120)[1] for p in procs]
     assert not any(p.returncode for p in procs), errs
     a, b = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
