@@ -106,5 +106,5 @@ def ortho_penalty(
     dev = next(t for g in groups for ts in g for t in ts).device.type
     with torch.autocast(dev, enabled=False) if torch.amp.is_autocast_available(dev) else nullcontext():
         rows = [([_rows(t) for t in s], [_rows(t) for t in u] if unique else []) for s,u in groups]
-        return sum(_averaged([_terms(*g, side == 'auto') for g in part], norm)
+        return sum(_averaged([_terms(*g, auto=side == 'auto') for g in part], norm)
             for part in _parts(rows, joint))

@@ -165,7 +165,7 @@ def _sorted(slots, mods, mode, apart, asked):
             raise ValueError(f"{n}: the only layer of group "
                 f"{k[0]!r}{f', place {k[1]+1}' if k[1] else ''}. Name a second one to share with, or "
                 "leave it out.")
-    return [BasisGroup(*k[:2], v) for k,v in groups.items()
+    return [BasisGroup(*k[:2], layers=v) for k,v in groups.items()
         if len(v) > 1],{n: 'the only one of its kind in its stage' for n in alone}
 
 # %% ../../nbs/bases/02_plan.ipynb #c0f2ffd5

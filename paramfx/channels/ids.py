@@ -124,7 +124,7 @@ def bind(self:Record, t, dim, ids, kind, why=''):
             self.pin(i, f'{self.where} computes its weight instead of storing it')
         return
     old = self.bindings.get((*own, dim))
-    if old is None: self.bindings[(*own, dim)] = Binding(*own, dim, ids, kind, why)
+    if old is None: self.bindings[(*own, dim)] = Binding(*own, dim=dim, ids=ids, kind=kind, why=why)
     else:
         self.join(old.ids, ids, why or old.why)
         if kind not in old.kind: old.kind += f'+{kind}'

@@ -160,7 +160,7 @@ def read_torch(file, device='cpu'):
     with torch.serialization.safe_globals(_FASTAI):
         return torch.load(file, map_location=device, weights_only=True)
 
-def what_file(content) -> str: # None: it cannot be told
+def what_file(content) -> str|None: # None: it cannot be told
     "What a file of torch holds, and the call that reads it"
     has = set(content) if isinstance(content, dict) else set()
     if {'fit', 'epoch', 'rng', 'model'} <= has:
@@ -174,6 +174,7 @@ def what_file(content) -> str: # None: it cannot be told
     if has and all(map(torch.is_tensor, content.values())):
         return ("a file of weights alone. Read them with `learn.load(file, with_opt=False)`, or "
             "`load_state_dict`")
+    return None
 
 def _verbs(steps): return [s['verb'] for s in steps]
 

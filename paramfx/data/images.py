@@ -71,7 +71,7 @@ class CropFlip(DisplayedTransform):
             raise ValueError(f"pad={pad} is too much for images of {list(x.shape[2:])}: give "
                 "mode='constant'")
         return crop_flip(x, *(o.to(x.device) for o in self.draw(len(x), h+2*pad+1, w+2*pad+1)),
-            self.size, pad, self.mode)
+            size=self.size, pad=pad, mode=self.mode)
     def draw(self, n, h, w):
         "First row and column, and which to mirror"
         flip = torch.rand(n) < .5 if self.flip else torch.zeros(n, dtype=torch.bool)
@@ -318,7 +318,7 @@ def parts_dls(
     _check(size, valid, valid_pct, seed, stats)
     items = _choose(parts, valid, valid_pct, seed, title)
     vocab = vocab or sorted({c for _,c in items[0]})
-    _check_files(*items, vocab)
+    _check_files(*items, vocab=vocab)
     side,fns,n = round(size*8/7),[[fn for fn,_ in o] for o in items],sum(map(len, items))
     if on_disk := 3*side*side*n > max_memory:
         kwargs.setdefault('num_workers', min(8, os.cpu_count() or 1))

@@ -176,8 +176,8 @@ def _timed(layer, shape, able, must):
 
 def _break_even(w, shape, kind):
     pixels = tuple(shape[-(w.ndim-2):]) if w.ndim > 2 else ()
-    return break_even(*w.shape[:2], prod(shape)//w.shape[1]//prod(pixels), dtype=w.dtype, rounds=3,
-        kind=kind, pixels=pixels)
+    return break_even(*w.shape[:2], items=prod(shape)//w.shape[1]//prod(pixels), dtype=w.dtype,
+        rounds=3, kind=kind, pixels=pixels)
 
 # %% ../../nbs/kernels/02_timing.ipynb #03c44f3c
 def plan_infer(

@@ -420,7 +420,7 @@ def make_mask(
     score = unit_scores(w, shape) if how == 'magnitude' else None
     if nm:
         return _nm_mask(torch.rand(shape, generator=gen).to(w.device) if score is None else score, *nm,
-            transposed)
+            transposed=transposed)
     mask = torch.zeros(prod(shape), dtype=torch.bool, device=w.device)
     if score is not None: mask[score.flatten().topk(live).indices] = True
     elif live > mask.numel()//2: # fewer to leave out than to keep

@@ -269,9 +269,9 @@ def cost(
     "Parameters, multiply-adds, file size, latency and memory of `model` for one forward of `sample`"
     xs = model_inputs(model, sample)
     stored,macs = n_params(model),count_macs(model, xs)
-    times = measure_latency(model, xs, n_runs, max_seconds) if latency else (None,None)
-    return Report(*stored, *macs, file_bytes(model), *times, peak_memory(model, xs), show_shapes(xs),
-        str(xs[0].device))
+    median,p90 = measure_latency(model, xs, n_runs, max_seconds) if latency else (None,None)
+    return Report(*stored, *macs, bytes=file_bytes(model), latency_ms=median, latency_p90_ms=p90,
+        peak_memory=peak_memory(model, xs), sample=show_shapes(xs), device=str(xs[0].device))
 
 # %% ../../nbs/report/00_cost.ipynb #062f8929
 @patch

@@ -231,7 +231,8 @@ class _QuickNorm(_SlicedNorm):
         if p is None or not self.track_running_stats: return super().forward(x)
         no = p.no
         return F.batch_norm(x, self._stat('running_mean', f'running_mean_{no}', p),
-            self._stat('running_var', f'running_var_{no}', p), *self._pair(p), False, 0., self.eps)
+            self._stat('running_var', f'running_var_{no}', p), *self._pair(p),
+            training=False, momentum=0., eps=self.eps)
 
 # %% ../../nbs/slicing/02_layers.ipynb #6624a721
 class _QuickConv:

@@ -84,7 +84,7 @@ def _unpacked(state, shapes):
         if name not in shapes:
             raise ValueError(f"{name}: this layer is sparse in the file, which does not tell how many "
                 "columns it has. Give the network of the saved run, as in `load_masks(file, model)`.")
-        if not _fits(*parts, shapes[name]):
+        if not _fits(*parts, shape=shapes[name]):
             raise ValueError(f"{name}: the sparse layer of the file is none of shape {shapes[name]}. "
                 "The file is damaged, or of another network: build the one of the saved run.")
         flat,n = csr_flat(crow, col, shapes[name][1]),torch.Size(shapes[name]).numel()

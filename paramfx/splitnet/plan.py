@@ -358,7 +358,7 @@ def split_plan(
     _check_order(model, cmap, splits, order)
     sides = _sides(model, cmap, splits)
     free = _free(model, cmap, sides, splits)
-    layers = [SplitLayer(n, *sides[n], splits[n]) for n in splits]
+    layers = [SplitLayer(n, *sides[n], groups=splits[n]) for n in splits]
     plan = SplitPlan(cmap, layers, free, splits, alone, classes, _matrix_rows(model, splits, alone))
     part = lambda g, s, i: Part(s, torch.from_numpy(np.ascontiguousarray(i)).long(),
         plan.merges(free[s][1], g))

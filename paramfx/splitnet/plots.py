@@ -73,7 +73,7 @@ def plot_block_weights(
         drawn = [sort_blocks(*o[n]) for _,o in rows]
         top = max(np.quantile(d[0], .998) for d in drawn) or 1
         for ax,d,(when,_) in zip(axs[:,i], drawn, rows):
-            _blocks(ax, *d, f'{n}, {when}' if when else n, top)
+            _blocks(ax, *d, title=f'{n}, {when}' if when else n, top=top)
     return axs
 
 def _sizes(n):
