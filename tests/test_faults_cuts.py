@@ -11,7 +11,7 @@ from paramfx.channels.ids import TraceError
 from paramfx.all import at_rate, branches, check_same, extract_slim, kels_masks, masked_model, materialize, slice_model, split_model, split_plan, trace_channels
 from paramfx.evolution.masks import fit_cut
 from paramfx.splitnet.split import Splitting
-from paramfx.core.forward import asleep, practising
+from paramfx.core.forward import zero_weights, training_mode
 
 
 class Block(nn.Module):
@@ -54,7 +54,7 @@ def test_a_width_behind_zero_weights_is_found(verb, end):
         old = {k: v.clone() for k, v in m.state_dict().items()}
         with pytest.raises(ValueError, match='holds a width as a number') as e: do(m)
         assert all(torch.equal(v, old[k]) for k, v in m.state_dict().items()) and old.keys() == m.state_dict().keys()
-    assert asleep(m)[0] in str(e.value) and 'all zero now' in str(e.value)
+    assert zero_weights(m)[0] in str(e.value) and 'all zero now' in str(e.value)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         do(net(end, False))
@@ -66,9 +66,9 @@ def test_the_small_network_keeps_its_zeros_and_trains_like_the_masked_one(end):
     m = net(end, False)
     cut = fit_cut(m, PICTURE, .5)
     small, twin = cut.apply(m), cut.masked(m)
-    assert asleep(small) == asleep(m) and check_same(small, twin, PICTURE) < 1e-12
+    assert zero_weights(small) == zero_weights(m) and check_same(small, twin, PICTURE) < 1e-12
     with torch.no_grad():
-        for n in asleep(m): m.get_parameter(n).add_(.7)  # as some steps later
+        for n in zero_weights(m): m.get_parameter(n).add_(.7)  # as some steps later
     assert check_same(cut.apply(m), cut.masked(m), numbers(2, 3, 8, 8, seed=5)) < 1e-12
 
 
@@ -130,12 +130,12 @@ def aux_net(*more): return fill(Aux(head(*more)))
 
 
 def train_outputs(m, x):
-    with practising(m): return m(x)
+    with training_mode(m): return m(x)
 
 
 def same_in_training(small, twin, x):
     "Right in practice, too: with the statistics of the batch, and with gradients"
-    assert check_same(small, twin, x, mode=practising) < 1e-12 and check_same(small, twin, x) < 1e-12
+    assert check_same(small, twin, x, mode=training_mode) < 1e-12 and check_same(small, twin, x) < 1e-12
     for m in (small, twin):
         m.train()
         for o in m.modules():
@@ -188,7 +188,7 @@ def test_a_split_keeps_the_head():
     m, x = aux_net(), numbers(2, 3, 8, 8)
     kw = dict(splits={'b': 2, 'fc': 2}, classes={0: 0, 1: 0, 2: 1, 3: 1})
     small, twin = split_model(m, x, **kw), masked_model(m, x, **kw)
-    assert check_same(small, twin, x, mode=practising) < 1e-12
+    assert check_same(small, twin, x, mode=training_mode) < 1e-12
     branches(small)
     with pytest.raises(ValueError, match='aux.0.*did not run'): split_plan(m, x, {'aux.0': 2, 'aux.5': 2})
 
@@ -297,7 +297,7 @@ def test_networks_of_torchvision_with_auxiliary_heads(name, size, late):
     cut = fit_cut(m, x, .5)
     assert cut.cmap.late == late and not cut.cmap.unseen
     small, twin = cut.apply(m, check=False), cut.masked(m)
-    assert check_same(small, twin, x, mode=practising) < 1e-10 and check_same(small, twin, x) < 1e-10
+    assert check_same(small, twin, x, mode=training_mode) < 1e-10 and check_same(small, twin, x) < 1e-10
     outs = small.train()(torch.cat([x, x]))
     assert len(outs) == len(late)+1 and all(o.shape == (2, 5) for o in outs)
     sum(o.sum() for o in outs).backward()

@@ -10,7 +10,7 @@ from torch import nn
 from contracts import build, run_record, same, small_net, snapshot, two_groups
 from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, RunState, load_recipe, sample_batch, save_recipe
 from paramfx.core.samples import rng_state
-from paramfx.core.runs import told_steps
+from paramfx.core.runs import stored_steps
 from paramfx.core.state import effects
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -191,7 +191,7 @@ def test_files_load_without_this_library(tmp_path):
     learn.save('it')
     learn.save_plain('bare')
     sd = torch.load(tmp_path/'models'/'bare.pth', weights_only=True)
-    assert list(sd) == list(learn.model.state_dict()) and [s['verb'] for s in told_steps(sd)] == ['cut']
+    assert list(sd) == list(learn.model.state_dict()) and [s['verb'] for s in stored_steps(sd)] == ['cut']
     widths = json.dumps({k: list(v.shape) for k, v in sd.items()})
     code = f"""
 import json, sys, torch
@@ -217,7 +217,7 @@ def test_saving_leaves_the_network_alone(tmp_path):
     learn = new(tmp_path).tie(.5)
     learn.save('it')
     learn.save_plain('it')
-    assert not learn.model._state_dict_hooks and not told_steps(learn.model.state_dict())
+    assert not learn.model._state_dict_hooks and not stored_steps(learn.model.state_dict())
 
 
 def test_split_in_another_order_is_filled(tmp_path):

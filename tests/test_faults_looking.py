@@ -19,7 +19,7 @@ from paramfx.report.cost import layer_macs
 from paramfx.slicing.slice import plan_slices
 from paramfx.core.samples import rng_state
 from paramfx.kernels.timing import sparse_infer
-from paramfx.core.forward import fails_at, still
+from paramfx.core.forward import failing_module, still
 
 X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -204,7 +204,7 @@ LOOKS = {
     'cost': lambda m, x, learn: cost(m, x, max_seconds=.01),
     'layer_macs': lambda m, x, learn: layer_macs(m, x),
     'learn.cost': lambda m, x, learn: learn.cost(latency=False),
-    'fails_at': lambda m, x, learn: fails_at(m, (x,)),
+    'fails_at': lambda m, x, learn: failing_module(m, (x,)),
     'trace': lambda m, x, learn: trace_channels(m, x),
     'trace of another size': lambda m, x, learn: trace_channels(m, x[:, :2]),
     'kels': lambda m, x, learn: kels_masks(m, x),

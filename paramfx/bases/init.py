@@ -17,7 +17,7 @@ def _ortho(n, d, gen_like):
     "`n` random rows of `d` entries, orthonormal as far as can be"
     return nn.init.orthogonal_(torch.empty(n, d, device=gen_like.device, dtype=torch.float64))
 
-def beside(
+def complement_rows(
     b:torch.Tensor, # Orthonormal rows, in each matrix if there are several
     u:torch.Tensor # Other rows of the same length
 ) -> torch.Tensor: # As many rows as `u` has
@@ -35,7 +35,7 @@ def ortho_filters(
     rows = _ortho(sum(s[0] for s in shapes), d, like)
     def unique(s):
         u = _ortho(s[0], d, like)
-        return beside(rows, u) if len(rows)+len(u) <= d else u
+        return complement_rows(rows, u) if len(rows)+len(u) <= d else u
     make = lambda r, s: r.reshape(s).to(like.dtype)
     return ([make(r, s) for r,s in zip(rows.split([s[0] for s in shapes]), shapes)],
             [[make(unique(s), s) for s in us] for us in uniques])
@@ -68,7 +68,7 @@ def _within(w, b): return (w@b.mT)@b
 
 def _split(ws, b, n):
     "Unique rows for each matrix, given the shared ones, and what is left of the squares"
-    us = [beside(b, _top([w-_within(w, b)], n)) for w in ws]
+    us = [complement_rows(b, _top([w-_within(w, b)], n)) for w in ws]
     return us,sum(float((w-_within(w, b)-_within(w, u)).square().sum()) for w,u in zip(ws, us))
 
 # %% ../../nbs/bases/03_init.ipynb #4aee9947

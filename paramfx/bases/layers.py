@@ -13,7 +13,7 @@ from math import prod
 
 import torch, torch.nn.functional as F
 from torch import nn
-from ..core.optimizers import ComputedWeight, for_caller, tell_export, way_out
+from ..core.optimizers import ComputedWeight, for_caller, warn_export, way_out
 from ..report.cost import n_nonzero
 from fastcore.basics import patch
 
@@ -191,7 +191,7 @@ def _in_two(self:BasisConv2d, x):
 # %% ../../nbs/bases/01_layers.ipynb #e17779f9
 @patch
 def forward(self:BasisConv2d, x):
-    tell_export('Shared filters and their norms are')
+    warn_export('Shared filters and their norms are')
     if self._live(): return self._in_layers(x)
     c,bias = self.scaled()
     if self._in_two(x):

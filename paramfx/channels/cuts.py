@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from ..core.layers import all_matrices
 from ..core.optimizers import caller_model, way_out
-from ..core.forward import (asleep, awake, check_same, copy_model, fails_at, forget_states, lit,
-    pack_sample, practising, still, tells)
+from ..core.forward import (check_same, copy_model, failing_module, fill_inputs,
+    fill_zeros, forget_states, is_repeatable, pack_sample, still, training_mode, zero_weights)
 from .spaces import short_list
 from ..core.state import add_step, effects, root_module
 
@@ -209,7 +209,7 @@ def _looked(self:Cut, new, found, hits):
     return read,shapes
 
 # %% ../../nbs/channels/04_cuts.ipynb #b701e87b
-def tell_stale(
+def warn_stale(
     stale:list # From `Cut.follow`
 ) -> None:
     "Warn of numbers that may tell widths of before"
@@ -265,7 +265,7 @@ def apply(self:Cut,
         f"The model is sliced, and its slices would no longer fit. Call {way_out()} or "
         f"`unslice({caller_model()})` first.")
     new = self._small(model)
-    if follow: tell_stale(self.follow(new))
+    if follow: warn_stale(self.follow(new))
     if check: self._check(model, new)
     add_step(new, **self._step())
     if self.cmap.unseen:
@@ -421,9 +421,9 @@ def _check(self:Cut, model, new):
     "Compare with the masked twin; once more with other numbers where zeros hide what comes before them"
     xs = self._inputs(model)
     self._compare(model, new, xs)
-    zero,ys = asleep(new),lit(xs)
+    zero,ys = zero_weights(new),fill_inputs(xs)
     if not zero and all(y is x for x,y in zip(xs, ys)): return
-    full = awake(model, zero)
+    full = fill_zeros(model, zero)
     self._compare(full, self._small(full), ys, f" (with numbers in {short_list(zero) or 'the sample'}, "
         "which is all zero now and hides it)")
 
@@ -434,13 +434,13 @@ def _compare(self:Cut, model, new, xs, hidden=''):
     twin,late = self._masked(model,
         {id(t): t for t in (*model.parameters(), *model.buffers())}),self.cmap.late
     if self.cmap.counts: forget_states(twin)
-    for mode in (still, practising) if late else (still,):
+    for mode in (still, training_mode) if late else (still,):
         try: check_same(new, twin, xs, mode=mode)
         except ValueError as e:
             # random numbers, or none
-            if (hidden or mode is practising) and not tells(twin, xs, mode): continue
-            where = fails_at(new, tuple(x.to(next(model.parameters()).device) for x in xs), mode)
-            more = f", such as pin={late!r}: these run in training only" if mode is practising else ''
+            if (hidden or mode is training_mode) and not is_repeatable(twin, xs, mode): continue
+            where = failing_module(new, tuple(x.to(next(model.parameters()).device) for x in xs), mode)
+            more = f", such as pin={late!r}: these run in training only" if mode is training_mode else ''
             raise ValueError(
                 f"{where or type(model).__name__}: the smaller network "
                 f"{'breaks off here' if where else 'does not do what the masked one does'}{hidden}; "

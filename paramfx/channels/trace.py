@@ -18,8 +18,8 @@ from fastcore.basics import listify, patch, store_attr
 from ..core.tables import Table
 from ..core.layers import all_matrices
 from ..core.optimizers import check_values
-from ..core.forward import (forget_states, model_inputs, practising, run_model, running,
-    show_shapes, still, whole)
+from ..core.forward import (forget_states, model_inputs, run_model, running, show_shapes,
+    still, training_mode, whole)
 from .cuts import Cut
 from .ids import OUTPUT, TRAINED, Flow, TraceError
 import paramfx.channels.rules, paramfx.channels.recurrent # register how channels pass each operator  # noqa: F401
@@ -145,7 +145,7 @@ def trace_channels(
         late = _late(model, flow.rec, xs)
         if late:
             try:
-                with practising(model): _follow(flow, model, xs, TRAINED)
+                with training_mode(model): _follow(flow, model, xs, TRAINED)
             except TraceError as e:
                 raise TraceError(f'{e} This is in training mode, in which {short_list(late)} runs as '
                     f'well: {_without(late)}.') from e
@@ -187,7 +187,7 @@ def _late(model, rec, xs):
     only = lambda m: any(True for _ in m.parameters()) and all(id(p) in idle for p in m.parameters())
     with running() as stack:
         try:
-            with practising(model), _Uses(idle) as seen: model(*(x.detach().clone() for x in xs))
+            with training_mode(model), _Uses(idle) as seen: model(*(x.detach().clone() for x in xs))
         except Exception as e:
             m = next((m for m in stack if m is not model and only(m)), None)
             if m is None: return [] # it wants something else in training, such as targets

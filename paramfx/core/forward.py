@@ -208,7 +208,7 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 @contextmanager
-def practising(model:nn.Module):
+def training_mode(model:nn.Module):
     "Training mode without gradients and dropout, norms as in evaluation; all is put back as by `still`"
     with untouched(model), torch.no_grad(), _NoDropout():
         for m in model.train().modules():
@@ -331,10 +331,10 @@ def run_model(
         raise ValueError(f'The model does not run on a sample of shape {show_shapes(xs)}: '
             f'{type(e).__name__}: {e}') from e
 
-def fails_at(
+def failing_module(
     model:nn.Module, # The network
     xs:tuple, # From `model_inputs`
-    mode=still # Context to run it in: `still`, or `practising`
+    mode=still # Context to run it in: `still`, or `training_mode`
 ) -> str: # 'name (class)', or '' if nothing fails
     "The innermost module of `model` in which a forward of `xs` breaks off"
     names = {id(m): n or 'the model itself' for n,m in model.named_modules()}
@@ -364,7 +364,7 @@ def check_same(
     b:nn.Module, # The reference
     sample, # Input tensor, or a tuple of the positional inputs
     tol:float=None, # Largest relative difference allowed; None: 1e-4 in float32, 1e-10 in float64
-    mode=still # Context to run them in: `still` for evaluation, `practising` for what runs in training
+    mode=still # Context to run them in: `still` for evaluation, `training_mode` for what runs in training
 ) -> float: # Largest difference of the outputs, relative to the largest output of `b`
     "Compare two networks in evaluation mode; a difference above `tol` raises"
     for m in (a, b): check_values(m)
@@ -389,7 +389,7 @@ def _relative(x, y):
     return ((x-y).abs().max()/y.abs().max().clamp_min(torch.finfo(y.dtype).tiny)).item()
 
 # %% ../../nbs/core/08_forward.ipynb #b7d20f64
-def tells(
+def is_repeatable(
     model:nn.Module, # The network
     sample, # Input tensor, or a tuple of the positional inputs
     mode=still # Context to run it in
@@ -403,7 +403,7 @@ def tells(
     except ValueError: return False
     return all(torch.equal(x, y) for x,y in zip(a, b)) # NaN equals nothing
 
-def asleep(model:nn.Module) -> list:
+def zero_weights(model:nn.Module) -> list:
     "Names of the weights that are zero throughout: the outputs cannot tell what comes before them"
     def zero(n, p):
         if ('bias' in n.rpartition('.')[2] or not p.is_floating_point() or p.layout != torch.strided
@@ -412,9 +412,9 @@ def asleep(model:nn.Module) -> list:
         return p.numel() > 0 and not p.detach().any()
     return [n for n,p in model.named_parameters() if zero(n, p)]
 
-def awake(
+def fill_zeros(
     model:nn.Module, # Left as it is
-    names:list # From `asleep`
+    names:list # From `zero_weights`
 ) -> nn.Module: # A copy that shares all other tensors
     "The network with random numbers in place of the zeros of these weights"
     memo,gen = {id(t): t for t in (*model.parameters(),
@@ -428,7 +428,7 @@ def awake(
     return copy_model(model, memo)
 
 # %% ../../nbs/core/08_forward.ipynb #35974111
-def lit(xs:tuple) -> tuple:
+def fill_inputs(xs:tuple) -> tuple:
     "Inputs with random numbers where all is zero, which hides what layers do"
     gen = torch.Generator().manual_seed(0)
     return tuple(torch.randn(x.shape, generator=gen).to(x) if x.is_floating_point()

@@ -188,7 +188,7 @@ def caller_model() -> str:
     "What the caller's network is called: code for a verb that there is on models only"
     return 'learn.model' if _on_learner() else 'model'
 
-def tell_export(what:str) -> None:
+def warn_export(what:str) -> None:
     "Warn where a layer that is there for training only is being exported, as `torch.export` and `torch.onnx.export` do"
     if not (getattr(torch.compiler, 'is_exporting', bool)() or torch.onnx.is_in_onnx_export()): return
     warnings.warn(f'{what} exported as they are trained, with all that goes on the way out. Export '

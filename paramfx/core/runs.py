@@ -118,7 +118,7 @@ def safe_data(o) -> bool:
     return o is None or type(o) in (bool, int, float, str, torch.Tensor)
 
 @contextmanager
-def telling_steps(
+def storing_steps(
     model:nn.Module, # About to be saved
     steps:list=None # What a file is to tell; None: `known_steps`
 ):
@@ -129,10 +129,10 @@ def telling_steps(
     try: yield
     finally: handle.remove()
 
-def told_steps(
+def stored_steps(
     state # A state dict
 ) -> list: # None: it does not tell
-    "The steps that `telling_steps` has put into a state dict"
+    "The steps that `storing_steps` has put into a state dict"
     return next((m[_STEPS] for m in getattr(state, '_metadata', {}).values() if _STEPS in m), None)
 
 def missing_effects(model:nn.Module, state_dict:dict, prefix='') -> list:
@@ -371,7 +371,7 @@ class RunState(Callback):
         rngs = gather_ranks(rng_state(learn.dls))
         if rank_distrib(): return
         opt,model = learn.opt.state_dict(),get_model(learn.model)
-        with telling_steps(model): weights = model.state_dict()
+        with storing_steps(model): weights = model.state_dict()
         state = dict(version=1, fit=learn.__dict__['_n_fits'], epoch=learn.epoch, n_epoch=learn.n_epoch,
             ended=ended, rng=rngs,
                      model=weights, opt=plain_types(opt), callbacks=callbacks, grads=_grads(model),

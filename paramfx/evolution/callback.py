@@ -22,7 +22,7 @@ from ..core.samples import check_batches
 from ..core.optimizers import opt_state
 from ..core.callback import EffectCallback, finding_lr
 from .masks import SPLIT, embedded
-from .forgetting import Forgetting, told
+from .forgetting import Forgetting, plain_setting
 from ..core.registry import recipe_verb
 from ..core.state import EffectState, effects, root_module
 
@@ -33,7 +33,7 @@ class Lineage:
     @property
     def plan(self) -> float:
         "Number of what is kept, which a file carries: policy and share"
-        return float(crc32(str(told(self.forget.policy)).encode()))
+        return float(crc32(str(plain_setting(self.forget.policy)).encode()))
     def keys(self): return []
     def check(self, state_dict, prefix=''):
         "Raise where a file tells of another policy; before anything of it is copied"
@@ -41,7 +41,7 @@ class Lineage:
         nums = [] if buf is None else buf.detach().cpu().view(torch.float64).tolist()
         if nums and len(nums) == len(Clock.names)+5 and nums[-1] != self.plan: raise ValueError(
             "The file was saved under `KnowledgeEvolution` with another policy or split_rate than "
-            f"{told(self.forget.policy)}. Give the callback those settings, or load into a Learner "
+            f"{plain_setting(self.forget.policy)}. Give the callback those settings, or load into a Learner "
             "without it what `learn.save_plain` wrote.")
     def burn_in(self): pass
     def release(self): pass
@@ -75,8 +75,8 @@ def clear_opt(
 # %% ../../nbs/evolution/05_callback.ipynb #e3c753ba
 def _rest(model, masks):
     "Rows of the matrices that no mask speaks of"
-    told = {id(model.get_parameter(n)) for n in masks}
-    taken = [x.name for x in all_matrices(model, SPLIT) if id(x.param) in told]
+    chosen = {id(model.get_parameter(n)) for n in masks}
+    taken = [x.name for x in all_matrices(model, SPLIT) if id(x.param) in chosen]
     rows = left_out(model, taken, None, 'the policy leaves it alone', SPLIT)
     return [dict(parameter=r['layer'], shape=r['shape'], note=f"kept: {r['note']}") for r in rows]
 

@@ -18,9 +18,9 @@ import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 import paramfx.evolution.plots # gives EvolveLog plot  # noqa: F401
 from ..core.samples import check_batches, rng_guard, rng_state, set_rng_state
 from ..core.callback import EffectCallback
-from .forgetting import Forgetting, told
+from .forgetting import Forgetting, plain_setting
 from ..core.forward import copy_model
-from paramfx.evolution.generations import (EpochLR, Evolution, EvolveLog, read_evolution, standing_in,
+from paramfx.evolution.generations import (EpochLR, Evolution, EvolveLog, read_evolution, with_model,
     valid_row)
 from ..core.runs import model_path
 from .policies import KELS, POLICIES
@@ -105,7 +105,7 @@ def evolve(self:Learner,
     fit,slim = _fitter(self, fit_method, lr, kwargs),_check_evolve(self, forget.policy, eval_slim,
         keep_best, distill, long_run)
     data = [[len(dl.dataset), dl.bs] for dl in self.dls.loaders if hasattr(dl, 'dataset')]
-    config = told(dict(policy=forget.policy, reinit=forget.reinit, seed=seed, epochs=epochs,
+    config = plain_setting(dict(policy=forget.policy, reinit=forget.reinit, seed=seed, epochs=epochs,
         fit_method=fit_method, lr=lr, kwargs=kwargs, distill=distill, rewind_epoch=rewind_epoch,
         eval_slim=slim, keep_best=keep_best, data=data,
                         **(dict(generations=generations) if getattr(forget.policy, 'counts', False)
@@ -136,7 +136,7 @@ def _evolve(run, resume, cbs, long_run):
         run.save(0)
     run.run(done, cbs)
     model.__dict__['_evolution'] = (dict(policy='kels', split_rate=p.split_rate, pin=p.pin)
-        if isinstance(p, KELS) else dict(policy=told(p)))
+        if isinstance(p, KELS) else dict(policy=plain_setting(p)))
     log = EvolveLog(run.rows, _long_run(run, cbs) if long_run else None)
     learn.__dict__.get('_reports', {}).pop('evolve', None)
     add_report(learn, 'evolve', log.to_dict())
@@ -147,7 +147,7 @@ def _long_run(run, cbs):
     learn,start,n = run.learn,time.perf_counter(),run.epochs*run.generations
     first = copy_model(root_module(learn.model))
     first.load_state_dict(run.first['model'])
-    with rng_guard(learn.dls), standing_in(learn, first):
+    with rng_guard(learn.dls), with_model(learn, first):
         set_rng_state(run.first['rng'], learn.dls)
         run.fresh_opt()
         run.fit(learn, n, cbs=cbs)

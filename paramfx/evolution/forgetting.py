@@ -21,15 +21,15 @@ from ..core.samples import generator
 from fastcore.basics import patch
 
 # %% ../../nbs/evolution/02_forgetting.ipynb #8d3536a4
-def told(
+def plain_setting(
     o # A setting: number, name, function, policy, or a list or dict of such
 ):
     "It as plain data, the same in any process, so that a file can be compared with it"
     if o is None or isinstance(o, (bool, int, float, str)): return o
-    if isinstance(o, dict): return {str(k): told(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [told(v) for v in o]
+    if isinstance(o, dict): return {str(k): plain_setting(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [plain_setting(v) for v in o]
     if hasattr(type(o), 'settings'):
-        return f"{type(o).__name__}({', '.join(f'{k}={v!r}' for k,v in told(o.settings()).items())})"
+        return f"{type(o).__name__}({', '.join(f'{k}={v!r}' for k,v in plain_setting(o.settings()).items())})"
     return (getattr(o, '__qualname__', None) or getattr(getattr(o, 'func', None), '__qualname__', None)
         or type(o).__qualname__)
 

@@ -26,8 +26,8 @@ from ..core.callback import EffectCallback, EffectKeeper
 from ..core.forward import copy_model
 from ..losses import Distill
 from .masks import named_rates
-from paramfx.core.runs import (atomic_path, effect_runs, gather_ranks, read_torch, set_effect_runs,
-    what_file)
+from ..core.runs import (atomic_path, effect_runs, gather_ranks, read_torch,
+    set_effect_runs, what_file)
 from ..export.materialize import materialize
 from ..core.state import effects, root_module
 
@@ -70,7 +70,7 @@ class EvolveLog(Table):
 
 # %% ../../nbs/evolution/03_generations.ipynb #c0d8fe25
 @contextmanager
-def standing_in(
+def with_model(
     learn:Learner, # Its model and effects step aside
     model # What takes their place
 ):
@@ -150,7 +150,7 @@ def row(self:Evolution, gen, seconds, fresh=False):
     learn = self.learn
     row = dict(generation=gen, **(valid_row(learn) if fresh else last_row(learn)))
     if self.eval_slim:
-        with standing_in(learn, self.slim()): row |= valid_row(learn, 'slim_')
+        with with_model(learn, self.slim()): row |= valid_row(learn, 'slim_')
     ratio = self.forget.ratio(learn, gen) if self.forget.static else None
     return (row | (self.counts or dict(kept=sum(m.numel()
         for m in self.forget.masks(learn, 1).values()), reset=0))

@@ -30,7 +30,7 @@ from ..kernels.inference import for_inference, freeze_layers, frozen_layers
 from ..channels.dead import cut_dead, has_dead
 from ..core.callback import EffectCallback
 from ..core.runs import (atomic_path, burn_in, explained, known_steps, missing_effects,
-    read_torch, safe_data, telling_steps, told_steps, what_file)
+    read_torch, safe_data, storing_steps, stored_steps, what_file)
 from ..channels.spaces import pin_names, pinned_modules
 from ..core.registry import VERB_ROOMS, VERBS, find_verb, recipe_verb
 from ..core.state import add_report, add_step, effects, root_module, told_loss
@@ -225,7 +225,7 @@ def _steps_and_state(content, source):
         return content['recipe'],content['state']
     state = (content['model'] if isinstance(content, dict)
         and content.keys() == {'model', 'opt'} else content)
-    steps = told_steps(state)
+    steps = stored_steps(state)
     if steps is not None and all('args' in s for s in steps): return steps,state
     kind = what_file(content)
     if kind is None:
@@ -248,7 +248,7 @@ _fastai_save = Learner.save
 @patch
 def save(self:Learner, file, **kwargs):
     "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, and how the network was changed"
-    with telling_steps(self.model, _all_steps(self.model)): return _fastai_save(self, file, **kwargs)
+    with storing_steps(self.model, _all_steps(self.model)): return _fastai_save(self, file, **kwargs)
 
 # %% ../../nbs/export/00_materialize.ipynb #bd1535d6
 def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):

@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import listify, patch, store_attr
 from ..core.optimizers import caller_model, for_caller, opt_state
 from ..core.layers import match_layers, tell_unknown
-from ..channels.cuts import Cut, tell_stale
+from ..channels.cuts import Cut, warn_stale
 from ..channels.ids import EMBEDDING, PINNED
 from .layers import Sliced
 from .switch import Switch
@@ -103,7 +103,7 @@ class SlicePlan(Switch):
 def follow(self:SlicePlan, rate=None):
     "For `materialize`: a function that lets attributes of the plain network tell the widths of this slice"
     cut = self.cut(self.keys[self.find(rate)])
-    return lambda new: tell_stale(cut.follow(new))
+    return lambda new: warn_stale(cut.follow(new))
 
 @patch
 def counts(self:SlicePlan, rate): return {n: self.units(self.cmap[n], rate) for n in self.spaces}

@@ -15,7 +15,7 @@ from threading import local
 
 import torch
 from torch.autograd.function import BackwardCFunction
-from ..core.optimizers import tell_export
+from ..core.optimizers import warn_export
 
 # %% ../../nbs/slicing/01_switch.ipynb #e64a82c4
 _here = ContextVar('paramfx_slices', default=None) # {id of a plan: key}
@@ -36,7 +36,7 @@ class Switch:
         d = _here.get()
         key = self.current if d is None else d.get(id(self), self.current)
         if torch.compiler.is_compiling():
-            tell_export('All widths of a sliced network are')
+            warn_export('All widths of a sliced network are')
             return key
         grad,again = torch.is_grad_enabled(),torch._C._current_graph_task_id() >= 0
         if grad: self.era = None

@@ -19,8 +19,8 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from paramfx.core.optimizers import (ComputedWeight, for_caller, swap_module, swap_params, tell_export,
-    way_out)
+from paramfx.core.optimizers import (ComputedWeight, for_caller, swap_module, swap_params,
+    warn_export, way_out)
 from ..core.tables import Table
 from ..core.layers import tell_unknown
 from ..core.registry import recipe_verb
@@ -126,7 +126,7 @@ class Tied(ComputedWeight):
 
     @property
     def weight(self):
-        tell_export('Tied weights and their tables are')
+        warn_export('Tied weights and their tables are')
         return read_bank(self.bank, self.idx, self.shape, self.sign_hash, self.scale)
 
     def reset_parameters(self):

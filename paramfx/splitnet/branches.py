@@ -13,8 +13,8 @@ from torch import nn
 from ..core.optimizers import for_caller, swap_module
 from ..channels.cuts import Cut
 from ..channels.ids import Flow, get_ids, squash, varying
-from paramfx.core.forward import (asleep, awake, check_same, copy_model, only_tensor, still,
-    unpack_sample)
+from ..core.forward import (check_same, copy_model, fill_zeros, only_tensor, still,
+    unpack_sample, zero_weights)
 from ..channels.spaces import Units, pinned_modules, short_list
 from .groups import check_groups
 from .split import SplitBlock, Splitting, split_layer, sub_layer
@@ -251,8 +251,8 @@ def branches(
         + for_caller("learn.split(splits=[2], classes='cluster')", "model = split_model(model, x, "
         "splits=[2], classes='cluster')") + ' first.')
     res = _branches(model)
-    zero = asleep(model)
-    if zero: _branches(awake(model, zero)) # what they hide is compared as well
+    zero = zero_weights(model)
+    if zero: _branches(fill_zeros(model, zero)) # what they hide is compared as well
     return res
 
 # %% ../../nbs/splitnet/05_branches.ipynb #09e14826

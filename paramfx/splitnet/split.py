@@ -21,8 +21,8 @@ from ..core.layers import CONVS
 from ..core.samples import sample_batch
 from ..core.optimizers import swap_module, way_out
 from ..channels.cuts import Cut
-from ..core.forward import (asleep, awake, check_same, copy_model, lit, pack_sample, practising,
-    still, tells, unpack_sample)
+from ..core.forward import (check_same, copy_model, fill_inputs, fill_zeros,
+    is_repeatable, pack_sample, still, training_mode, unpack_sample, zero_weights)
 from ..export.materialize import materialize, swap_model
 from ..core.registry import recipe_verb
 from ..channels.spaces import pin_names
@@ -162,21 +162,21 @@ def check(self:Splitting, new, model):
     p = next(model.parameters())
     xs = tuple(x.to(p.dtype) if x.is_floating_point() else x for x in self.plan.cmap.sample)
     self.compare(new, model, xs)
-    zero,ys = asleep(model),lit(xs)
+    zero,ys = zero_weights(model),fill_inputs(xs)
     if zero or any(y is not x for x,y in zip(xs, ys)):
-        self.compare(self.split(full := awake(model, zero)), full, ys, hidden=True)
+        self.compare(self.split(full := fill_zeros(model, zero)), full, ys, hidden=True)
 
 # %% ../../nbs/splitnet/04_split.ipynb #cb3b28fd
 @patch
 def compare(self:Splitting, new, model, xs, hidden=False):
     "In evaluation, and in training where other modules run then; `hidden`: there are random numbers in place of zeros"
     twin = self.masked(model, share=True)
-    for mode in (still, practising) if self.plan.cmap.late else (still,):
+    for mode in (still, training_mode) if self.plan.cmap.late else (still,):
         try:
             check_same(new, twin, xs, 1e-5 if next(model.parameters()).dtype == torch.float32
                 else None, mode)
         except ValueError: # of rounding, or of a fault? float64 tells
-            if (hidden or mode is practising) and not tells(twin, xs, mode): continue
+            if (hidden or mode is training_mode) and not is_repeatable(twin, xs, mode): continue
             check_same(copy_model(new).double(), copy_model(twin).double(),
                 tuple(x.double() if x.is_floating_point() else x for x in xs), mode=mode)
 
