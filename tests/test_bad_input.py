@@ -22,7 +22,7 @@ def mk(tmp_path): return partial(build, tmp_path)
 def mask(shape=(12, 8, 3, 3), dtype=torch.bool): return torch.ones(shape, dtype=dtype)
 
 
-# settings -> what the message has to name: the value (or the layer) and a way out
+# settings -> what the message has to name: the value (or the layer) and a remedy
 BAD = {
     'sparsity of 1': (dict(sparsity=1.), 'sparsity=1.0', r'\[0, 1\)'),
     'sparsity above 1': (dict(sparsity=90), 'sparsity=90', r'\[0, 1\)'),

@@ -1,4 +1,4 @@
-"Exporting a live network says what it carries, and names the way out; after it there is nothing to say."
+"Exporting a live network says what it carries, and names `materialize`; after it there is nothing to say."
 import warnings
 
 import pytest

@@ -76,7 +76,7 @@ class Record:
         if ids is not None: self.pins.append((squash(ids).flatten(), why))
 
     def join(self, a, b, why=''):
-        "Channels `a` and `b` live or die together, pair by pair; what meets a raw channel stays whole"
+        "Channels `a` and `b` are kept or removed together, pair by pair; what meets a raw channel stays whole"
         a,b = a.flatten(),b.flatten()
         raw = (a == 0) | (b == 0)
         if raw.any():
@@ -94,7 +94,7 @@ class Record:
 # %% ../../nbs/channels/00_ids.ipynb #4e0588be
 @patch
 def tie(self:Record, ids, dims, why):
-    "Channels that differ along `dims` live or die together; returns the ids without these dimensions (size 1)"
+    "Channels that differ along `dims` are kept or removed together; returns the ids without these dimensions (size 1)"
     for d in dims:
         ids = squash(ids)
         if ids.shape[d] == 1: continue
@@ -132,7 +132,7 @@ def bind(self:Record, t, dim, ids, kind, why=''):
 # %% ../../nbs/channels/00_ids.ipynb #d1d37cda
 @patch
 def emit(self:Record, t, dim, n):
-    "Ids of the `n` channels that the stored tensor `t` hands out along `dim`: the same at each use"
+    "Ids of the `n` channels that the stored tensor `t` emits along `dim`: the same at each use"
     own = self.owner.get(id(t))
     if own is None: return None
     if (*own, dim) in self.bindings and 'rows' in self.bindings[(*own, dim)].kind:
@@ -209,7 +209,7 @@ def _plain_call(args, kwargs):
     first = next((k for k in ('input', 'tensors', 'tensor') if k in kwargs), None)
     return (args, kwargs) if args or first is None else ((kwargs.pop(first),), kwargs)
 
-# reasons to stay whole that go by themselves
+# reasons to stay whole that resolve as the trace goes on
 OUTPUT,EMBEDDING,PINNED = 'they are the output of the model','is an embedding','is pinned'
 TRAINED = f'{OUTPUT} in training'
 

@@ -81,7 +81,7 @@ def all_matrices(
     model:nn.Module, # Any network
     types:tuple=WEIGHTED # Classes of layer that are known
 ) -> list: # `Matrix`es in order of definition, tied ones once
-    "Every parameter of `model` with at least two dimensions, whoever holds it"
+    "Every parameter of `model` with at least two dimensions, of any module"
     held = {}
     for n,m in model.named_modules():
         for k,p in m._parameters.items():

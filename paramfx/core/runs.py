@@ -160,7 +160,7 @@ def read_torch(file, device='cpu'):
     with torch.serialization.safe_globals(_FASTAI):
         return torch.load(file, map_location=device, weights_only=True)
 
-def what_file(content) -> str|None: # None: it cannot be told
+def what_file(content) -> str|None: # None: unknown
     "What a file of torch holds, and the call that reads it"
     has = set(content) if isinstance(content, dict) else set()
     if {'fit', 'epoch', 'rng', 'model'} <= has:

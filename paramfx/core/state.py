@@ -178,7 +178,7 @@ def release(self:EffectState, model):
     if not model._effects: del model._effects
 
 # %% ../../nbs/core/05_state.ipynb #7c5d10a2
-# share of the squared weights from which on a loss is told in a warning; below it, accuracy hardly
+# share of the squared weights from which on a warning reports a loss; below it, accuracy hardly
 # moves
 LOST = .01
 

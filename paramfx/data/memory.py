@@ -42,7 +42,7 @@ class InMemory:
         mean:float=0., # Was subtracted from the inputs; for bytes, of inputs in [0,1], and subtracted per batch
         std:float=1., # Then they were divided by this
         reader=None, # Makes one input, not normalised, of a raw item; it must survive pickling
-        split_idx:int|None=None, # What transforms are told: 0 for training, 1 for validation
+        split_idx:int|None=None, # Passed to transforms: 0 for training, 1 for validation
         names:list|None=None # Where the items are from, such as file names
     ):
         if vocab is not None and len(set(vocab)) < len(vocab):

@@ -49,7 +49,7 @@ def _rates(split_rate):
 
 @contextmanager
 def _untraced():
-    "What cannot be cut is told together with what needs no trace"
+    "Errors about cuts also name the policies that need no trace"
     try: yield
     except (ValueError, NotImplementedError) as e: raise type(e)(f'{e} {UNTRACED}') from e
 

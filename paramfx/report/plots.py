@@ -182,7 +182,7 @@ def plot_survival(
     ax=None, # Axes to draw on
     title:str|None=None # Text above
 ): # The axes
-    "How long what grew stays alive"
+    "How long grown units survive"
     rows = [_array(c).astype(float) for c in counts]
     named = [(f'grown at {i+1}', r) for i,r in enumerate(rows) if len(r) > 1 and r[0]]
     if not named:

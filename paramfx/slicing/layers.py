@@ -55,7 +55,7 @@ def _narrowed(t, idx):
     return t
 
 def _may_add(w, node):
-    "Can a part be added to the gradient of `w` in place, with nobody watching?"
+    "Can a part be added to the gradient of `w` in place, with no hook on it?"
     g = w.grad
     if (g is None or g.shape != w.shape or g.dtype != w.dtype or g.layout != torch.strided
         or torch.is_grad_enabled()):

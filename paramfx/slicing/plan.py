@@ -204,7 +204,7 @@ def choose_spaces(
     only=None, # Names of spaces, or layers as in `pick_layers`; 'ffn': what lies between two linear layers
     exclude=None # The same, left whole
 ) -> list: # Names of the spaces to slice
-    "What `slice_model` slices; raises where something has to stay whole that nobody has named"
+    "What `slice_model` slices; raises where something that was not excluded has to stay whole"
     ffn = _feed_forward(cmap, model)
     if only is None: chosen = [s.name for s in cmap if s.cuttable or s.size > 1 and not s.is_output]
     else:

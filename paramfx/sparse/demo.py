@@ -61,7 +61,7 @@ def _tied90(new, fit):
 def _filters(new, fit):
     "Half of the filters of each convolution, chosen while training; then cut out"
     learn = fit(new(), cbs=DynamicSparse(.5, granularity='filter', include=CONVS, period=12, stop=.6,
-        # a filter that grows from zero seldom comes alive behind a ReLU, so few move, and early
+        # a filter that grows from zero is seldom activated behind a ReLU, so few move, and early
         method=DSR(n_realloc=2, threshold=.02, across_layers=False, grow_init='random')))
     return learn.materialize()
 

@@ -140,7 +140,7 @@ def save_sparse(
     dtype=None, # 'float32', 'float16' or 'bfloat16' for live values that are stored sparse; None: as they are
     masks:dict=None # Parameter name -> bool tensor of what is live; None: masks in force, and exact zeros elsewhere
 ) -> Path: # `file`
-    "Save what is alive in a network, and where; no optimizer state"
+    "Save the live values of a network, and where they belong; no optimizer state"
     check_values(root_module(model))
     for _,st in effect_states(root_module(model)):
         if isinstance(st.holder, MaskStore): st.holder.catch_up(strict=True)
@@ -309,7 +309,7 @@ def save_sparse(self:Learner,
     dtype=None, # 'float32', 'float16' or 'bfloat16' for live values that are stored sparse; None: as they are
     masks:dict=None # Parameter name -> bool tensor of what is live; None: masks in force, and exact zeros elsewhere
 ) -> Path:
-    "Save what is alive in the network, and where; no optimizer state. Returns the path"
+    "Save the live values of the network, and where they belong; no optimizer state. Returns the path"
     path = _path(self, file)
     return path if rank_distrib() else save_sparse(self.model, path, dtype, masks)
 

@@ -30,7 +30,7 @@ def flat_blocks(
 def as_kernels(
     live:torch.Tensor # Bool, of a weight's shape
 ) -> torch.Tensor: # `live` itself, or one entry per kernel
-    "One entry per kernel, where kernels are alive or dead as a whole"
+    "One entry per kernel, where kernels are kept or dropped whole"
     size = prod(live.shape[2:])
     if live.ndim < 3 or size < 2 or int(live.count_nonzero())%size: return live
     few = live[(slice(None), slice(None), *[slice(0, 1)]*(live.ndim-2))].contiguous()

@@ -60,7 +60,7 @@ def _dense(model):
 
 # %% ../../nbs/splitnet/05_branches.ipynb #b2900d43
 class Feature(nn.Module):
-    "In the place of a trunk's module: hands out what the trunk has computed"
+    "In the place of a trunk's module: returns what the trunk has computed"
     def __init__(self): super().__init__(); self.value = None
     def forward(self, *args, **kwargs): return self.value
 

@@ -338,7 +338,7 @@ def columns(self:SplitNet):
 # %% ../../nbs/splitnet/07_callback.ipynb #bef34bee
 @patch
 def groups(self:SplitNet,
-    equal_groups:bool=None # Of the same size? None: as the callback was told
+    equal_groups:bool=None # Of the same size? None: as in the callback
 ) -> dict:
     "Space -> group of each unit, for `split_model`; coarser groups are those of these merged"
     return self.effect.holder.groups(equal_groups)

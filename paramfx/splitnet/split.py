@@ -335,7 +335,7 @@ def split(self:Learner,
     classes=None, # As for `split_model`, also by the names in `dls.vocab`; None: the groups that were learned
     sample=None, # Input to trace and to compare with; None: from the loaders
     seed:int=0, # For 'random' and 'cluster'
-    equal_groups:bool=None, # Groups of the same size, of those that were learned? None: as `SplitNet` was told
+    equal_groups:bool=None, # Groups of the same size, of those that were learned? None: as in `SplitNet`
     pin=None # As for `split_model`; None: what `SplitNet` was given
 ) -> Learner: # Itself
     "Replace the model by its split form; effects end, and the next fit makes a new optimizer"

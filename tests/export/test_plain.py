@@ -1,4 +1,4 @@
-"""The way out: dead channels cut exactly, recipes in fresh processes, optimizers that go on, files that load without this library."""
+"""Materialize: dead channels cut exactly, recipes in fresh processes, optimizers that go on, files that load without this library."""
 import copy
 import pickle
 import subprocess

@@ -195,7 +195,7 @@ def test_an_optimizer_that_is_there_goes_on(tmp_path):
     close(records(a), records(b))
 
 
-# -- files and the way out
+# -- files and materialize
 
 def go_on(*learns):
     "Another epoch, with the same batches"

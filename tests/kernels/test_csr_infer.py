@@ -290,7 +290,7 @@ def test_break_even_lies_between_faster_and_slower(dtype):
     assert 0 < break_even(256, 256, 16, kind='bsr 8x8', rounds=1) < 1 and 0 < break_even(64, 64, 2, pixels=(7, 7), rounds=1) < 1
 
 
-# the way out
+# materialize
 
 def test_materialize_of_masks_and_back(fast):
     m, x = net(1.), torch.randn(32, 600)

@@ -326,7 +326,7 @@ def test_errors_come_before_anything_changes(mk, kw, text):
     assert '_recipe' not in vars(learn.model) and not learn.paramfx
 
 
-# -- the way out, recipes
+# -- materialize, recipes
 @pytest.mark.parametrize('kw', [dict(), dict(granularity='kernel', sign_hash=True), dict(rescale_grad=True, seed=5, include='*')])
 def test_materialize_unties(mk, kw):
     learn = mk().tie(.8, **kw)
