@@ -573,6 +573,7 @@ def test_types_of_the_published_columns():
     assert zoo.published('knowledge_evolution', 'aircraft').row_params.isna().all() # which nobody counts
 
 
-def test_the_language_model_is_in_all():
+def test_names_of_fastai_are_not_shadowed():
     import paramfx.all
-    assert hasattr(paramfx.all, 'LSTMLM') and not hasattr(paramfx.all, 'Table') # fastai has a Table of its own
+    assert not hasattr(paramfx.all, 'Table') # fastai has a Table of its own
+    assert nets.LSTMLM and not hasattr(paramfx.all, 'LSTMLM') # a network of the zoo as the others
