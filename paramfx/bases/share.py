@@ -33,8 +33,6 @@ from ..core.state import (add_report, add_step, all_or_nothing, effects, has_tra
     root_module, told_loss)
 
 # %% ../../nbs/bases/05_share.ipynb #4eb35d6a
-# from here as well
-
 def _check(model, n_bases, mode, basis_norm, init, **flags):
     "Raise where these are no settings, or the model is under an effect"
     for k,v,ok in (('n_bases', n_bases, (1, 2)), ('mode', mode, ('basis', 'tie')),
