@@ -1,5 +1,6 @@
 "The worked example of CONTRIBUTING.md runs, as it is printed; its picture names packages that are there."
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -39,5 +40,13 @@ def test_the_house_is_as_drawn():
     lib = ROOT/'paramfx'
     there = {p.name for p in lib.iterdir() if p.is_dir() and p.name[0] != '_'} | {'losses'}
     assert drawn == there
+    families = drawn & {'sparse', 'slicing', 'splitnet', 'bases', 'evolution'}
+    text = re.sub(r'\[.*?\]', '', TEXT.partition('```mermaid')[2].partition('```')[0])
+    for srcs, dsts in re.findall(r'([\w &]+) --> ([\w &]+)', text): # each arrow is an import
+        for src, dst in product(*([n.strip() for n in side.split('&')] for side in (srcs, dsts))):
+            files = [f for f in lib.rglob('*.py') if f.relative_to(lib).parts[0].removesuffix('.py') in (families if src == 'families' else {src})]
+            names = '|'.join(families if dst == 'families' else {dst})
+            code = ''.join(f.read_text(encoding='utf8') for f in files)
+            assert re.search(rf'from \.+({names})\b|from \.+ import ({names})\b|paramfx\.({names})\b', code), (src, dst)
     for path in re.findall(r'`((?:nbs|tests|paramfx)/[\w/]+\.\w+)`', TEXT): assert (ROOT/path).exists(), path
     for path in re.findall(r'\]\((paramfx/[\w/]+\.py)\)', TEXT): assert (ROOT/path).exists(), path
