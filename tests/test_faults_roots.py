@@ -89,7 +89,7 @@ def test_live_weights_stay_the_same_to_the_bit(opt, state, monkeypatch):
             for p in learn.model.parameters() for v in opt_state(learn.opt, p).values() if torch.is_tensor(v)]
     new = run()
     monkeypatch.setattr(paramfx.sparse.sparsify, 'spare_roots', lambda opt: None)
-    monkeypatch.setattr(paramfx.masks.store.MaskStore, 'fade_', lambda self, opt: None)
+    monkeypatch.setattr(paramfx.masks.store.MaskStore, 'zero_faded_', lambda self, opt: None)
     old = run()
     assert len(new) == len(old) and all(map(torch.equal, new, old))
 

@@ -21,7 +21,7 @@ from .layers import SharedConv2d
 from .share import renew_opt
 from .plan import conv_places
 from ..core.tables import Table
-from ..core.optimizers import for_caller, swap_module, way_out
+from ..core.optimizers import for_caller, swap_module, materialize_call
 from ..core.samples import rng_guard, sample_batch
 from ..core.forward import copy_model
 from .callback import param_lists
@@ -75,14 +75,14 @@ def _checked(model, stages, shared_rank, unique_rank, scale_rank):
             "shared_rank=0, unique_rank=0: there is no filter to combine. Give at least one.")
     if effects(model):
         raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or "
-            f"call {way_out()} first.")
+            f"call {materialize_call()} first.")
     if not stages:
         raise ValueError(f"{type(model).__name__}: no stage has two bottleneck blocks of plain "
             "convolutions conv2, bn2, conv3. "
                                    f"Use {for_caller('learn.share_bases()', 'share_bases(model, x)')}, "
                                    "which takes any network.")
     if model.__dict__.get('_pending'):
-        raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
+        raise ValueError(f"A cut waits to be applied. Call {materialize_call()} first.")
     for ms in ([(b, model.get_submodule(f'{b}.conv2')) for b in v] for v in stages.values()):
         odd = [b for b,m in ms if (m.in_channels, m.kernel_size) != (ms[0][1].in_channels,
             ms[0][1].kernel_size)]

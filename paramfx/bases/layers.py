@@ -13,7 +13,7 @@ from math import prod
 
 import torch, torch.nn.functional as F
 from torch import nn
-from ..core.optimizers import ComputedWeight, for_caller, warn_export, way_out
+from ..core.optimizers import ComputedWeight, for_caller, warn_export, materialize_call
 from ..report.cost import n_nonzero
 from fastcore.basics import patch
 
@@ -39,7 +39,7 @@ class Sharing:
     def _replicate_for_data_parallel(self):
         if self.owner is not self:
             raise RuntimeError(f"{type(self).__name__}: `nn.DataParallel` leaves shared filters on the "
-                f"first device. Use `learn.distrib_ctx()`, or call {way_out()} before.")
+                f"first device. Use `learn.distrib_ctx()`, or call {materialize_call()} before.")
         return super()._replicate_for_data_parallel()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -47,7 +47,7 @@ class Sharing:
         if strict and key in state_dict and 'weight' not in self._parameters: errors.append(
             f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one shares its "
             f"filters. Load it before {for_caller('learn.share_bases()', 'share_bases(model, x)')}, or "
-            f"call {way_out()} first.")
+            f"call {materialize_call()} first.")
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
                 unexpected, errors)
@@ -298,6 +298,6 @@ def sharing_layers(
     for n,m in mods.items():
         if m.owner not in inside:
             raise ValueError(f"{n}: the layer that owns its shared filters is not in this model, so "
-                f"nothing would train them. Keep both, or call {way_out()} on the whole before taking "
+                f"nothing would train them. Keep both, or call {materialize_call()} on the whole before taking "
                 "it apart.")
     return mods

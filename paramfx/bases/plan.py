@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from .layers import Sharing
 from ..core.layers import CONVS, match_layers
-from ..core.optimizers import way_out
+from ..core.optimizers import materialize_call
 
 # %% ../../nbs/bases/02_plan.ipynb #b93d2cb8
 def _blocks(mods, counts, name, least):
@@ -57,7 +57,7 @@ def why_not(
 ) -> tuple: # Reason and cure; both '' where it can
     "Why a convolution cannot share filters, and what to do about it"
     w = m._parameters.get('weight')
-    if isinstance(m, Sharing): return 'it shares filters already',f'Call {way_out()} first.'
+    if isinstance(m, Sharing): return 'it shares filters already',f'Call {materialize_call()} first.'
     if any(is_lazy(p) for p in m._parameters.values() if p is not None):
         return 'lazy','Run one batch through the model first.'
     if w is None:
@@ -67,7 +67,7 @@ def why_not(
     if w.is_complex():
         return ('its weight is complex, and the norm between filters and coefficients is of real '
             'numbers','Leave it out.')
-    if hasattr(m, 'weight_mask'): return 'masked',f'Call {way_out()} first.'
+    if hasattr(m, 'weight_mask'): return 'masked',f'Call {materialize_call()} first.'
     if users.get(id(w), 1) > 1:
         return 'its weight is used by another layer, too','Give each a weight of its own.'
     if 1 < m.groups == m.in_channels: return 'depthwise: each filter sees one channel','Leave it out.'

@@ -22,15 +22,15 @@ from fastai.basics import Learner, OptimWrapper
 from .layers import BasisConv2d, SharedConv2d
 from .init import calibrate, kaiming_coeff, ortho_filters, svd_filters
 from .plan import BasisGroup, basis_names, check_ranks, find_groups
-from ..core.layers import CONVS, left_out, tell_reasons, tell_unknown
+from ..core.layers import CONVS, left_out, summarize_reasons, describe_unknown
 from ..core.tables import Table
 from ..core.samples import rng_guard, sample_batch
-from ..core.optimizers import swap_module, way_out
+from ..core.optimizers import swap_module, materialize_call
 from .callback import check_once, param_lists
 from ..core.registry import recipe_verb
 from ..report.cost import layer_macs, n_params
 from ..core.state import (add_report, add_step, all_or_nothing, effects, has_trained, lost_share,
-    root_module, told_loss)
+    root_module, describe_loss)
 
 # %% ../../nbs/bases/05_share.ipynb #4eb35d6a
 def _check(model, n_bases, mode, basis_norm, init, **flags):
@@ -44,9 +44,9 @@ def _check(model, n_bases, mode, basis_norm, init, **flags):
         if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: say True or False.")
     if effects(model):
         raise ValueError(f"The model is under {', '.join(effects(model))}. Share bases before that, or "
-            f"call {way_out()} first.")
+            f"call {materialize_call()} first.")
     if model.__dict__.get('_pending'):
-        raise ValueError(f"A cut waits to be applied. Call {way_out()} first.")
+        raise ValueError(f"A cut waits to be applied. Call {materialize_call()} first.")
 
 def _check_init(model, mode, basis_norm, init, batches, sweeps):
     "Raise where filters or norms could not begin as they are asked to"
@@ -114,8 +114,8 @@ def _planned(model, sample, shared_rank, unique_rank, scale_rank, n_bases, mode,
     if mode == 'basis': check_ranks(shared_rank, unique_rank)
     found,skip = find_groups(model, shared_rank, unique_rank, scale_rank, n_bases, mode, skip_first,
         groups, _apart(model, splitter))
-    why = tell_reasons([dict(layer=n, note=r) for n,r in skip.items()])
-    why = why or f'the model has no convolution. {tell_unknown(model)}'.strip(' .')
+    why = summarize_reasons([dict(layer=n, note=r) for n,r in skip.items()])
+    why = why or f'the model has no convolution. {describe_unknown(model)}'.strip(' .')
     if not found:
         raise ValueError(f"Nothing to share: {why}. Name layers by groups={{name: [layers]}}, or "
             "change the ranks.")
@@ -220,7 +220,7 @@ def _errors(model, table, new):
     for r in table:
         if r['layer'] in pairs: r['lost'] = lost_share([pairs[r['layer']]])
     worst = max((r for r in table if 'lost' in r), key=lambda r: r['lost'])
-    return told_loss(lost_share(pairs.values()), f"{worst['layer']} loses most, "
+    return describe_loss(lost_share(pairs.values()), f"{worst['layer']} loses most, "
         f"{100*worst['lost']:.3g} %. Give higher ranks, or measure the norms anew and train on.")
 
 # %% ../../nbs/bases/05_share.ipynb #fe156737

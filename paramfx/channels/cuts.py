@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from ..core.layers import all_matrices
-from ..core.optimizers import caller_model, way_out
+from ..core.optimizers import caller_model, materialize_call
 from ..core.forward import (check_same, copy_model, failing_module, fill_inputs,
     fill_zeros, forget_states, is_repeatable, pack_sample, still, training_mode, zero_weights)
 from .spaces import short_list
@@ -260,9 +260,9 @@ def apply(self:Cut,
     "Cut the channels out of a copy of `model`"
     model = root_module(model)
     if effects(model):
-        raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first.")
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Call {materialize_call()} first.")
     if any(getattr(v, 'until_plain', False) for m in model.modules() for v in vars(m).values()): raise ValueError(
-        f"The model is sliced, and its slices would no longer fit. Call {way_out()} or "
+        f"The model is sliced, and its slices would no longer fit. Call {materialize_call()} or "
         f"`unslice({caller_model()})` first.")
     new = self._small(model)
     if follow: warn_stale(self.follow(new))

@@ -113,7 +113,7 @@ def left_out(
     return (rows+[dict(layer=x.name, shape=x.shape, note=why(x)) for x in rest if x.layer not in skip
         and x.name not in skip])
 
-def tell_reasons(
+def summarize_reasons(
     rows:list, # Rows with `layer` and `note`
     most:int=4 # Names for each reason
 ) -> str:
@@ -125,7 +125,7 @@ def tell_reasons(
     return '; '.join(f"{', '.join(ns[:most])}{more(ns)} ({why})" for why,ns in largest)
 
 # %% ../../nbs/core/02_layers.ipynb #e8f4f5df
-def tell_unknown(
+def describe_unknown(
     model:nn.Module, # Any network
     taken=() # Names of the matrices that are taken
 ) -> str: # A sentence, or nothing

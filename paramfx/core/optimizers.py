@@ -192,9 +192,9 @@ def warn_export(what:str) -> None:
     "Warn where a layer that is there for training only is being exported, as `torch.export` and `torch.onnx.export` do"
     if not (getattr(torch.compiler, 'is_exporting', bool)() or torch.onnx.is_in_onnx_export()): return
     warnings.warn(f'{what} exported as they are trained, with all that goes on the way out. Export '
-        f'what {way_out()} makes of the network.')
+        f'what {materialize_call()} makes of the network.')
 
-def way_out() -> str:
+def materialize_call() -> str:
     "The remedy of all that wants an ordinary network"
     return for_caller('learn.materialize()', 'model = materialize(model, x)')
 
@@ -206,7 +206,7 @@ class ComputedWeight:
         if name == 'weight':
             raise TypeError(f"{self.label or self}: its weight is calculated from other tensors, "
                 "so none can be put in its place, "
-                                             f"as quantization does. Make an ordinary network first: {way_out()}.")
+                                             f"as quantization does. Make an ordinary network first: {materialize_call()}.")
     def register_parameter(self, name, param):
         self._refuse(name)
         super().register_parameter(name, param)

@@ -199,7 +199,7 @@ def has_trained(
     return (bool(getattr(learn, 'pretrained', False)) or learn.opt is not None
         and any(opt_state(learn.opt, p) for p in learn.model.parameters()))
 
-def told_loss(
+def describe_loss(
     share:float, # From `lost_share`
     remedy:str # What to do about it
 ) -> str: # None below `LOST`

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastai.basics import Learner
 from ..channels.trace import trace_channels
-from ..core.layers import WEIGHTED, all_matrices, match_layers, tell_unknown, weighted_layers
+from ..core.layers import WEIGHTED, all_matrices, match_layers, describe_unknown, weighted_layers
 from ..core.samples import as_shapes, rng_guard, sample_batch
 from ..channels.cuts import Cut, cut_arg
 import paramfx.export.materialize # gives Learner materialize  # noqa: F401
@@ -191,7 +191,7 @@ def spare_embeddings(
     if spared and len(spared) == len(names):
         n,e = next(iter(spared.items()))
         shape = 'x'.join(map(str, model.get_parameter(n).shape))
-        more = ' '.join(o for o in (tell_unknown(model), remedy.format(layer=e)) if o)
+        more = ' '.join(o for o in (describe_unknown(model), remedy.format(layer=e)) if o)
         raise ValueError(f"{e}: all that this policy would draw anew is the embedding ({n}, {shape}), "
             "and embeddings are left alone "
                          f"unless they are asked for. {more}".strip())
@@ -229,7 +229,7 @@ def wels_masks(
         if id(p) in asked and k not in found: res[k] = _uniform(p.shape, generator) >= 1-asked[id(p)]
     if not res: raise ValueError(
         f'{type(model).__name__}: no layer that holds connections, so there is nothing to split. '
-        f'{tell_unknown(model)}'.strip())
+        f'{describe_unknown(model)}'.strip())
     return res
 
 _ASK = "Name it, as in split_rate={{{layer!r}: .5}} with policy 'wels', or choose another policy."

@@ -21,7 +21,7 @@ from fastai.basics import Learner
 from ..channels.cuts import Cut
 from ..channels.trace import trace_channels
 from ..core.tables import Table
-from ..core.optimizers import check_values, swap_params, way_out
+from ..core.optimizers import check_values, swap_params, materialize_call
 from ..core.samples import sample_batch
 from ..kernels.timing import check_fmt, infer_rows
 from ..channels.cuts import CUTS
@@ -33,7 +33,7 @@ from ..core.runs import (atomic_path, burn_in, explained, known_steps, missing_e
     read_torch, safe_data, storing_steps, stored_steps, what_file)
 from ..channels.spaces import pin_names, pinned_modules
 from ..core.registry import VERB_ROOMS, VERBS, find_verb, recipe_verb
-from ..core.state import add_report, add_step, effects, root_module, told_loss
+from ..core.state import add_report, add_step, effects, root_module, describe_loss
 
 # %% ../../nbs/export/00_materialize.ipynb #0bfb3bd6
 def defer(
@@ -114,18 +114,18 @@ class Recipe(list):
         "The steps that `model` has behind it, effects in force included"
         model = root_module(model)
         if model.__dict__.get('_pending'):
-            raise ValueError(f'A cut waits to be applied, which cannot be recorded. Call {way_out()} '
+            raise ValueError(f'A cut waits to be applied, which cannot be recorded. Call {materialize_call()} '
                 'first.')
         inner = _inner(model, '_recipe', '_pending', '_effects')
         if inner:
             raise ValueError(f"{', '.join(inner[:3])}: this part has steps of its own, and what is "
-                f"around it knows nothing of them. Save it alone, or call {way_out()} on the whole and "
+                f"around it knows nothing of them. Save it alone, or call {materialize_call()} on the whole and "
                 "save its weights.")
         steps = list(model.__dict__.get('_recipe', []))
         for n,st in effects(model).items():
             if n not in VERBS or VERBS[n][1] is None:
                 raise ValueError(f"{n} cannot be recorded: begin it anew, then load the weights; or "
-                    f"call {way_out()} first.")
+                    f"call {materialize_call()} first.")
             steps.append(dict(verb=n, args=VERBS[n][1](st)))
         for s in steps:
             if not _plain_data(s):
@@ -276,7 +276,7 @@ def _materialize(model, sample, tol=None, dead=True, pin=None, fmt=None, **kw):
     for cut in chain(new.__dict__.pop('_pending', []), ((CUTS[k], v) for k,v in late.items())):
         remedy = getattr(cut[0], 'remedy', '') if isinstance(cut, tuple) else ''
         if not isinstance(cut, Cut): cut = cut[0](new, sample, cut[1], pin)
-        how = told_loss(cut.lost(new), remedy or 'Train it on.')
+        how = describe_loss(cut.lost(new), remedy or 'Train it on.')
         new = cut.apply(new)
         cuts.append(cut); rows.append(dict(what='cut', how=f"{cut!r}{f': {how}' if how else ''}"))
         if how: lost.append(dict(what='cut', how=how))
@@ -423,5 +423,5 @@ def export(self:Learner, fname='export.pkl', **kwargs):
     live = effects(self.model) or any(callable(getattr(m, 'plain', None)) for m in self.model.modules())
     if ours:
         warnings.warn(f"{fname} will load only where paramfx is installed: it holds {', '.join(ours)}."
-            + (f" Call {way_out()} first." if live else ''))
+            + (f" Call {materialize_call()} first." if live else ''))
     return _fastai_export(self, fname, **kwargs)

@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 from torch import nn
 from ..core.tables import Table
-from ..core.optimizers import check_values, way_out
+from ..core.optimizers import check_values, materialize_call
 from ..core.layers import match_layers
 from ..core.samples import rng_guard
 from .csr import CSR, why_not_csr
@@ -226,7 +226,7 @@ def sparse_infer(
 ) -> nn.Module: # For inference only
     "A network with sparse products where they are faster; its outputs are checked. `sparse_infer.plan` tells why"
     if effects(model):
-        raise ValueError(f"{', '.join(effects(model))} is in force on this model. Call {way_out()} "
+        raise ValueError(f"{', '.join(effects(model))} is in force on this model. Call {materialize_call()} "
             "first.")
     new,rows = infer_rows(model, sample, fmt, include, tol)
     if not rows or all(r['becomes'] == 'dense' for r in rows): warnings.warn(rows.note)

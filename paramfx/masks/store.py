@@ -166,7 +166,7 @@ class Masked:
             and t.shape == self.param.shape and (only is None or k in only)]
     def clean_(self, opt):
         for t in self.states(opt): t.mul_(self.float.to(t.dtype))
-    def fade_(self, opt):
+    def zero_faded_(self, opt):
         "Set what has faded to nothing in the state of dead weights to 0: subnormal numbers make every step slow"
         for t in self.states(opt):
             if t.is_floating_point():
@@ -257,9 +257,9 @@ def state_(self:MaskStore, opt):
     for e in self.items: e.clean_(opt)
 
 @patch
-def fade_(self:MaskStore, opt):
+def zero_faded_(self:MaskStore, opt):
     "Set what is next to nothing in the optimizer's state of dead weights to 0"
-    for e in self.masked: e.fade_(opt)
+    for e in self.masked: e.zero_faded_(opt)
 
 @patch
 def reinit_(self:MaskStore, f):

@@ -15,13 +15,13 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import listify, patch, store_attr
 from ..core.optimizers import caller_model, for_caller, opt_state
-from ..core.layers import match_layers, tell_unknown
+from ..core.layers import match_layers, describe_unknown
 from ..channels.cuts import Cut, warn_stale
 from ..channels.ids import EMBEDDING, PINNED
 from .layers import Sliced
 from .switch import Switch
 from ..channels.spaces import short_list
-from ..core.state import root_module, told_loss
+from ..core.state import root_module, describe_loss
 
 # %% ../../nbs/slicing/03_plan.ipynb #d827c139
 def check_rate(rate) -> float:
@@ -145,7 +145,7 @@ def unfinished(self:SlicePlan, model, effects=(), rate=None) -> str:
     least = lambda n: min(self.keys[k].get(n, self.cmap[n].size) for k in known)
     if all(k >= least(n) for n,k in self.keys[key].items()): return None
     with self.at(1.): share = self.cut(self.keys[key]).lost(model)
-    return told_loss(share, f"Slice {key} was never trained, nor a narrower one: train with "
+    return describe_loss(share, f"Slice {key} was never trained, nor a narrower one: train with "
         "cbs=SliceTrain() before, or this network afterwards.")
 
 # %% ../../nbs/slicing/03_plan.ipynb #8a08c1a6
@@ -189,7 +189,7 @@ def _feed_forward(cmap, model):
 
 def _nothing(cmap, model, only, out):
     "Why no space is left"
-    unknown = tell_unknown(model)
+    unknown = describe_unknown(model)
     if out: return 'all is excluded'
     if unknown: return unknown.rstrip('.')
     if any(s.why.endswith(EMBEDDING) for s in cmap):
@@ -225,7 +225,7 @@ def choose_spaces(
             f"Leave {'them' if stuck[1:] else 'it'} out with exclude={names}"
             + (", or slice the hidden layers of the feed-forward parts only, with only='ffn'." if ffn
                 and only is None else '.') if cmap.cuttable else 'Nothing is left to slice. '
-                f'{tell_unknown(model)}'.strip()))
+                f'{describe_unknown(model)}'.strip()))
     if not chosen: raise ValueError(f"Nothing to slice: {_nothing(cmap, model, only, out)}. "
                                     f"Spaces: {short_list([s.name for s in cmap]) or 'none'}.")
     return chosen

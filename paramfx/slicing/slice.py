@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from fastai.basics import Learner
 from ..channels.trace import trace_channels
 from ..core.tables import Table
-from ..core.optimizers import caller_model, swap_module, way_out
+from ..core.optimizers import caller_model, swap_module, materialize_call
 from ..core.samples import sample_batch
 from paramfx.core.forward import (copy_model, model_inputs, pack_sample, state_keepers, still,
     unpack_sample)
@@ -91,7 +91,7 @@ def _check(model, groups, norm, divisor, rescale, sort):
             f"Call `unslice({caller_model()})` first, or `name_slice({caller_model()}, .4)` for another slice.")
     if effects(model):
         raise ValueError(f"The model is under {', '.join(effects(model))}. Slice it before that (in "
-            f"`cbs`, SliceTrain goes first), or call {way_out()} first.")
+            f"`cbs`, SliceTrain goes first), or call {materialize_call()} first.")
     if sort not in (None, 'l1', 'taylor'):
         raise ValueError(f"sort={sort!r}: choose 'l1', 'taylor' or None.")
     if sort == 'taylor' and not any(p.grad is not None for p in model.parameters()):

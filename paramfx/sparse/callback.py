@@ -19,7 +19,7 @@ from ..core.arguments import moved_args
 from ..core.callback import EffectCallback, finding_lr
 from ..core.clock import SPAN_FORMS, Clock, SchedSteps, as_sched, check_sched
 from ..core.samples import generator
-from ..core.state import effects, has_trained, told_loss
+from ..core.state import effects, has_trained, describe_loss
 from ..masks.store import MaskStore
 from ..masks.units import check_sparsity, unit_scores
 from .compute import Compute, use_csr
@@ -176,7 +176,7 @@ def _warn_frozen(self:DynamicSparse, frozen, table):
 @patch
 def _warn_lost(self:DynamicSparse, share):
     better = "init_mask='magnitude' keeps the largest weights, and " if self.init_mask == 'random' else ''
-    lost = told_loss(share, f"Masks act at once: {better}`learn.prune` takes weights out step by step.")
+    lost = describe_loss(share, f"Masks act at once: {better}`learn.prune` takes weights out step by step.")
     if lost: warn(f"DynamicSparse: {lost}")
 
 # %% ../../nbs/sparse/05_callback.ipynb #a0d7d4a6
@@ -303,7 +303,7 @@ def _choose(self:DynamicSparse, items):
 @patch
 def place(self:DynamicSparse, e, mask, dropped, n, score=None, generator=None): # Flat indices
     "Where `n` units of a `Masked` parameter grow, at random or by score; with a pattern n:m in the groups that lose some"
-    if e.groups: return grow_in_groups(mask, dropped, *e.groups, score, generator)
+    if e.groups: return grow_in_groups(mask, dropped, *e.groups, score=score, generator=generator)
     return grow_random(mask, n, generator) if score is None else grow_top(score, mask, n)
 
 @patch

@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from ..core.optimizers import way_out
+from ..core.optimizers import materialize_call
 from ..kernels.csr import CSR, csr_flat
 from ..core.runs import effect_keys, missing_effects, read_torch
 from .callback import DynamicSparse
@@ -204,7 +204,7 @@ def _check_free(model, masks):
         layer,_,p = n.rpartition('.')
         if 'dynamic_sparse' in effects(model) or hasattr(model.get_submodule(layer), f'{p}_mask'): raise ValueError(
             f"{n}: this model is masked already. Call "
-            f"{'`learn.release()`' if effects(model) else way_out()} first, or build a new one.")
+            f"{'`learn.release()`' if effects(model) else materialize_call()} first, or build a new one.")
 
 @patch
 @delegates(DynamicSparse, but=['sparsity', 'init_mask'])

@@ -16,6 +16,7 @@ from numbers import Real
 from warnings import warn
 
 import torch
+from typing_extensions import dataclass_transform # torch brings it; in `typing` since Python 3.11
 from fastcore.basics import patch
 from fastai.callback.schedule import SchedExp
 from ..core.clock import as_sched, check_sched
@@ -121,6 +122,7 @@ def columns(self:Rewirer, cb) -> dict:
 METHODS = {} # name -> class
 
 # %% ../../nbs/sparse/04_methods.ipynb #e1b15fe0
+@dataclass_transform(frozen_default=True, field_specifiers=(field,)) # for editors and type checkers
 def rewirer(
     name:str # For `DynamicSparse(method=name)`
 ):

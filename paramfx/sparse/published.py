@@ -1,4 +1,4 @@
-"""`sparse_recipe('mnist/lenet_300_100', 'dsr', .98)`: learning rates, periods and penalties as published, ready to train.
+"""`sparse_recipe` gives networks, learning rates, periods and penalties as published, ready to train.
 
 Docs: https://paramfx.github.io/paramfx/sparse/published.html.md"""
 

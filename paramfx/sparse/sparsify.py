@@ -13,10 +13,10 @@ from math import prod
 
 import torch
 from torch import nn
-from ..core.layers import (CONVS, WEIGHTED, all_matrices, left_out, match_layers, tell_reasons,
-    tell_unknown, weight_names, weighted_layers)
+from ..core.layers import (CONVS, WEIGHTED, all_matrices, left_out, match_layers, summarize_reasons,
+    describe_unknown, weight_names, weighted_layers)
 from ..core.tables import Table
-from ..core.optimizers import check_values, spare_roots, way_out, zero_is_fixed
+from ..core.optimizers import check_values, spare_roots, materialize_call, zero_is_fixed
 from .compute import use_csr
 from ..core.state import EffectState, effects, root_module
 from ..masks.store import Masked, MaskStore, param_name, density_erk, density_uniform, make_mask
@@ -45,7 +45,7 @@ def _skips(model, include, exclude):
 def _no_weight(m):
     "Why a layer has no weight that could be masked"
     if callable(getattr(m, 'plain', None)):
-        return f'a {type(m).__name__} makes its weight of something smaller: call {way_out()} first'
+        return f'a {type(m).__name__} makes its weight of something smaller: call {materialize_call()} first'
     return 'no weight of its own (parametrized, or weight_norm: remove it first)'
 
 def candidates(
@@ -112,10 +112,10 @@ def nothing_to(
     skip:list # Rows of what is left out
 ) -> str: # For an error
     "Why nothing is selected; a model whose layers are of unknown classes is told so"
-    unknown = tell_unknown(model)
+    unknown = describe_unknown(model)
     known = f"Only layers of known classes can be taken: {', '.join(c.__name__ for c in WEIGHTED)}. "
     why = f'{unknown} {known}' if unknown else 'no layer is selected. '
-    return (f"Nothing to {verb}: {why}Left out: {tell_reasons(skip) or 'none, the model has no weighted layer'}." +
+    return (f"Nothing to {verb}: {why}Left out: {summarize_reasons(skip) or 'none, the model has no weighted layer'}." +
             ('' if unknown else ' Change include= or exclude=.'))
 
 def plan_masks(
@@ -222,7 +222,7 @@ def mask_state(
     report = plan_masks(model, **kwargs)
     check_values(model)
     plan = [r for r in report if 'live' in r]
-    unknown = tell_unknown(model, [r['layer'] for r in plan])
+    unknown = describe_unknown(model, [r['layer'] for r in plan])
     if unknown: warnings.warn(f'{unknown} They stay dense.')
     granularity,how,seed = (kwargs.get(k, d)
         for k,d in (('granularity','weight'), ('init_mask','random'), ('seed',0)))
@@ -231,7 +231,7 @@ def mask_state(
         n,_,p = r['layer'].rpartition('.')
         if hasattr(model.get_submodule(n), f'{p}_mask'): raise ValueError(
             f"{r['layer']}: the layer has a `{p}_mask` already, of its own or from masking a part of the model. "
-            f"Make that permanent with {way_out()} first, or exclude it (exclude={n!r}).")
+            f"Make that permanent with {materialize_call()} first, or exclude it (exclude={n!r}).")
     for i,r in enumerate(plan):
         n,_,p = r['layer'].rpartition('.')
         m = model.get_submodule(n)
@@ -257,7 +257,7 @@ def sparsify(
     kw = dict(sparsity=sparsity, granularity=granularity, distribution=distribution, include=include, exclude=exclude,
               init_mask=init_mask, seed=seed)
     if 'dynamic_sparse' in effects(model): raise ValueError(
-        f"This model is masked already. Call {way_out()} first, which keeps its zeros, or "
+        f"This model is masked already. Call {materialize_call()} first, which keeps its zeros, or "
         "`learn.release()` where a Learner holds it.")
     return mask_state(model, kw, **kw).attach(model).report
 
@@ -323,7 +323,7 @@ class MaskedEffect:
 
     def on_update(self, learn):
         if self.pass_weights: self.store.weights_()
-        if self.fades and self.effect.clock.steps%50 == 0: self.store.fade_(learn.opt)
+        if self.fades and self.effect.clock.steps%50 == 0: self.store.zero_faded_(learn.opt)
 
     @property
     def history(self) -> list:

@@ -19,13 +19,13 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import Learner
-from paramfx.core.optimizers import (ComputedWeight, for_caller, swap_module, swap_params,
-    warn_export, way_out)
+from ..core.optimizers import (ComputedWeight, for_caller, swap_module, swap_params,
+    warn_export, materialize_call)
 from ..core.tables import Table
-from ..core.layers import tell_unknown
+from ..core.layers import describe_unknown
 from ..core.registry import recipe_verb
 from .sparsify import candidates, nothing_to, plan_masks
-from ..core.state import add_report, add_step, has_trained, lost_share, root_module, told_loss
+from ..core.state import add_report, add_step, has_trained, lost_share, root_module, describe_loss
 from ..core.samples import generator
 
 # %% ../../nbs/sparse/08_tied.ipynb #e31fe546
@@ -169,7 +169,7 @@ class Tied(ComputedWeight):
                 "name of the layer). Tie with its settings.")
         elif strict and f'{prefix}weight' in state_dict and f'{prefix}bank' not in state_dict: errors.append(
             f"{prefix[:-1]}: the file holds the weight of an ordinary layer, this one is tied. Load it "
-            f"before {for_caller('learn.tie()', 'tie_weights(model)')}, or call {way_out()} first.")
+            f"before {for_caller('learn.tie()', 'tie_weights(model)')}, or call {materialize_call()} first.")
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
                 unexpected, errors)
@@ -195,7 +195,7 @@ def _choose(model, include, exclude):
         if type(m) not in TIED:
             return f'only Linear and Conv1d to Conv3d are tied, not {type(m).__name__}'
         if others: return f'shared with {others[0]}'
-        if hasattr(m, 'weight_mask'): return f'masked: call {way_out()} first'
+        if hasattr(m, 'weight_mask'): return f'masked: call {materialize_call()} first'
     reasons = [(n, 'x'.join(map(str, m._parameters[p].shape)), why(n, m, p)) for n,m,p in take]
     def note(r):
         m = mods.get(r['layer'])
@@ -258,7 +258,7 @@ def tie_weights(
     kw.update(seed=int(seed), sparsity={k:float(v) for k,v in sparsity.items()}
         if isinstance(sparsity, dict) else float(sparsity))
     rows = [r for r in table if 'bank' in r]
-    unknown = tell_unknown(model, [f"{r['layer']}.weight" for r in rows])
+    unknown = describe_unknown(model, [f"{r['layer']}.weight" for r in rows])
     if unknown: warnings.warn(f'{unknown} They stay as they are.')
     for r in rows:
         n,old = r['layer'],model.get_submodule(r['layer'])
@@ -291,7 +291,7 @@ def tie(self:Learner,
     rows = tie_weights(model, sparsity, **kwargs)
     tied = {r['layer']: (old[r['layer']], model.get_submodule(r['layer']).weight) for r in rows
         if 'bank' in r}
-    lost = (told_loss(lost_share(tied.values()), "Weights are dealt out to the entries at random: tie "
+    lost = (describe_loss(lost_share(tied.values()), "Weights are dealt out to the entries at random: tie "
         "before training, or train on.") if trained else None)
     if lost: warnings.warn(f"tie: {lost}")
     for r in rows if trained else ():

@@ -18,7 +18,7 @@ from ..channels.trace import trace_channels
 from ..core.layers import CONVS, all_matrices, left_out, pick_layers, stages, weighted_layers
 from ..core.tables import Table
 from ..core.samples import as_shapes
-from ..core.optimizers import caller_model, way_out
+from ..core.optimizers import caller_model, materialize_call
 from ..channels.ids import OUTPUT
 from ..core.forward import model_inputs, only_tensor, run_model, still
 from ..channels.spaces import pin_names, short_list
@@ -210,7 +210,7 @@ def _check_layers(model, names, cmap, order):
                                       f"Give it its own, as with {_own_weight(n)}, or leave it out.")
         if any((n, 'weight', d) not in cmap.bindings for d in (0, 1)) and not _depthwise(m):
             raise ValueError(f'{what}: its weight is computed, or stays whole for another reason, so '
-                f'it has no rows to split. Call {way_out()} first, or leave it out.')
+                f'it has no rows to split. Call {materialize_call()} first, or leave it out.')
 
 # %% ../../nbs/splitnet/02_plan.ipynb #9fa70600
 def _check_output(cmap, names, model, out):

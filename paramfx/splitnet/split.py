@@ -19,7 +19,7 @@ from fastai.basics import Learner
 from ..channels.trace import trace_channels
 from ..core.layers import CONVS
 from ..core.samples import sample_batch
-from ..core.optimizers import swap_module, way_out
+from ..core.optimizers import swap_module, materialize_call
 from ..channels.cuts import Cut
 from ..core.forward import (check_same, copy_model, fill_inputs, fill_zeros,
     is_repeatable, pack_sample, still, training_mode, unpack_sample, zero_weights)
@@ -29,7 +29,7 @@ from ..channels.spaces import pin_names
 from .groups import check_groups, class_groups, feature_groups, side_groups
 from .plan import merged_index, split_plan
 from paramfx.core.state import (add_report, add_step, effects, has_trained, lost_share, root_module,
-    told_loss)
+    describe_loss)
 
 # %% ../../nbs/splitnet/04_split.ipynb #91459fbd
 class SplitBlock(nn.Module):
@@ -232,7 +232,7 @@ def _make(model, sample, groups, splits, classes, seed, pin=None):
     "Splitting and split model"
     model = root_module(model)
     if effects(model):
-        raise ValueError(f"The model is under {', '.join(effects(model))}. Call {way_out()} first, or "
+        raise ValueError(f"The model is under {', '.join(effects(model))}. Call {materialize_call()} first, or "
             "`learn.split()` where a Learner holds it.")
     if '_split' in model.__dict__:
         raise ValueError('The model is split already. Split the dense one in another way instead.')
@@ -354,7 +354,7 @@ def split(self:Learner,
     old = _ordinary(self.model, sample) if effects(self.model) else root_module(self.model)
     s,new = _make(old, sample, groups, splits, classes, seed, pin)
     lost = None
-    if learns or has_trained(self): lost = told_loss(s.lost(old),
+    if learns or has_trained(self): lost = describe_loss(s.lost(old),
         "Train on under `SplitNet` until split_weight is near 0 and split again; or train the branches on."
         if learns else "Train the branches on, or learn groups with `SplitNet`.")
     if lost: warnings.warn(f"split: {lost}")
