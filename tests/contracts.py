@@ -24,6 +24,7 @@ from paramfx.sparse.prune import IterativePrune
 from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
 from paramfx.splitnet.callback import SplitNet
+from paramfx.sparse.methods import GraNet
 from paramfx.sparse.penalties import L1
 from settings import sparse_settings
 
@@ -76,7 +77,7 @@ def sparse_facts(learn, effect='dynamic_sparse'):
 
 def masks_check(learn, effect, grads=True):
     st, opt = effects(learn.model)[effect], learn.opt
-    if st.settings.get('method') == 'snfs': grads, opt = False, None  # it asks for the momentum of what is dead
+    if getattr(st.settings.get('method'), 'name', None) == 'snfs': grads, opt = False, None  # it asks for the momentum of what is dead
     for e in st.holder.items:
         dead = ~e.mask.expand_as(e.weight)
         assert int(e.mask.sum()) == e.live > 0, f'{e.name}: {e.live} said to be live, {int(e.mask.sum())} are'
@@ -94,7 +95,8 @@ def sparse_check(learn, grads=True):
     if isinstance(rate, float):
         planned = lambda s: sum(initial_counts([tuple(e.weight.shape) for e in st.holder.items], s, gran))
         live = sum(e.live for e in st.holder.items)
-        if st.settings.get('method') == 'granet': assert planned(rate) <= live <= planned(st.settings['start_sparsity']), 'outside of its budget'
+        how = st.settings.get('method')
+        if isinstance(how, GraNet): assert planned(rate) <= live <= planned(how.start_sparsity), 'outside of its budget'
         else: assert live == planned(rate), 'the budget is off'
 
 

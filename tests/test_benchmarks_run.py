@@ -24,6 +24,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(masked_step, 'NETS', {'toy': (partial(small_cnn, 4), (3, 32, 32), 4, 64, 1, 1.03)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('opt', ['SGD', 'OptimWrapper(torch SGD)'])
 def test_masked_step(opt, tmp_path):
     rows = masked_step.measure('toy', opt, rounds=4, repeats=1)
@@ -84,6 +85,7 @@ def test_sparse_files(tmp_path):
     assert len(published) == 24 and not sparse_files.missed(published)
 
 
+@pytest.mark.slow
 def test_csr_infer(tmp_path, monkeypatch):
     for k, v in dict(TARGETS={.9: {1: .01, 32: 99.}}, BLOCKS=(16,), CONVS=((32, 48, 6, 2),)).items(): monkeypatch.setattr(csr_infer, k, v)
     rows = csr_infer.run(rounds=2, n=128)

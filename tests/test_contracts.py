@@ -1,8 +1,6 @@
 """Every method through every trap of fastai's training loop: each registered method runs the whole matrix."""
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -29,9 +27,11 @@ from paramfx.core.samples import rng_state, sample_batch, set_rng_state
 from paramfx.core.state import effects
 from paramfx.core.runs import RunState
 from paramfx.sparse.callback import DynamicSparse
+from fresh import run_fresh
 
 HERE = Path(__file__).resolve().parent
-pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
+pytestmark = [pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning'),
+              pytest.mark.few(5)]  # of the methods, others in each test; all of them under --slow
 
 
 @pytest.fixture(params=METHODS.values(), ids=list(METHODS))
@@ -193,6 +193,7 @@ def test_other_functions_are_other_settings(mk, form):
     with pytest.raises(ValueError, match='learn.release'): learn.add_cb(b())
 
 
+@pytest.mark.few(7)
 def test_other_settings_raise_and_release_makes_room(m, mk):
     learn = mk(m.make())
     learn.fit(1)
@@ -208,6 +209,7 @@ def test_other_settings_raise_and_release_makes_room(m, mk):
     assert not m.masked or sum(m.facts(learn)['live']) > sum(facts['live'])
 
 
+@pytest.mark.few(6)
 def test_attached_twice_acts_once(m, mk):
     "A cell run again beside the instance that is attached: one penalty, one step each"
     a, b = (mk(m.make(**m.penalty), opt_func=partial(SGD, mom=.9)) for _ in range(2))
@@ -424,7 +426,7 @@ def elsewhere(tmp_path_factory):
         learn.export('there.pkl')
         here[m.name] = dict(facts=m.facts(learn), model=snapshot(learn.model))
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    r = subprocess.run([sys.executable, '-c', CHILD, str(out)], capture_output=True, text=True, env=env, cwd=out, timeout=120)
+    r = run_fresh(CHILD, str(out), env=env, cwd=out)
     assert r.returncode == 0, r.stderr
     return out, here
 
@@ -446,6 +448,7 @@ def dropout_run(mk, m, **kwargs):
     return mk(cbs, model=partial(m.net, dropout=.3), splitter=two_groups, **kwargs)
 
 
+@pytest.mark.few(5)
 def test_resume_under_a_progress_bar(m, mk, whole, capsys):
     "The bar, which every user has, begins at an epoch that is not the first"
     f, n = RUNS['one cycle']
@@ -563,6 +566,7 @@ def test_resume_with_another_number_of_epochs_raises(mk, m):
     with pytest.raises(ValueError, match='trains 2 epochs in this fit, and 3 are asked for'): b.fit(3)
 
 
+@pytest.mark.few(6)
 def test_resume_with_everything_in_fit(m, mk):
     "Nothing is attached to the Learner: the call that is made again brings all callbacks"
     fit = lambda learn, *cbs: learn.fit_one_cycle(4, 1e-2, cbs=[m.make(**m.penalty), Probe(m), RunState(), *cbs])
@@ -831,6 +835,7 @@ def test_callback_can_be_pickled(m, mk):
     assert m.facts(learn)['clock']['steps'] == 2*N_STEPS
 
 
+@pytest.mark.few(4)
 def test_compiled_model_is_traced_once(m, mk):
     if not m.masked: pytest.skip('no masks')
     if m.compressed: pytest.skip('sparse products are not traced')
@@ -886,6 +891,7 @@ def test_moving_averages_follow(m, mk, kind):
 
 # data and networks of other kinds --------------------------------------------------------------------------------------------
 
+@pytest.mark.few(5)
 def test_vision_learner_with_frozen_body(m, tmp_path):
     if not m.masked: pytest.skip('no masks')
     from fastai.vision.learner import vision_learner
@@ -910,6 +916,7 @@ def test_vision_learner_with_frozen_body(m, tmp_path):
     assert m.held_to(m.facts(learn)['live'], start['live'])
 
 
+@pytest.mark.few(5)
 def test_timm_body_on_one_channel(m, tmp_path):
     if not m.masked: pytest.skip('no masks')
     from fastai.vision.learner import vision_learner

@@ -84,6 +84,7 @@ dist.destroy_process_group()
 '''
 
 
+@pytest.mark.slow
 def test_methods_that_resize_csr_layers_are_refused(tmp_path):
     "DDP knows the size that a gradient had at first: what would change it is told before the first step, and all else trains"
     env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',

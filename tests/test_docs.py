@@ -60,8 +60,9 @@ def pages(tmp_path_factory):
     shutil.copy(ROOT/'pyproject.toml', copy)
     env = dict(os.environ, MPLBACKEND='Agg', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
     env.pop('IN_TEST', None)
-    # nbdev-docs and nbdev-proc-nbs would try to install Quarto
-    cmd = 'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)'
+    # nbdev-docs and nbdev-proc-nbs would try to install Quarto; the settings are read once and not for each cell
+    cmd = ('import nbdev.config as c, functools; c._load_toml = functools.cache(c._load_toml); '
+           'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)')
     res = subprocess.run([sys.executable, '-c', cmd], cwd=copy, env=env, capture_output=True, text=True)
     assert res.returncode == 0, f'the docs cannot be made:\n{res.stdout[-3000:]}\n{res.stderr[-3000:]}'
     proc = copy/'_proc'

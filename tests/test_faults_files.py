@@ -1,17 +1,17 @@
 "A file of a network that a verb has changed says so where it does not fit, and what to do; what was to be filled stays as it was."
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 from contracts import build, run_record, same, small_net, snapshot, two_groups
-from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, RunState, load_recipe, sample_batch, save_recipe
+from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, RunState, load_recipe, save_recipe
+from paramfx.core.samples import sample_batch
 from paramfx.core.samples import rng_state
 from paramfx.core.runs import stored_steps
 from paramfx.core.state import effects
+from fresh import run_fresh
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -208,7 +208,7 @@ learn = Learner(synth_dbunch(), net, path={str(tmp_path)!r}, loss_func=nn.MSELos
 learn.load('it', with_opt=True)
 assert 'paramfx' not in sys.modules
 """
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    res = run_fresh(code)
     assert res.returncode == 0, res.stderr[-2000:]
     assert 'optimizer' not in res.stderr
 

@@ -5,6 +5,7 @@ what goes and comes is worked out from copies of masks, weights, gradients and m
 own counters. Properties of the functions behind it (quotas, thresholds, draws) are in `test_budget.py`, blocks and n:m groups in
 `test_blocks.py`, files, interrupts and optimizers on one real network in `test_contracts.py`, two ranks in `test_ddp.py`, and the
 replays of the published code, to the bit, are `test_replay`, `test_deepr_replay`, `test_rigl` and `test_snfs` of `test_golden_sparse.py`."""
+import os
 import random
 from contextlib import ExitStack
 from functools import partial
@@ -33,7 +34,7 @@ from settings import sparse_settings
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule
 
 def examples(n):
-    return settings(max_examples=n, derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    return settings(max_examples=n if 'PARAMFX_SLOW' in os.environ else max(5, n//3), derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 OPTIMIZERS = {'sgd': partial(SGD, mom=.9), 'adam': Adam, 'torch nesterov': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)),
               'torch adamw': partial(OptimWrapper, opt=torch.optim.AdamW)}

@@ -2,8 +2,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -31,6 +29,7 @@ from paramfx.bases.callback import OrthoReg, StepWithoutDecay, basis_groups, dec
 from paramfx.export.materialize import Recipe, materialize, save_recipe
 from paramfx.report.cost import count_macs, n_params
 from paramfx.sparse.callback import DynamicSparse
+from fresh import run_fresh
 
 X = torch.zeros(1, 3, 32, 32)
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:fastai', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -738,7 +737,7 @@ plain = load_recipe('plain.pth', block_net()).eval()
 assert (plain(x)-out).abs().max() < 1e-4 and type(plain[0][1][1].conv1) is torch.nn.Conv2d
 '''
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).resolve().parent.parent.parent), os.environ.get('PYTHONPATH', '')])}
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    r = run_fresh(code, cwd=tmp_path, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     with pytest.raises(ValueError, match='had a convolution here'): Recipe.of(learn.model).apply(nn.Sequential(nn.Linear(2, 2)))
 

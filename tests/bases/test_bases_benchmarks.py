@@ -14,6 +14,7 @@ from paramfx.data.memory import tensor_dls
 def recorded(name): return json.loads((Path(RESULTS)/f'{name}.json').read_text())['rows']
 
 
+@pytest.mark.slow
 def test_cifar(tmp_path):
     def make(net, seed):
         from fastai.basics import SGD, CrossEntropyLossFlat, Learner

@@ -17,6 +17,7 @@ from paramfx.bases.published import printed_flops, published_keys, share_publish
 from paramfx.zoo.networks import ECA
 from paramfx.export.materialize import materialize
 from paramfx.report.cost import count_macs, n_params
+from fresh import run_fresh
 
 GOLDEN = Path(__file__).parent.parent/'golden/shared_bases'
 ROWS = json.loads((GOLDEN/'counts.json').read_text())['rows']
@@ -135,10 +136,9 @@ def test_data_of_a_shared_row(tmp_path):
 
 def test_the_zoo_counts_without_any_other_import():
     "Families register themselves when they are asked"
-    import subprocess, sys
     code = ("from paramfx import zoo; import sys; assert 'paramfx.bases.share' not in sys.modules; "
         "print(zoo.published('shared_bases', 'cifar10').row_params.min())")
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1] == '150666'
+    assert run_fresh(code, check=True).stdout.split()[-1] == '150666'
 
 
 # ------------------------------------------------------------------ ResNeXt's form
@@ -276,6 +276,7 @@ def test_a_published_checkpoint_gives_the_published_outputs(case):
     with path.open('rb') as f: assert torch.equal(zoo.load_published(f, name).fc.weight, net.fc.weight)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize('change,text', [
     (lambda s, b: s.update({b[1]: s[b[1]]+1e-6}), 'hold the same basis, and differ'),
     (lambda s, b: s.pop('fc.bias'), 'lacks fc.bias'), (lambda s, b: s.pop(b[2]), 'lacks layer1.2'),

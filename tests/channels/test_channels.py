@@ -504,6 +504,7 @@ FASTAI = {
     'unet': (lambda: DynamicUnet(create_body(resnet18(weights=None), pretrained=False, cut=-2), 2, (32, 32)), (1, 3, 32, 32), None, 28),
 }
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', FASTAI)
 def test_fastai_networks(name):
     make, size, pin, n = FASTAI[name]

@@ -1,5 +1,5 @@
 "Images in memory: crops against a slow loop, every layout as a tiny tree, the real sets where they are at hand"
-import os, pickle, random, subprocess, sys
+import os, pickle, random
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -7,6 +7,7 @@ from torch import nn
 from fastai.basics import Learner, TensorImage, TensorImageBW, accuracy, set_seed
 from paramfx.data.images import CropFlip, ImageFiles, ReadImage, cifar_dls, folder_dls, parts_dls, read_images
 import fastai.callback.progress  # noqa: F401 learn.no_bar
+from fresh import run_fresh
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -369,7 +370,7 @@ def test_predict_in_a_new_process(tmp_path):
         n = len([1 for o in __import__('os').listdir() if o[0] == 'k'])
         torch.save([torch.stack(ps), learn.get_preds(dl=learn.dls.test_dl([f'k{i}.png' for i in range(n)]))[0]], 'out.pt')'''
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'); env.pop('PARAMFX_DATA', None)
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    res = run_fresh(code, cwd=tmp_path, env=env)
     assert res.returncode == 0, res.stderr
     ps,again = torch.load(tmp_path/'out.pt', weights_only=False)
     assert all(torch.equal(torch.Tensor(p), torch.Tensor(want)) for p in ps)

@@ -2,8 +2,6 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from math import ceil
 
@@ -34,6 +32,7 @@ from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
 from paramfx.sparse.tied import tie_weights
 from paramfx.core.samples import generator
+from fresh import run_fresh
 
 IMAGE, LINE, ROWS = (2, 3, 8, 8), (2, 3, 12), (4, 6)
 
@@ -303,8 +302,7 @@ def test_recipe_in_a_fresh_process(tmp_path):
     model, x = channels.settle(channels.fill(demo_net()), torch.randn(8, 1, 8, 8)), torch.randn(2, 1, 8, 8)
     for slim in (extract_slim(model, x, .4), materialize(model, x, split_rate=.4)):
         torch.save(x, tmp_path/'x')
-        res = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOAD, save_recipe(slim, tmp_path/'net.pth'),
-            tmp_path/'x', tmp_path/'y'], capture_output=True, text=True)
+        res = run_fresh(LOAD, save_recipe(slim, tmp_path/'net.pth'), tmp_path/'x', tmp_path/'y')
         assert res.returncode == 0, res.stderr[-2000:]
         assert torch.equal(torch.load(tmp_path/'y'), slim(x)) and n_params(slim)[0] < .3*n_params(model)[0]
 
@@ -818,6 +816,7 @@ def sweep(name):
     assert SWEEP_REFUSED[name] in found if name in SWEEP_REFUSED else found == 'exact', found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', QUICK)
 def test_a_part_of_the_sweep(name): sweep(name)
 

@@ -2,8 +2,6 @@
 import os
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -26,6 +24,7 @@ from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.evolution.policies import LLF
 from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
+from fresh import run_fresh
 
 HERE = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -241,8 +240,7 @@ torch.save(([{k: v for k, v in r.items() if k != 'seconds'} for r in log], snaps
 
 def child(path, resume, at, kw):
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(path),
-        'resume' if resume else 'new', str(at), kw], capture_output=True, text=True, env=env, timeout=120)
+    return run_fresh(CHILD, str(path), 'resume' if resume else 'new', str(at), kw, env=env)
 
 
 def test_killed_and_resumed_in_another_process(mk, tmp_path):
@@ -579,7 +577,7 @@ assert torch.equal(learn.model.eval()(x), want)
 assert all('paramfx' not in type(m).__module__ for m in learn.model.modules())
 '''
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent)])}
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    r = run_fresh(code, env=env, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-2000:]
 
 

@@ -1,8 +1,6 @@
 """Materialize: dead channels cut exactly, recipes in fresh processes, optimizers that go on, files that load without this library."""
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -32,6 +30,7 @@ from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
 from paramfx.sparse.methods import DSR
+from fresh import run_fresh
 
 
 def lively(model, seed=0):
@@ -79,6 +78,7 @@ def assert_state(a, b):
 NETS = {n: getattr(torchvision.models, n) for n in ('resnet18', 'densenet121', 'squeezenet1_1', 'mobilenet_v2', 'mobilenet_v3_small', 'shufflenet_v2_x0_5')}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', NETS)
 def test_dead_filters_go_without_a_trace(name):
     torch.manual_seed(0)
@@ -300,7 +300,7 @@ torch.save(m(torch.load(sys.argv[2])), sys.argv[3])
 
 
 def run(code, *args, **kw):
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True, **kw)
+    res = run_fresh(code, *map(str, args), **kw)
     assert res.returncode == 0, res.stderr[-3000:]
     return res.stdout
 

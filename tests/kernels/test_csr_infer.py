@@ -1,7 +1,5 @@
 "Sparse layers in a network that is only used"
 import pickle
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 
@@ -20,6 +18,7 @@ from paramfx.kernels.inference import Frozen24, FrozenBSR, FrozenCSR, InferenceO
 from paramfx.export.materialize import Recipe, load_recipe, materialize, save_recipe
 from paramfx.report.cost import cost
 from paramfx.sparse.callback import DynamicSparse
+from fresh import run_fresh
 
 
 def net(density=.02):
@@ -341,7 +340,7 @@ def test_recipe_in_a_fresh_process(tmp_path):
     new = freeze_layers(m, {'2': 'csr', '4': 'bsr 16x16'})
     file = save_recipe(new, tmp_path/'new.pth')
     torch.save((x, new(x)), tmp_path/'io.pth')
-    subprocess.run([sys.executable, '-c', FRESH, file, tmp_path/'io.pth'], check=True)
+    run_fresh(FRESH, file, tmp_path/'io.pth', check=True)
     other = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 3), nn.Flatten(), nn.Linear(32*4, 64))
     with pytest.raises(ValueError, match='freeze.*does not fit.*2: Conv2d'): load_recipe(file, other)
 

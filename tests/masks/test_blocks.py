@@ -1,4 +1,5 @@
 "Blocks as units, and n:m patterns whose weights move inside of their groups"
+import os
 from copy import deepcopy
 from functools import partial
 
@@ -53,7 +54,7 @@ def attached(cb, model, lr=.1):
 tilings = st.tuples(*[st.integers(1, 4)]*4, st.lists(st.integers(1, 3), max_size=2), st.booleans())
 
 @given(tilings, st.integers(0, 9))
-@settings(max_examples=60, **SLOW)
+@settings(max_examples=60 if 'PARAMFX_SLOW' in os.environ else 60//3, **SLOW)
 def test_scores_and_expansion_by_kron_and_by_loops(case, seed):
     a, b, r, c, kernel, last = case
     g = torch.Generator().manual_seed(seed)
@@ -66,7 +67,7 @@ def test_scores_and_expansion_by_kron_and_by_loops(case, seed):
 
 
 @given(st.tuples(*[st.integers(1, 3)]*4), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 9))
-@settings(max_examples=60, **SLOW)
+@settings(max_examples=60 if 'PARAMFX_SLOW' in os.environ else 60//3, **SLOW)
 def test_fill_touches_the_picked_blocks_and_nothing_else(case, k, conv, last, seed):
     a, b, r, c = case
     m = nn.Conv2d(b*c, a*r, k) if conv else nn.Linear(b*c, a*r)
@@ -131,7 +132,7 @@ cases = st.fixed_dictionaries(dict(sparsity=st.sampled_from([0., .3, .5, .8]),
     grow_init=st.sampled_from(['zero', 'random']), seed=st.integers(0, 3), drop_frac=st.sampled_from([None, .5])))
 
 @given(cases, st.integers(1, 3), st.booleans())
-@settings(max_examples=60, **SLOW)
+@settings(max_examples=60 if 'PARAMFX_SLOW' in os.environ else 60//3, **SLOW)
 def test_rewires_of_blocks_keep_every_promise(kw, k, last):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, k), nn.ConvTranspose2d(8, 8, k, groups=2), nn.Linear(12, 8), nn.Conv2d(8, 4, k, groups=2))
@@ -218,7 +219,7 @@ def patterns(draw):
 @given(patterns(), st.sampled_from(['linear', 'conv1', 'conv2', 'grouped', 'transposed', 'transposed grouped']), st.integers(1, 3), st.integers(1, 3),
        st.sampled_from(['dsr', 'set', 'rigl']), st.sampled_from(['random', 'magnitude']), st.booleans(),
        st.sampled_from([.1, .5, .95]), st.integers(0, 99), st.booleans())
-@settings(max_examples=120, **SLOW)
+@settings(max_examples=120 if 'PARAMFX_SLOW' in os.environ else 120//3, **SLOW)
 def test_each_group_keeps_its_number(nm, kind, times, k, method, init, across, share, seed, bad):
     n, m = nm
     torch.manual_seed(seed)

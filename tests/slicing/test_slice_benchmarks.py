@@ -14,6 +14,7 @@ from paramfx.data.memory import tensor_dls
 def recorded(name): return json.loads((Path(RESULTS)/f'{name}.json').read_text())['rows']
 
 
+@pytest.mark.slow
 def test_forward(tmp_path, monkeypatch):
     monkeypatch.setattr(slice_forward, 'BATCHES', {1: 99., 2: 99.})
     rows = slice_forward.measure('resnet18', rounds=1, size=32)

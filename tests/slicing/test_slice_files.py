@@ -4,8 +4,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from copy import deepcopy
 
 import pytest
@@ -21,6 +19,7 @@ from paramfx.slicing.files import load_slice, save_slices
 from paramfx.slicing.slice import at_rate, name_slice, set_rate, slice_model
 from paramfx.sparse.sparsify import sparsify
 from paramfx.sparse.tied import tie_weights
+from fresh import run_fresh
 
 
 class Tied(nn.Module):
@@ -379,8 +378,7 @@ def test_a_learner_for_inference(learn, tmp_path):
     rows = learn.dls.valid.dataset.decode()
     rows.items[['a', 'b']].to_csv(tmp_path/'rows.csv', index=False, float_format='%.17g')
     dl = learn.dls.test_dl(__import__('pandas').read_csv(tmp_path/'rows.csv', dtype=dict(b=str)))
-    subprocess.run([sys.executable, '-c', ELSEWHERE, file, tmp_path/'rows.csv', tmp_path/'out'],
-        check=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    run_fresh(ELSEWHERE, file, tmp_path/'rows.csv', tmp_path/'out', check=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     theirs, n, _, names, cbs = torch.load(tmp_path/'out', weights_only=False)
     assert torch.equal(theirs, preds(learn, .5, dl)) and not torch.equal(theirs, preds(learn, 1, dl))
     assert n == sum(p.numel() for p in materialize(learn.model, learn.dls.one_batch()[:2], rate=.5).parameters())

@@ -1,7 +1,5 @@
 """Tools of sliced networks, each by a second route: what a slice is said to be worth or to cost is found again in the
 network that `materialize` cuts out in fact, and statistics are averaged by hand."""
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,6 +22,7 @@ from paramfx.slicing.plots import plot_rates, plot_slices
 from paramfx.slicing.search import SliceMacs, search_rates
 from paramfx.slicing.tools import SliceParams, pick_rate, recalibrate, slice_report, validate_rates
 from paramfx.slicing.slice import at_rate, name_slice, slice_model, trial_slice
+from fresh import run_fresh
 
 RATES = (1, .75, .5, .25)
 
@@ -181,7 +180,7 @@ def test_a_fresh_process_knows_what_was_measured(recipe, tmp_path):
     if recipe: save_recipe(model, tmp_path/'model')
     else: torch.save(model.state_dict(), tmp_path/'model')
     code = FRESH.format(tests=[str(p) for p in Path(__file__).resolve().parents[:2]], recipe=recipe, file=str(tmp_path/'model'), want=str(tmp_path/'want'))
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    done = run_fresh(code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -255,6 +254,7 @@ NETS = dict(resnet=(lambda: torchvision.models.resnet18(num_classes=10), 32, {})
             dense=(lambda: torchvision.models.densenet121(num_classes=10), 32, {}),
             vit=(lambda: torchvision.models.vit_b_16(num_classes=10, image_size=32), 32, dict(only='ffn')))
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', NETS)
 def test_parameters_and_multiply_adds_need_no_run(name):
     build, size, kw = NETS[name]

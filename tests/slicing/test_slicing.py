@@ -3,8 +3,6 @@ and through threads, checkpoints, files, copies and other people's networks."""
 import copy
 import pickle
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -31,6 +29,7 @@ from paramfx.data.memory import tensor_dls
 from paramfx.export.materialize import materialize, save_recipe
 from paramfx.slicing.plan import slice_count, slice_plan
 from paramfx.slicing.slice import at_rate, name_slice, plan_slices, set_rate, slice_model, unslice
+from fresh import run_fresh
 
 NORM = nn.modules.batchnorm._BatchNorm
 RATES = 1, .75, .5, .25
@@ -518,7 +517,7 @@ def test_files_in_a_fresh_process(case, tmp_path):
     save_recipe(model, tmp_path/'model')
     code = FRESH.format(tests=[str(p) for p in Path(__file__).resolve().parents[:2]],
         name=name, file=str(tmp_path/'model'), rate=rate, want=str(tmp_path/'want'))
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    done = run_fresh(code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -711,8 +710,7 @@ REFUSED = { # network -> what the message says; the remedy that it names is trie
     'timm/res2net50_26w_4s': r'fixed positions \(split\) \(\d+ such spaces\).*exclude=\[s\.name for s in',
     'timm/skresnet18': r'fixed positions \(split\)', 'timm/dpn68': r'fixed positions \(__getitem__\)',
     'timm/cspresnet50': r'fixed positions \(split\)', 'timm/nfnet_l0': 'combines them with channels that stay whole'}
-FAST = '''torchvision/resnet18 torchvision/densenet121 torchvision/googlenet torchvision/mobilenet_v3_small
-    torchvision/squeezenet1_1 timm/resnest14d timm/ghostnet_100'''.split()
+FAST = 'torchvision/resnet18 torchvision/mobilenet_v3_small torchvision/squeezenet1_1 timm/resnest14d'.split()
 QUICK = 'torchvision/regnet_y_400mf torchvision/shufflenet_v2_x0_5 torchvision/convnext_tiny timm/skresnet18 timm/resnetv2_50x1_bit'.split()
 ALL = [f'{lib}/{n}' for lib,_,n in channels.networks()]
 
@@ -748,6 +746,7 @@ def test_architectures(key):
         assert try_remedies(e, model, x)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('key', [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in REFUSED])
 def test_refused_architectures_and_their_remedies(key):
     model,x = architecture(key)

@@ -1,7 +1,5 @@
 """Masks from files: every file a run can leave, by a second route; what must be refused; and a run in another process."""
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.methods import DSR, GraNet
 from paramfx.core.state import effects
 from paramfx.sparse.plots import MaskRecorder
+from fresh import run_fresh
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
 CBS = {'dsr': partial(DynamicSparse, .8, period=2, method=DSR(threshold=.02)),
@@ -214,8 +213,7 @@ def test_in_another_process(mk, tmp_path):
     fit(learn, 2, cbs=IterativePrune(.8, n_prunes=2)).save('done')
     here = Path(__file__).parent.parent
     env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(here), str(tmp_path)], capture_output=True, text=True, env=env, cwd=tmp_path,
-        timeout=120)
+    r = run_fresh(CHILD, str(here), str(tmp_path), env=env, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     start, masks = torch.load(tmp_path/'out.pt', weights_only=True)
     want = truth(learn)

@@ -22,6 +22,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(csr_step.NETS, 'toy', (toy, (3, 4, 4), 8, 2, .8, ['1', '3', '5'], (9., 9.)))
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     rows = [r for opt in csr_step.LOOP_OPTS for r in csr_step.measure('toy', opt, rounds=2, repeats=1)] + [csr_step.rewires('toy', 'SGD', rounds=2)]
     assert [r['what'] for r in rows[:2]] == ['step, loop', 'step, Learner'] and all(r['ratio'] > 0 for r in rows[:4])
@@ -58,6 +59,7 @@ def test_one_of_several_layers_ran_dense():
     with pytest.raises(SystemExit, match='5 ran dense: Linear'): csr_step.check(net, ['1', '3', '5'])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak is read from /proc')
 def test_memory_of_a_sparse_step():
     rows = {r['what']: r for r in csr_step.memory('LeNet-300-100', ['SGD'])}

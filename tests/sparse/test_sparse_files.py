@@ -30,6 +30,7 @@ from paramfx.sparse.tensors import BLOCK
 from paramfx.sparse.files import load_sparse, save_sparse
 from paramfx.core.state import effects
 from paramfx.sparse.methods import DSR, GraNet
+from fresh import run_fresh
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
 
@@ -622,7 +623,7 @@ def test_in_a_new_process(tmp_path):
     save_sparse(model, tmp_path/'a')
     code = f"import torch; from paramfx.sparse.files import load_sparse; torch.save(load_sparse('a', {make}).state_dict(), 'out.pth')"
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root))
+    run_fresh(code, check=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root))
     assert_same(torch.load(tmp_path/'out.pth'), {k: v for k, v in model.state_dict().items() if not k.endswith(('_mask', '_effect'))})
 
 

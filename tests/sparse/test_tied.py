@@ -32,6 +32,7 @@ from paramfx.sparse.sparsify import sparsify
 from paramfx.core.state import effects
 from paramfx.sparse.tied import TIED, Tied, TiedConv2d, TiedLinear, plan_tied, read_bank, tie_weights, tied_index
 from paramfx.core.samples import generator
+from fresh import run_fresh
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -362,7 +363,7 @@ def test_recipe_in_a_fresh_process(mk, tmp_path, untied):
     save_recipe(net, tmp_path/'r.pth')
     assert [s['verb'] for s in Recipe.of(net)][0] == 'tie'
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(tmp_path/'r.pth'), str(tmp_path/'xy.pt')], env=env, capture_output=True, text=True)
+    res = run_fresh(SCRIPT, str(tmp_path/'r.pth'), str(tmp_path/'xy.pt'), env=env)
     assert res.returncode == 0, res.stderr
 
 

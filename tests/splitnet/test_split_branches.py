@@ -19,6 +19,7 @@ def make(name):
     return split_model(net, X.double(), uneven(plan), splits), plan
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize('name', NETS)
 def test_branches_give_what_the_network_does(name):
     split, plan = make(name)

@@ -1,5 +1,4 @@
 """Split networks are the masked ones, cut: outputs, statistics, counts and files, and branches without connection."""
-import subprocess, sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from paramfx.export.materialize import Recipe, load_recipe, save_recipe
 from paramfx.splitnet.groups import class_groups, feature_groups
 from paramfx.splitnet.split import SplitBlock, Splitting, masked_model, split_layer, split_model
 from paramfx.splitnet.plan import split_plan
+from fresh import run_fresh
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -95,6 +95,7 @@ NETS = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize('name,groups',
     [(n, 'uneven') for n in NETS]+[(n, c) for n in ('hierarchy', 'skip', 'depthwise', 'one_d') for c in ('random', 'cluster')])
 def test_split_is_masked(name, groups):
@@ -119,6 +120,7 @@ def test_split_is_masked(name, groups):
     with torch.no_grad(): same(small(x), twin(x), 1e-10)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize('name', NETS)
 def test_gradients_are_those_of_the_masked_network(name):
     "One step of gradient descent keeps them equal, where the twin's masked weights stay zero"
@@ -355,7 +357,7 @@ m = load_recipe({str(tmp_path/'r.pth')!r}, resnet18(num_classes=10)).eval()
 x,y = torch.load({str(tmp_path/'xy.pth')!r})
 assert torch.equal(m(x), y)
 '''
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).resolve().parent.parent.parent, timeout=120)
+    run_fresh(code, check=True, cwd=Path(__file__).resolve().parent.parent.parent)
 
 
 def test_split_after_a_cut_is_one_recipe(tmp_path):

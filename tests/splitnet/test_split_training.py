@@ -54,6 +54,7 @@ def make(net, seed):
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy).remove_cb(ProgressCallback)
 
 
+@pytest.mark.slow
 def test_cifar100(tmp_path, monkeypatch):
     monkeypatch.setattr(split_cifar100, 'GROUPS', 2)
     monkeypatch.setattr(split_cifar100, 'HOW', dict(equal_groups=True))  # in three steps nothing is learned

@@ -606,6 +606,7 @@ def found(trained):
     return res
 
 
+@pytest.mark.slow
 def test_the_same_groups_from_most_seeds(found):
     parts = [r[0] for r in found]
     assert max(parts.count(p) for p in parts) >= 3, parts

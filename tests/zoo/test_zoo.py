@@ -4,7 +4,7 @@
 - the *shared* rows: taking the published sharing out of a plain network must give the published shared count;
 - the *sliced* rows: cutting every channel space of a full network must give the counts at that rate;
 - torchvision's own networks: equal weights, equal outputs."""
-import json, math, re, subprocess, sys
+import json, math, re
 from pathlib import Path
 
 import pytest, torch
@@ -13,6 +13,7 @@ from paramfx import zoo
 from paramfx.zoo import networks as nets
 from paramfx.channels.trace import trace_channels
 from paramfx.report.cost import count_macs, n_params
+from fresh import run_fresh
 
 GOLDEN = Path(__file__).parent.parent/'golden'
 
@@ -101,6 +102,7 @@ SLICED = golden('model_slicing/params_macs.json')
 heavy = lambda r: 'imagenet' in r['model']
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize('row', [r if not heavy(r) or r['rate'] == 1 and 'vgg' not in r['model'] else pytest.param(r, marks=pytest.mark.slow) for r in SLICED],
                          ids=lambda r: f"{r['model']} {r['rate']}".replace(' ', '-'))
 def test_sliced_rows(row):
@@ -309,6 +311,7 @@ def test_inverted_block():
 CHEAP = [n for n in zoo.list() if n.split('/')[0] in ('digits', 'mnist', 'cifar10')]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize('name', CHEAP)
 def test_listed_networks_run_and_learn(name):
     "One training step moves every parameter; the trace finds channels to cut"
@@ -437,8 +440,7 @@ def test_bad_input(call, text):
 
 def test_module_names_shadow_nothing():
     "`list` stays Python's own after `from paramfx.all import *`"
-    out = subprocess.run([sys.executable, '-c', 'from paramfx.all import *\nassert list("ab") == ["a", "b"]\nprint(len(zoo.list()), zoo.build.__name__)'],
-                         capture_output=True, text=True, check=True).stdout
+    out = run_fresh('from paramfx.all import *\nassert list("ab") == ["a", "b"]\nprint(len(zoo.list()), zoo.build.__name__)', check=True).stdout
     assert out.split() == [str(len(zoo.list())), 'build']
 
 
