@@ -43,7 +43,8 @@ def run_fresh(code, *args, cwd=None, env=None, check=False):
     server = _servers.get(os.getpid())
     if server is None or server.poll() is not None:
         clean = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', 'PYTHONWARNINGS': 'ignore'}
-        server = _servers[os.getpid()] = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
+        server = _servers[os.getpid()] = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER], text=True, env=clean,
+                                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with tempfile.TemporaryDirectory() as tmp:
         job = dict(code=code, args=[str(a) for a in args], cwd=str(cwd or os.getcwd()), env=dict(env or os.environ), out=f'{tmp}/out', err=f'{tmp}/err')
         server.stdin.write(json.dumps(job)+'\n'); server.stdin.flush()

@@ -10,7 +10,10 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner
 from torch import nn
 
-from paramfx.all import DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, cost, extract_slim, kels_masks, masked_model, materialize, share_bases, slice_model, split_model, split_plan, tensor_dls, tie_weights, trace_channels
+from paramfx.all import (
+    DynamicSparse, KnowledgeEvolution, OrthoReg, SliceTrain, Snip, SplitNet, cost, extract_slim, kels_masks,
+    masked_model, materialize, share_bases, slice_model, split_model, split_plan, tensor_dls, tie_weights,
+    trace_channels)
 from paramfx.core.forward import copy_model
 from paramfx.report.cost import layer_macs
 from paramfx.slicing.slice import plan_slices

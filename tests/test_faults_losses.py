@@ -9,7 +9,9 @@ from fastai.basics import Learner, accuracy, set_seed
 from fastai.callback.schedule import *  # noqa: F403  fit_one_cycle, fine_tune, lr_find
 from torch import nn
 
-from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, OrthoReg, SliceTrain, SplitNet, at_rate, effects, masked_model, materialize, set_rate, slice_model, split_model, tensor_dls
+from paramfx.all import (
+    DynamicSparse, IterativePrune, KnowledgeEvolution, OrthoReg, SliceTrain, SplitNet, at_rate, effects,
+    masked_model, materialize, set_rate, slice_model, split_model, tensor_dls)
 from paramfx.core.samples import sample_batch
 from paramfx.core.forward import copy_model
 from paramfx.core.clock import AllFits

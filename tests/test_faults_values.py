@@ -7,7 +7,10 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
 from torch import nn
 
-from paramfx.all import DynamicSparse, IterativePrune, KnowledgeEvolution, SliceTrain, SplitNet, check_same, cost, cut_dead, materialize, save_recipe, save_sparse, share_bases, slice_model, sparsify, split_model, tensor_dls, tie_weights, trace_channels
+from paramfx.all import (
+    DynamicSparse, IterativePrune, KnowledgeEvolution, SliceTrain, SplitNet, check_same, cost, cut_dead, materialize,
+    save_recipe, save_sparse, share_bases, slice_model, sparsify, split_model, tensor_dls, tie_weights,
+    trace_channels)
 from paramfx.sparse.sparsify import plan_masks
 from paramfx.kernels.timing import sparse_infer
 from paramfx.sparse.methods import SET

@@ -34,7 +34,8 @@ from settings import sparse_settings
 pytestmark = pytest.mark.filterwarnings('ignore')  # such as a fit too short for its schedule
 
 def examples(n):
-    return settings(max_examples=n if 'PARAMFX_SLOW' in os.environ else max(5, n//3), derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    return settings(max_examples=n if 'PARAMFX_SLOW' in os.environ else max(5, n//3), derandomize=True,
+        deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 OPTIMIZERS = {'sgd': partial(SGD, mom=.9), 'adam': Adam, 'torch nesterov': partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)),
               'torch adamw': partial(OptimWrapper, opt=torch.optim.AdamW)}

@@ -143,6 +143,7 @@ def first_masks(self:DynamicSparse) -> dict:
     # a layer that a dict leaves out stays dense
     return kw | dict(sparsity={k: start for k in self.sparsity} if isinstance(self.sparsity, dict) else start)
 
+# %% ../../nbs/sparse/05_callback.ipynb #a5775603
 @patch
 def _check_signs(self:DynamicSparse, model, table):
     "Raise where a method that goes by signs meets numbers that have none"
@@ -225,6 +226,7 @@ def _epochs(self:DynamicSparse):
     c = self.effect.clock
     return (c.planned/c.per_epoch if self.span == 'fit' else self.span.epochs) or 1
 
+# %% ../../nbs/sparse/05_callback.ipynb #6cbb86eb
 @patch(as_prop=True)
 def stop_pos(self:DynamicSparse) -> float:
     "Position from which on nothing is rewired"
@@ -244,11 +246,13 @@ def value(self:DynamicSparse, sched) -> float:
     if not isinstance(sched, SchedSteps): return float(sched(pos))
     return float(sched.at(pos*self._epochs + 1e-9)) # 29/100*100 is 28.999...
 
+# %% ../../nbs/sparse/05_callback.ipynb #48b0d086
 @patch
 def _period(self:DynamicSparse):
     if self.steps is not None: return max(1, int(self.value(self.steps)))
     return self.method.period or self.auto
 
+# %% ../../nbs/sparse/05_callback.ipynb #45d85d7f
 @patch
 def due(self:DynamicSparse):
     "Is a rewire due after the optimizer step that was just made?"
@@ -300,12 +304,14 @@ def _choose(self:DynamicSparse, items):
     grow = self.method.allocate(self, items, dropped)
     return self.method.settle(self, items, dropped, grow),grow,sum(map(len, chosen))
 
+# %% ../../nbs/sparse/05_callback.ipynb #f2b89485
 @patch
 def place(self:DynamicSparse, e, mask, dropped, n, score=None, generator=None): # Flat indices
     "Where `n` units of a `Masked` parameter grow, at random or by score; with a pattern n:m in the groups that lose some"
     if e.groups: return grow_in_groups(mask, dropped, *e.groups, score=score, generator=generator)
     return grow_random(mask, n, generator) if score is None else grow_top(score, mask, n)
 
+# %% ../../nbs/sparse/05_callback.ipynb #80652cf7
 @patch
 def _record(self:DynamicSparse, items, dropped, grown):
     c,h,w = self.effect.clock,self.effect.history,self.__dict__.get('auto', 1)
@@ -343,6 +349,7 @@ def _sooner(self:DynamicSparse, clock):
     if acc is None or n//4 >= acc.n_acc: return ''
     return f", or accumulate less, as with `GradientAccumulation({max(1, n//4)})`"
 
+# %% ../../nbs/sparse/05_callback.ipynb #192d91ec
 @patch
 def on_fit_start(self:DynamicSparse): # after the span, all is done
     self.__dict__['at_start'] = self.effect.values['rewires'] if self.moving else None

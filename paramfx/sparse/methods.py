@@ -525,6 +525,7 @@ def ready(self:DeepR, cb, learn):
     cb.__dict__['lists'] = {e: LiveList(e, self._signs(cb, e) if self.sign == 'random' else None)
         for e in cb.store.items}
 
+# %% ../../nbs/sparse/04_methods.ipynb #da6bcd0b
 @patch
 def _signs(self:DeepR, cb, e):
     "Signs of the connections whose weight is 0, from the seed alone"
@@ -542,6 +543,7 @@ def _noise(self:DeepR, cb, where):
     draw = torch.randn(sum(sizes), generator=gen).mul_(std)
     for l,n in zip(lists, draw.split(sizes)): l.add_(where(l.e), n.to(l.e.weight.device, l.e.weight.dtype))
 
+# %% ../../nbs/sparse/04_methods.ipynb #63914f37
 @patch
 def drop(self:DeepR, cb, items):
     if 'lists' not in cb.__dict__: self.ready(cb, None)
