@@ -8,22 +8,21 @@ from functools import partial
 import pytest
 import torch
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, Learner, OptimWrapper, SGD
-from fastai.callback.schedule import *
+import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 from torch import nn
 
 from contracts import opt_state_of, quiet, seed_all
 from paramfx.core.clock import SchedSteps, read_steps
-from paramfx.sparse.load_masks import *
+import paramfx.sparse.load_masks # gives Learner load_masks  # noqa: F401
 from paramfx.data.memory import tensor_dls
 from paramfx.masks.store import Masked, MaskStore, density_erk
-from paramfx.sparse.moves import *
-from paramfx.core.runs import *
-from paramfx.sparse.prune import *
-from paramfx.sparse.callback import *
-from paramfx.sparse.sparsify import *
-from paramfx.sparse.published import *
+from paramfx.core.runs import RunState
+import paramfx.sparse.prune # gives Learner prune  # noqa: F401
+from paramfx.sparse.callback import DynamicSparse
+from paramfx.sparse.sparsify import sparsify
+from paramfx.sparse.published import sparse_recipe
 from paramfx.core.state import effects
-from paramfx.sparse.tied import *
+from paramfx.sparse.tied import tie_weights
 from paramfx.core.samples import generator
 from paramfx.sparse.methods import DSR, SET, DeepR, GraNet
 from paramfx.sparse.moves import allocate_growth, drop_fraction, drop_sign_change, drop_threshold, grow_random, grow_top

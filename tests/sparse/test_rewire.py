@@ -13,7 +13,7 @@ from torch import nn
 from contracts import quiet, seed_all
 from paramfx.core.clock import SchedConst, SchedSteps
 from paramfx.data.memory import digits_dls, tensor_dls
-from paramfx.report.plan import *
+import paramfx.report.plan # gives Learner plan  # noqa: F401
 from paramfx.sparse.callback import DynamicSparse
 from paramfx.sparse.methods import METHODS, Rewirer
 from paramfx.sparse.moves import drop_threshold, threshold_for, unit_values
