@@ -308,7 +308,7 @@ def _choose(self:DynamicSparse, items):
 @patch
 def place(self:DynamicSparse, e, mask, dropped, n, score=None, generator=None): # Flat indices
     "Where `n` units of a `Masked` parameter grow, at random or by score; with a pattern n:m in the groups that lose some"
-    if e.groups: return grow_in_groups(mask, dropped, *e.groups, score, generator)
+    if e.groups: return grow_in_groups(mask, dropped, *e.groups, score=score, generator=generator)
     return grow_random(mask, n, generator) if score is None else grow_top(score, mask, n)
 
 # %% ../../nbs/sparse/05_callback.ipynb #80652cf7
