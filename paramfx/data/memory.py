@@ -17,6 +17,7 @@ from fastai.basics import (CrossEntropyLossFlat, DataLoaders, MSELossFlat, Tenso
     torch)
 from fastai.data.transforms import CategoryMap, IntToFloatTensor, Normalize
 from .loading import NormalizeBytes, as_bytes, check_loader, find_data, list_tfms, reading
+from fastcore.basics import patch
 
 # %% ../../nbs/data/01_memory.ipynb #75c0ba8e
 class Row:
@@ -67,40 +68,53 @@ class InMemory:
         old,self.split_idx = self.split_idx,i
         try: yield self
         finally: self.split_idx = old
-    def new(self, x, y=None, split_idx=1, names=None):
-        "Other items with the same vocab and normalisation"
-        res = type(self)(x, y, self.vocab, self.mean, self.std)
-        res.reader,res.split_idx,res.names = self.reader,split_idx,names
-        return res
-    def new_empty(self):
-        "No items, but all that is needed to predict"
-        return self.new(self.x[:0].clone(), None if self.y is None else self.y[:0].clone(),
-            self.split_idx)
-    def encode(self, items):
-        "Normalise new items: raw arrays or tensors of one input, what `reader` reads, or rows of a data set"
-        if not len(items): raise ValueError('There are no items: give at least one')
-        if all(isinstance(o, Row) for o in items): return self._rows(items)
-        x = torch.stack([self._raw(o) for o in items])
-        if x.shape[1:] != self.x.shape[1:]:
-            raise ValueError(f'An item has shape {list(self.x.shape[1:])}, not {list(x.shape[1:])}')
-        return self.new(x if self.is_bytes else (x-self.mean)/self.std)
-    def _raw(self, o):
-        "One input in the type they are stored in"
-        o = torch.as_tensor(np.asarray(o)) if self.reader is None else self.reader(o)
-        return as_bytes(o) if self.is_bytes else o.to(self.x.dtype)
-    def _rows(self, rows):
-        "The data set of these rows, targets included"
-        y = None if rows[0].ds.y is None else torch.stack([o.ds.y[o.i] for o in rows])
-        return self.new(torch.stack([o.ds.x[o.i] for o in rows]), y, names=[o.name for o in rows])
-    def decode(self, o, full=True):
-        "An item that can show itself"
-        x,*y = o
-        x = x if self.is_bytes else x*self.std + self.mean # the loader has taken bytes back already
-        return (x, *(TitledStr(self.vocab[int(i)] if self.vocab else i.tolist()) for i in y))
     @property
     def c(self)->int: return len(self.vocab) if self.vocab else int(np.prod(self.y.shape[1:]))
     @property
     def loss_func(self): return CrossEntropyLossFlat() if self.vocab else MSELossFlat()
+
+# %% ../../nbs/data/01_memory.ipynb #8b916af5
+@patch
+def new(self:InMemory, x, y=None, split_idx=1, names=None):
+    "Other items with the same vocab and normalisation"
+    res = type(self)(x, y, self.vocab, self.mean, self.std)
+    res.reader,res.split_idx,res.names = self.reader,split_idx,names
+    return res
+
+@patch
+def new_empty(self:InMemory):
+    "No items, but all that is needed to predict"
+    return self.new(self.x[:0].clone(), None if self.y is None else self.y[:0].clone(),
+        self.split_idx)
+
+@patch
+def encode(self:InMemory, items):
+    "Normalise new items: raw arrays or tensors of one input, what `reader` reads, or rows of a data set"
+    if not len(items): raise ValueError('There are no items: give at least one')
+    if all(isinstance(o, Row) for o in items): return self._rows(items)
+    x = torch.stack([self._raw(o) for o in items])
+    if x.shape[1:] != self.x.shape[1:]:
+        raise ValueError(f'An item has shape {list(self.x.shape[1:])}, not {list(x.shape[1:])}')
+    return self.new(x if self.is_bytes else (x-self.mean)/self.std)
+
+@patch
+def _raw(self:InMemory, o):
+    "One input in the type they are stored in"
+    o = torch.as_tensor(np.asarray(o)) if self.reader is None else self.reader(o)
+    return as_bytes(o) if self.is_bytes else o.to(self.x.dtype)
+
+@patch
+def _rows(self:InMemory, rows):
+    "The data set of these rows, targets included"
+    y = None if rows[0].ds.y is None else torch.stack([o.ds.y[o.i] for o in rows])
+    return self.new(torch.stack([o.ds.x[o.i] for o in rows]), y, names=[o.name for o in rows])
+
+@patch
+def decode(self:InMemory, o, full=True):
+    "An item that can show itself"
+    x,*y = o
+    x = x if self.is_bytes else x*self.std + self.mean # the loader has taken bytes back already
+    return (x, *(TitledStr(self.vocab[int(i)] if self.vocab else i.tolist()) for i in y))
 
 # %% ../../nbs/data/01_memory.ipynb #cc233424
 def _take(x, i):
@@ -164,27 +178,6 @@ class MemoryDL(TfmdDL):
         if is_listy(dataset) or isinstance(dataset, (np.ndarray,Tensor)):
             dataset = self.dataset.encode(dataset)
         return super().new(dataset, cls, **kwargs)
-    def decode(self, b): return to_cpu(self.after_batch.decode(self._typed(b)))
-    def _grid(self, n):
-        "Axes for `n` pictures"
-        if self.dataset.x.ndim != 4:
-            raise TypeError('Only images can be shown, not inputs of shape '
-                f'{list(self.dataset.x.shape[1:])}')
-        cols = int(np.ceil(np.sqrt(n)))
-        axs = list(np.ravel(subplots(int(np.ceil(n/cols)), cols, imsize=1.7, layout='constrained')[1]))
-        for ax in axs: ax.axis('off')
-        return axs[:n]
-    def _fitted(self, res, axs):
-        "Names of classes can be long: make titles as small as their picture is wide"
-        for ax in () if axs is None else axs:
-            if n := max(map(len, ax.get_title().split('\n'))):
-                ax.title.set_fontsize(min(ax.title.get_fontsize(), max(5, 190/n)))
-        return res
-    def _one_row(self):
-        "A batch of the same row, as often as it fits"
-        old,self.get_idxs = self.get_idxs,lambda: [0]*self.bs
-        try: return self.one_batch()
-        finally: self.get_idxs = old
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
         "Show up to `max_n` images with their targets, or one of them as often, if `unique`"
         if b is None: b = self._one_row() if unique else self.one_batch()
@@ -194,6 +187,36 @@ class MemoryDL(TfmdDL):
         "Show up to `max_n` images with target and prediction"
         if show and ctxs is None: ctxs = self._grid(min(max_n, len(b[0])))
         return self._fitted(super().show_results(b, out, max_n, ctxs, show, **kwargs), ctxs)
+
+# %% ../../nbs/data/01_memory.ipynb #32d7e371
+@patch
+def decode(self:MemoryDL, b): return to_cpu(self.after_batch.decode(self._typed(b)))
+
+@patch
+def _grid(self:MemoryDL, n):
+    "Axes for `n` pictures"
+    if self.dataset.x.ndim != 4:
+        raise TypeError('Only images can be shown, not inputs of shape '
+            f'{list(self.dataset.x.shape[1:])}')
+    cols = int(np.ceil(np.sqrt(n)))
+    axs = list(np.ravel(subplots(int(np.ceil(n/cols)), cols, imsize=1.7, layout='constrained')[1]))
+    for ax in axs: ax.axis('off')
+    return axs[:n]
+
+@patch
+def _fitted(self:MemoryDL, res, axs):
+    "Names of classes can be long: make titles as small as their picture is wide"
+    for ax in () if axs is None else axs:
+        if n := max(map(len, ax.get_title().split('\n'))):
+            ax.title.set_fontsize(min(ax.title.get_fontsize(), max(5, 190/n)))
+    return res
+
+@patch
+def _one_row(self:MemoryDL):
+    "A batch of the same row, as often as it fits"
+    old,self.get_idxs = self.get_idxs,lambda: [0]*self.bs
+    try: return self.one_batch()
+    finally: self.get_idxs = old
 
 # %% ../../nbs/data/01_memory.ipynb #5c378270
 def _stats(x):

@@ -94,31 +94,12 @@ class Masked:
     def tiled(self): return len(unit_view(self.weight.shape, self.mask.shape)[0]) > self.weight.ndim
     @property
     def trainable(self): return self.param.requires_grad
-
-    def refresh(self):
-        "Recount, renew the float copy (device and dtype of the weight) and mask the weight"
-        # after channels_last
-        if not self.mask.is_contiguous(): self.module._buffers[self.buf] = self.mask.contiguous()
-        self.live = int(self.mask.sum())
-        self.float = (self.full if self.tiled else self.mask).to(self.weight.device, self.weight.dtype)
-        self.weight.data.mul_(self.float)
-        self.note()
-
-    # -- masks that are changed from outside, as in an average that copies buffers
-    def note(self):
-        "What is here now is in step"
-        self.noted = [(t, _version(t)) for t in self.watched()]
-    def watched(self): return [self.mask]
     @property
     def late(self) -> bool:
         "Has anybody written into the mask since?"
         now = [(t, _version(t)) for t in self.watched()]
         return (len(now) != len(self.noted)
             or any(a is not b or v != w for (a,v),(b,w) in zip(now, self.noted)))
-    def catch_up(self): self.refresh()
-    def loose(self) -> int:
-        "Weights outside of the mask that are not 0"
-        return int((self.weight.detach().ne(0) & ~self.full).sum())
 
     def __getstate__(self): # a copy counts versions anew
         return vars(self) | dict(noted=[] if self.late else [t for t,_ in self.noted])
@@ -133,76 +114,128 @@ class Masked:
     def ever(self):
         "Which units were ever live; None unless it was asked to `follow` them"
         return self.module._buffers.get(f'{self.pname}_ever')
-    def follow(self): self.module.register_buffer(f'{self.pname}_ever', self.mask.clone())
 
-    def _fill(self, module, state_dict, prefix, *args):
-        ever,mask = (prefix+f'{self.pname}_ever', state_dict.get(prefix+self.buf))
-        if self.ever is None and ever in state_dict: self.follow() # the file knows it, so it goes on
-        # saved without: no more is known
-        elif self.ever is not None and mask is not None: state_dict.setdefault(ever, mask.clone())
-        for b in self.bufs: state_dict.setdefault(prefix+b, module._buffers[b])
-    def _loaded(self, module, incompatible_keys): self.refresh()
+# %% ../../nbs/masks/01_store.ipynb #ee542dd5
+@patch
+def refresh(self:Masked):
+    "Recount, renew the float copy (device and dtype of the weight) and mask the weight"
+    # after channels_last
+    if not self.mask.is_contiguous(): self.module._buffers[self.buf] = self.mask.contiguous()
+    self.live = int(self.mask.sum())
+    self.float = (self.full if self.tiled else self.mask).to(self.weight.device, self.weight.dtype)
+    self.weight.data.mul_(self.float)
+    self.note()
 
-    def release(self):
-        for h in self.handles: h.remove()
-        for b in self.bufs: self.module._buffers.pop(b, None)
+# %% ../../nbs/masks/01_store.ipynb #c4a04d24
+@patch
+def note(self:Masked):
+    "What is here now is in step"
+    self.noted = [(t, _version(t)) for t in self.watched()]
 
-    def scores(self): return unit_scores(self.weight, self.mask.shape)
-    def fill_(self, t, idx, value=0.):
-        "Set the units `idx` of `t` (of the weight's or the mask's shape) to `value`, in place"
-        if t.shape == self.mask.shape and t.is_contiguous():
-            return t.view(-1).index_fill_(0, idx, value)
-        lead = next((i for i,(a,b) in enumerate(zip(self.mask.shape, t.shape)) if a != b), t.ndim)
-        if t.is_contiguous() and prod(self.mask.shape[:lead+1]) == self.units:
-            return t.view(self.units, -1).index_fill_(0, idx, value)
-        # channels_last, blocks, or units along another dimension
-        size,thin = unit_view(t.shape, self.mask.shape)
-        t.view(size).masked_fill_(self.picked(idx).view(thin), value)
-        return t
+@patch
+def watched(self:Masked): return [self.mask]
 
-    def states(self, opt, only=None):
-        "Tensors that `opt` keeps per weight"
-        return [t for k,t in opt_state(opt, self.param).items() if torch.is_tensor(t)
-            and t.shape == self.param.shape and (only is None or k in only)]
-    def clean_(self, opt):
-        for t in self.states(opt): t.mul_(self.float.to(t.dtype))
-    def zero_faded_(self, opt):
-        "Set what has faded to nothing in the state of dead weights to 0: subnormal numbers make every step slow"
-        for t in self.states(opt):
-            if t.is_floating_point():
-                t.masked_fill_((t.abs() < torch.finfo(t.dtype).tiny) & ~self.full, 0)
-    def move_(self, dropped, grown, values=None, opt=None, only=None):
-        "Drop and grow these units; where they grow, the weight is that of `values`, or 0"
-        w = self.weight.data
-        for t,v in ((self.mask, False), (self.float, 0.), (w, 0.)): self.fill_(t, dropped, v)
-        for t,v in ((self.mask, True), (self.float, 1.)): self.fill_(t, grown, v)
-        if self.ever is not None: self.fill_(self.ever, grown, True)
-        if values is not None:
-            w.copy_(torch.where(expand_units(self.picked(grown), w.shape), values, w))
-        if opt is not None:
-            for t in self.states(opt, only): self.fill_(t, dropped); self.fill_(t, grown)
-        self.live += len(grown)-len(dropped)
-        self.note()
+@patch
+def catch_up(self:Masked): self.refresh()
 
-    def dense_grad(self):
-        "Gradient of all weights, dead ones included; the weight itself where there is none"
-        return self.weight if self.weight.grad is None else self.weight.grad
-    def find(self, state_dict, prefix=''):
-        "The mask that a file holds for it, or None"
-        if prefix+param_name(self.layer, 'crow') in state_dict: raise ValueError(
-            f"{self.name}: the file holds a sparse layer here. Build the callback with compute='csr', "
-            f"or with the layers that were, as in compute=[{self.layer!r}].")
-        return state_dict.get(prefix+param_name(self.layer, self.buf))
+@patch
+def loose(self:Masked) -> int:
+    "Weights outside of the mask that are not 0"
+    return int((self.weight.detach().ne(0) & ~self.full).sum())
 
-    def sync(self):
-        "Take the mask of rank 0"
-        torch.distributed.broadcast(m := self.mask.to(torch.uint8), 0)
-        self.mask.copy_(m.bool())
-    def picked(self, idx):
-        "Bool tensor of the mask's shape, True at the units `idx`"
-        m = torch.zeros(self.units, dtype=torch.bool, device=self.mask.device)
-        m[idx] = True
-        return m.view(self.mask.shape)
+@patch
+def follow(self:Masked): self.module.register_buffer(f'{self.pname}_ever', self.mask.clone())
+
+@patch
+def _fill(self:Masked, module, state_dict, prefix, *args):
+    ever,mask = (prefix+f'{self.pname}_ever', state_dict.get(prefix+self.buf))
+    if self.ever is None and ever in state_dict: self.follow() # the file knows it, so it goes on
+    # saved without: no more is known
+    elif self.ever is not None and mask is not None: state_dict.setdefault(ever, mask.clone())
+    for b in self.bufs: state_dict.setdefault(prefix+b, module._buffers[b])
+
+@patch
+def _loaded(self:Masked, module, incompatible_keys): self.refresh()
+
+@patch
+def release(self:Masked):
+    for h in self.handles: h.remove()
+    for b in self.bufs: self.module._buffers.pop(b, None)
+
+@patch
+def scores(self:Masked): return unit_scores(self.weight, self.mask.shape)
+
+# %% ../../nbs/masks/01_store.ipynb #21c4538f
+@patch
+def fill_(self:Masked, t, idx, value=0.):
+    "Set the units `idx` of `t` (of the weight's or the mask's shape) to `value`, in place"
+    if t.shape == self.mask.shape and t.is_contiguous():
+        return t.view(-1).index_fill_(0, idx, value)
+    lead = next((i for i,(a,b) in enumerate(zip(self.mask.shape, t.shape)) if a != b), t.ndim)
+    if t.is_contiguous() and prod(self.mask.shape[:lead+1]) == self.units:
+        return t.view(self.units, -1).index_fill_(0, idx, value)
+    # channels_last, blocks, or units along another dimension
+    size,thin = unit_view(t.shape, self.mask.shape)
+    t.view(size).masked_fill_(self.picked(idx).view(thin), value)
+    return t
+
+@patch
+def states(self:Masked, opt, only=None):
+    "Tensors that `opt` keeps per weight"
+    return [t for k,t in opt_state(opt, self.param).items() if torch.is_tensor(t)
+        and t.shape == self.param.shape and (only is None or k in only)]
+
+@patch
+def clean_(self:Masked, opt):
+    for t in self.states(opt): t.mul_(self.float.to(t.dtype))
+
+@patch
+def zero_faded_(self:Masked, opt):
+    "Set what has faded to nothing in the state of dead weights to 0: subnormal numbers make every step slow"
+    for t in self.states(opt):
+        if t.is_floating_point():
+            t.masked_fill_((t.abs() < torch.finfo(t.dtype).tiny) & ~self.full, 0)
+
+# %% ../../nbs/masks/01_store.ipynb #0fb762b3
+@patch
+def move_(self:Masked, dropped, grown, values=None, opt=None, only=None):
+    "Drop and grow these units; where they grow, the weight is that of `values`, or 0"
+    w = self.weight.data
+    for t,v in ((self.mask, False), (self.float, 0.), (w, 0.)): self.fill_(t, dropped, v)
+    for t,v in ((self.mask, True), (self.float, 1.)): self.fill_(t, grown, v)
+    if self.ever is not None: self.fill_(self.ever, grown, True)
+    if values is not None:
+        w.copy_(torch.where(expand_units(self.picked(grown), w.shape), values, w))
+    if opt is not None:
+        for t in self.states(opt, only): self.fill_(t, dropped); self.fill_(t, grown)
+    self.live += len(grown)-len(dropped)
+    self.note()
+
+@patch
+def dense_grad(self:Masked):
+    "Gradient of all weights, dead ones included; the weight itself where there is none"
+    return self.weight if self.weight.grad is None else self.weight.grad
+
+@patch
+def find(self:Masked, state_dict, prefix=''):
+    "The mask that a file holds for it, or None"
+    if prefix+param_name(self.layer, 'crow') in state_dict: raise ValueError(
+        f"{self.name}: the file holds a sparse layer here. Build the callback with compute='csr', "
+        f"or with the layers that were, as in compute=[{self.layer!r}].")
+    return state_dict.get(prefix+param_name(self.layer, self.buf))
+
+@patch
+def sync(self:Masked):
+    "Take the mask of rank 0"
+    torch.distributed.broadcast(m := self.mask.to(torch.uint8), 0)
+    self.mask.copy_(m.bool())
+
+@patch
+def picked(self:Masked, idx):
+    "Bool tensor of the mask's shape, True at the units `idx`"
+    m = torch.zeros(self.units, dtype=torch.bool, device=self.mask.device)
+    m[idx] = True
+    return m.view(self.mask.shape)
 
 # %% ../../nbs/masks/01_store.ipynb #1c63ea55
 class MaskStore:

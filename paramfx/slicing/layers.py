@@ -16,6 +16,7 @@ from torch import nn
 from ..core.optimizers import for_caller
 from .recurrent import SlicedRNN, Stateful, state_property
 from .switch import Switch
+from fastcore.basics import patch
 
 # %% ../../nbs/slicing/02_layers.ipynb #ccc41cfa
 class Part:
@@ -111,30 +112,6 @@ class Sliced:
         return p.grown(name, t) if live else self._copy(name, p, t)
 
     def _stat(self, name, mine, p): return self._own(mine)
-    def _size(self, name):
-        p = self.part()
-        return self.__dict__[name] if p is None else p.sizes.get(name, self.__dict__[name])
-
-    def _copy(self, name, p, t):
-        now,key = (*_stamp(t), self._switch.since()),(name, p.no)
-        old = self._kept.get(key)
-        # torch chooses its way through a product by that
-        if old is None or old[0] != now:
-            old = self._kept[key] = (now,
-                p.take(name, t).detach().contiguous().requires_grad_(t.requires_grad))
-        return old[1]
-
-    def _pair(self, p):
-        "Weight and bias of a slice, looked up together"
-        w,b = self._parameters['weight'],self._parameters['bias']
-        if w is None: return None,None
-        now,old = (*_stamp(w), self._switch.since(),
-            *(_stamp(b) if b is not None else ())),self._kept.get(p.no)
-        if old is None or old[0] != now:
-            old = self._kept[p.no] = now,(self._tensor('weight', p),self._tensor('bias', p))
-        return old[1]
-
-    def forget(self): self._kept.clear()
     def _apply(self, fn, recurse=True):
         self.forget()
         return super()._apply(fn, recurse)
@@ -153,45 +130,83 @@ class Sliced:
                         self._first(name, p.take(name, state_dict[key])))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _first(self, name, t): return t
+# %% ../../nbs/slicing/02_layers.ipynb #778edb63
+@patch
+def _size(self:Sliced, name):
+    p = self.part()
+    return self.__dict__[name] if p is None else p.sizes.get(name, self.__dict__[name])
 
-    def plain(self,
-        rate=None # Slice, as in `set_rate`; None: the one in force
-    ) -> nn.Module:
-        "The ordinary layer that does what the slice does"
-        base,p = type(self).base,self._parts.get(self._switch.find(rate))
-        new = base.__new__(base)
-        held = {f'{n}_{q.no}' for q in self._parts.values() for n in type(self).names[0]}
-        vars(new).update({k: {n:o for n,o in v.items() if n not in held} if k in ('_parameters', '_buffers')
-            else v.copy() if isinstance(v, (dict, set)) else v
-                          for k,v in vars(self).items()
-                          if k not in ('_switch', '_parts', '_kept', 'statistics')})
-        new._non_persistent_buffers_set -= held
-        if p is not None: self._shrink(new, p)
-        for m in new.modules(): # fastai's WeightDropout gives its layer a method of its own
-            vars(m).update({k: v.__func__.__get__(new) for k,v in vars(m).items()
-                if getattr(v, '__self__', None) is self})
-        return new
+@patch
+def _copy(self:Sliced, name, p, t):
+    now,key = (*_stamp(t), self._switch.since()),(name, p.no)
+    old = self._kept.get(key)
+    # torch chooses its way through a product by that
+    if old is None or old[0] != now:
+        old = self._kept[key] = (now,
+            p.take(name, t).detach().contiguous().requires_grad_(t.requires_grad))
+    return old[1]
 
-    def acting(self, rate=None):
-        "Inside, the layer does what `plain` with the same arguments gives"
-        return self._switch.at(self._switch.find(rate))
+@patch
+def _pair(self:Sliced, p):
+    "Weight and bias of a slice, looked up together"
+    w,b = self._parameters['weight'],self._parameters['bias']
+    if w is None: return None,None
+    now,old = (*_stamp(w), self._switch.since(),
+        *(_stamp(b) if b is not None else ())),self._kept.get(p.no)
+    if old is None or old[0] != now:
+        old = self._kept[p.no] = now,(self._tensor('weight', p),self._tensor('bias', p))
+    return old[1]
 
-    def plain_args(self): return dict(rate=self._switch.key)
+@patch
+def forget(self:Sliced): self._kept.clear()
 
-    def _shrink(self, new, p):
-        vars(new).update(p.sizes)
-        for store in (new._parameters, new._buffers):
-            store.update({name: self._taken(name, t, p) for name,t in store.items() if t is not None
-                and name in type(self).names[0]})
-        if hasattr(new, '_init_flat_weights'): new._init_flat_weights() # of recurrent layers
+@patch
+def _first(self:Sliced, name, t): return t
 
-    def _taken(self, name, t, p):
-        own = f'{name}_{p.no}'
-        part = self._own(own) if own in self._buffers or own in self._parameters else p.take(name, t)
-        if part is t: return t
-        new = part.detach().clone(memory_format=torch.contiguous_format)
-        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+# %% ../../nbs/slicing/02_layers.ipynb #5911dddb
+@patch
+def plain(self:Sliced,
+    rate=None # Slice, as in `set_rate`; None: the one in force
+) -> nn.Module:
+    "The ordinary layer that does what the slice does"
+    base,p = type(self).base,self._parts.get(self._switch.find(rate))
+    new = base.__new__(base)
+    held = {f'{n}_{q.no}' for q in self._parts.values() for n in type(self).names[0]}
+    vars(new).update({k: {n:o for n,o in v.items() if n not in held} if k in ('_parameters', '_buffers')
+        else v.copy() if isinstance(v, (dict, set)) else v
+                      for k,v in vars(self).items()
+                      if k not in ('_switch', '_parts', '_kept', 'statistics')})
+    new._non_persistent_buffers_set -= held
+    if p is not None: self._shrink(new, p)
+    for m in new.modules(): # fastai's WeightDropout gives its layer a method of its own
+        vars(m).update({k: v.__func__.__get__(new) for k,v in vars(m).items()
+            if getattr(v, '__self__', None) is self})
+    return new
+
+@patch
+def acting(self:Sliced, rate=None):
+    "Inside, the layer does what `plain` with the same arguments gives"
+    return self._switch.at(self._switch.find(rate))
+
+@patch
+def plain_args(self:Sliced): return dict(rate=self._switch.key)
+
+@patch
+def _shrink(self:Sliced, new, p):
+    vars(new).update(p.sizes)
+    for store in (new._parameters, new._buffers):
+        store.update({name: self._taken(name, t, p) for name,t in store.items() if t is not None
+            and name in type(self).names[0]})
+    if hasattr(new, '_init_flat_weights'): new._init_flat_weights() # of recurrent layers
+
+# %% ../../nbs/slicing/02_layers.ipynb #c988b29d
+@patch
+def _taken(self:Sliced, name, t, p):
+    own = f'{name}_{p.no}'
+    part = self._own(own) if own in self._buffers or own in self._parameters else p.take(name, t)
+    if part is t: return t
+    new = part.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 # %% ../../nbs/slicing/02_layers.ipynb #f770622e
 def _property(name, tensor):

@@ -12,7 +12,7 @@ from itertools import count
 from numbers import Integral
 
 import torch
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 from .plan import check_rate
 from ..core.samples import generator
 
@@ -49,52 +49,58 @@ class RateSchedule:
             if not ok:
                 raise ValueError(f"{k}={v!r}: schedule {self.name!r} draws no rates. Leave it out, or "
                     "choose one of random, random_min, random_max, random_min_max.")
-
-    def _check_number(self, n):
-        if n > max(len(self.drawn), bool(self.forced)):
-            raise ValueError(f"n_random={n}: schedule {self.name!r} draws from {len(self.drawn)} rates "
-                f"({', '.join(f'{r:g}' for r in self.drawn) or 'none'}). Give at most that.")
-        if not n and not self.forced:
-            raise ValueError("n_random=0: schedule 'random' would run no rate at all. Give 1 or more.")
-        return min(n, len(self.drawn))
-
-    def _check_probs(self, given, probs):
-        "Weights of what is drawn from, in its order"
-        if probs is None: return torch.ones(len(self.drawn), dtype=torch.float64)
-        if self.name == 'sandwich':
-            raise ValueError("probs: schedule 'sandwich' draws uniformly. Use 'random_min_max'.")
-        try: p,left = [float(o) for o in listify(probs)],[r for r in given if r in self.drawn]
-        except (TypeError, ValueError):
-            raise ValueError(f"probs={probs!r}: give a number for each of the rates "
-                f"{', '.join(f'{r:g}' for r in given)}.") from None
-        if len({*given}) < len(given) or len(p) not in (len(given), len(left)): raise ValueError(
-            f"probs={p}: give a number for each of the rates {', '.join(f'{r:g}' for r in given)}, "
-            "each of them once"
-            + (", or for those that are drawn from: "
-            f"{', '.join(f'{r:g}' for r in left)}." if left else '.'))
-        by = dict(zip(given if len(p) == len(given) else left, p))
-        w = torch.tensor([by[r] for r in self.drawn], dtype=torch.float64)
-        if (min(p) < 0 or not torch.isfinite(torch.tensor(p)).all()
-            or int((w > 0).sum()) < self.n_random):
-            raise ValueError(f"probs={p}: give numbers from 0 on, above 0 for at least the "
-                f"{self.n_random} rates that a step draws.")
-        return w
-
-    def at(self, step:int) -> list:
-        "Rates of this step, the widest first"
-        if self.name in ('static', 'round_robin'): return [*self.rates]
-        if self.name == 'fixed': return self.rates[-1:]
-        if self.name == 'cycle': return [self.rates[step%len(self.rates)]]
-        if self.name != 'normal' and not self.n_random: return sorted(self.forced, reverse=True)
-        gen = generator(self.seed, 'rates', int(step))
-        if self.name == 'normal':
-            return [self._nearest(1+torch.randn((), generator=gen, dtype=torch.float64).item()/3)]
-        got = torch.multinomial(self.weights, self.n_random, generator=gen).tolist()
-        return sorted(self.forced | {self.drawn[i] for i in got}, reverse=True)
-
-    def _nearest(self, r): return min(self.rates, key=lambda o: abs(o-min(max(r, self.rates[-1]), 1)))
     def __iter__(self): return map(self.at, count())
     def __repr__(self): return f"RateSchedule({self.name}: {', '.join(f'{r:g}' for r in self.rates)})"
+
+# %% ../../nbs/slicing/04_rates.ipynb #d03da917
+@patch
+def _check_number(self:RateSchedule, n):
+    if n > max(len(self.drawn), bool(self.forced)):
+        raise ValueError(f"n_random={n}: schedule {self.name!r} draws from {len(self.drawn)} rates "
+            f"({', '.join(f'{r:g}' for r in self.drawn) or 'none'}). Give at most that.")
+    if not n and not self.forced:
+        raise ValueError("n_random=0: schedule 'random' would run no rate at all. Give 1 or more.")
+    return min(n, len(self.drawn))
+
+@patch
+def _check_probs(self:RateSchedule, given, probs):
+    "Weights of what is drawn from, in its order"
+    if probs is None: return torch.ones(len(self.drawn), dtype=torch.float64)
+    if self.name == 'sandwich':
+        raise ValueError("probs: schedule 'sandwich' draws uniformly. Use 'random_min_max'.")
+    try: p,left = [float(o) for o in listify(probs)],[r for r in given if r in self.drawn]
+    except (TypeError, ValueError):
+        raise ValueError(f"probs={probs!r}: give a number for each of the rates "
+            f"{', '.join(f'{r:g}' for r in given)}.") from None
+    if len({*given}) < len(given) or len(p) not in (len(given), len(left)): raise ValueError(
+        f"probs={p}: give a number for each of the rates {', '.join(f'{r:g}' for r in given)}, "
+        "each of them once"
+        + (", or for those that are drawn from: "
+        f"{', '.join(f'{r:g}' for r in left)}." if left else '.'))
+    by = dict(zip(given if len(p) == len(given) else left, p))
+    w = torch.tensor([by[r] for r in self.drawn], dtype=torch.float64)
+    if (min(p) < 0 or not torch.isfinite(torch.tensor(p)).all()
+        or int((w > 0).sum()) < self.n_random):
+        raise ValueError(f"probs={p}: give numbers from 0 on, above 0 for at least the "
+            f"{self.n_random} rates that a step draws.")
+    return w
+
+# %% ../../nbs/slicing/04_rates.ipynb #ce79aa49
+@patch
+def at(self:RateSchedule, step:int) -> list:
+    "Rates of this step, the widest first"
+    if self.name in ('static', 'round_robin'): return [*self.rates]
+    if self.name == 'fixed': return self.rates[-1:]
+    if self.name == 'cycle': return [self.rates[step%len(self.rates)]]
+    if self.name != 'normal' and not self.n_random: return sorted(self.forced, reverse=True)
+    gen = generator(self.seed, 'rates', int(step))
+    if self.name == 'normal':
+        return [self._nearest(1+torch.randn((), generator=gen, dtype=torch.float64).item()/3)]
+    got = torch.multinomial(self.weights, self.n_random, generator=gen).tolist()
+    return sorted(self.forced | {self.drawn[i] for i in got}, reverse=True)
+
+@patch
+def _nearest(self:RateSchedule, r): return min(self.rates, key=lambda o: abs(o-min(max(r, self.rates[-1]), 1)))
 
 # %% ../../nbs/slicing/04_rates.ipynb #c5f8b20c
 def check_schedule(

@@ -21,6 +21,7 @@ from ..core.callback import finding_lr
 from ..core.forward import model_inputs, still
 from ..masks.store import Masked, MaskStore, param_name
 from ..core.state import effects
+from fastcore.basics import patch
 
 # %% ../../nbs/sparse/00_compute.ipynb #53ce19db
 class CSRMasked(Masked):
@@ -56,80 +57,102 @@ class CSRMasked(Masked):
     tiled = False
 
     live = property(lambda self: len(self.param))
-    def watched(self): return [self.module._buffers[k] for k in self.bufs]
     def note(self):
         super().note()
         self.places = zlib.crc32(self.module.col.cpu().numpy().tobytes(),
             zlib.crc32(self.module.crow.cpu().numpy().tobytes()))
-    def loose(self): return 0
-    def refresh(self):
-        "Nothing is kept twice"
-        old = self.places
-        self.note()
-        return old in (None, self.places)
-    def catch_up(self):
-        "In an average over a rewire, each value is one of several weights"
-        if not self.refresh():
-            warnings.warn(f"{self.name}: its live weights stand at other places than when this "
-                "copy was made. An average over them mixes "
-            "weights of different places: train with compute='dense' to average, or begin the average "
-            "after the last rewire.")
-    def release(self):
-        if isinstance(self.module, CSR): to_dense(self.module)
-    def unpack(self, opt=None):
-        "Make an ordinary layer of it, which `opt` trains from now on"
-        old,flat,shape = self.param,self.module.flat,self.module.shape
-        swap_params(opt, {old: to_dense(self.module).weight}, lambda t,*args: t.new_zeros(
-            self.units).index_copy_(0, flat, t).view(shape))
 
-    def plain_state(self, state_dict):
-        "With the dense weight in place of what it holds"
-        key = param_name(self.layer, 'values')
-        return {param_name(self.layer, 'weight') if k == key else k: self.weight if k == key else v
-            for k,v in state_dict.items()}
+# %% ../../nbs/sparse/00_compute.ipynb #cc3796b6
+@patch
+def watched(self:CSRMasked): return [self.module._buffers[k] for k in self.bufs]
 
-    def clean_(self, opt):
-        "Fit optimizer state that a file brought for other values, or for a masked layer"
-        for k,t in opt_state(opt, self.param).items():
-            if not torch.is_tensor(t) or not t.ndim or t.shape == self.param.shape: continue
-            if t.shape == self.module.shape: t.data = t.reshape(-1)[self.module.flat]
-            else:
-                t.data = (self.param.detach().clone() if k == 'slow_weights'
-                    else torch.zeros_like(self.param))
+@patch
+def loose(self:CSRMasked): return 0
 
-    def move_(self, dropped, grown, values=None, opt=None, only=None):
-        "Drop and grow these positions; state follows its values"
-        flat,states = self.module.flat,self.states(opt)
-        keep = torch.ones_like(flat, dtype=torch.bool)
-        keep[torch.searchsorted(flat, dropped)] = False
-        flat,order = torch.cat([flat[keep], grown]).sort()
-        def moved(t, new): return torch.cat([t[keep], new])[order]
-        zeros = self.param.new_zeros(len(grown))
-        for t in states: t.data = moved(t, zeros.to(t.dtype))
-        self.module.place_(flat, moved(self.param.detach(),
-            zeros if values is None else values.reshape(-1)[grown]))
-        self.note()
+@patch
+def refresh(self:CSRMasked):
+    "Nothing is kept twice"
+    old = self.places
+    self.note()
+    return old in (None, self.places)
 
-    def dense_grad(self):
-        t,self.module.tapped = self.module.tapped,None
-        if not torch.is_tensor(t): return self.weight
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(t)
-        return t
+@patch
+def catch_up(self:CSRMasked):
+    "In an average over a rewire, each value is one of several weights"
+    if not self.refresh():
+        warnings.warn(f"{self.name}: its live weights stand at other places than when this "
+            "copy was made. An average over them mixes "
+        "weights of different places: train with compute='dense' to average, or begin the average "
+        "after the last rewire.")
 
-    def find(self, state_dict, prefix=''):
-        crow,col,mask = (state_dict.get(prefix+param_name(self.layer, k))
-            for k in ('crow', 'col', self.buf))
-        return (mask if crow is None or col is None
-            else self._mask(csr_flat(crow, col, self.module.size[1]).to(self.param.device)))
+@patch
+def release(self:CSRMasked):
+    if isinstance(self.module, CSR): to_dense(self.module)
 
-    def sync(self):
-        for k in self.bufs: torch.distributed.broadcast(self.module._buffers[k], 0)
-        vars(self.module).pop('_index', None)
+@patch
+def unpack(self:CSRMasked, opt=None):
+    "Make an ordinary layer of it, which `opt` trains from now on"
+    old,flat,shape = self.param,self.module.flat,self.module.shape
+    swap_params(opt, {old: to_dense(self.module).weight}, lambda t,*args: t.new_zeros(
+        self.units).index_copy_(0, flat, t).view(shape))
 
-    def follow(self):
-        raise ValueError(f"{self.name}: a recorder that follows what was ever live keeps a table of all weights. Use "
-            "compute='dense'.")
+@patch
+def plain_state(self:CSRMasked, state_dict):
+    "With the dense weight in place of what it holds"
+    key = param_name(self.layer, 'values')
+    return {param_name(self.layer, 'weight') if k == key else k: self.weight if k == key else v
+        for k,v in state_dict.items()}
+
+# %% ../../nbs/sparse/00_compute.ipynb #68348a6c
+@patch
+def clean_(self:CSRMasked, opt):
+    "Fit optimizer state that a file brought for other values, or for a masked layer"
+    for k,t in opt_state(opt, self.param).items():
+        if not torch.is_tensor(t) or not t.ndim or t.shape == self.param.shape: continue
+        if t.shape == self.module.shape: t.data = t.reshape(-1)[self.module.flat]
+        else:
+            t.data = (self.param.detach().clone() if k == 'slow_weights'
+                else torch.zeros_like(self.param))
+
+@patch
+def move_(self:CSRMasked, dropped, grown, values=None, opt=None, only=None):
+    "Drop and grow these positions; state follows its values"
+    flat,states = self.module.flat,self.states(opt)
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    keep[torch.searchsorted(flat, dropped)] = False
+    flat,order = torch.cat([flat[keep], grown]).sort()
+    def moved(t, new): return torch.cat([t[keep], new])[order]
+    zeros = self.param.new_zeros(len(grown))
+    for t in states: t.data = moved(t, zeros.to(t.dtype))
+    self.module.place_(flat, moved(self.param.detach(),
+        zeros if values is None else values.reshape(-1)[grown]))
+    self.note()
+
+@patch
+def dense_grad(self:CSRMasked):
+    t,self.module.tapped = self.module.tapped,None
+    if not torch.is_tensor(t): return self.weight
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(t)
+    return t
+
+@patch
+def find(self:CSRMasked, state_dict, prefix=''):
+    crow,col,mask = (state_dict.get(prefix+param_name(self.layer, k))
+        for k in ('crow', 'col', self.buf))
+    return (mask if crow is None or col is None
+        else self._mask(csr_flat(crow, col, self.module.size[1]).to(self.param.device)))
+
+# %% ../../nbs/sparse/00_compute.ipynb #ee2c9914
+@patch
+def sync(self:CSRMasked):
+    for k in self.bufs: torch.distributed.broadcast(self.module._buffers[k], 0)
+    vars(self.module).pop('_index', None)
+
+@patch
+def follow(self:CSRMasked):
+    raise ValueError(f"{self.name}: a recorder that follows what was ever live keeps a table of all weights. Use "
+        "compute='dense'.")
 
 # %% ../../nbs/sparse/00_compute.ipynb #b6c8ca45
 COMPUTE = ('dense','csr','auto')

@@ -113,40 +113,10 @@ class Tied(ComputedWeight):
                 unit[first], -unit[first]))
         return new._as_published()
 
-    def _index(self):
-        idx = tied_index(self.n_places, len(self.bank), generator(self.seed, 'tied', self.key),
-            self.sign_hash)
-        self.register_buffer('idx', idx.to(self.bank.device), persistent=False)
-
-    def _as_published(self):
-        "In the published code the first entry of a tied matrix starts at 0"
-        if isinstance(self, nn.Linear) and 1 < len(self.bank) < self.n_places:
-            with torch.no_grad(): self.bank[0] = 0
-        return self
-
     @property
     def weight(self):
         warn_export('Tied weights and their tables are')
         return read_bank(self.bank, self.idx, self.shape, self.sign_hash, self.scale)
-
-    def reset_parameters(self):
-        bound = prod(self.shape[1:])**-.5
-        for p in self._parameters.values():
-            if p is not None: nn.init.uniform_(p, -bound, bound)
-        self._as_published()
-
-    def plain(self) -> nn.Module:
-        "The ordinary layer with the same weights"
-        new = _remade(self, _dense(self),
-            weight=nn.Parameter(self.weight.detach().clone(), self.bank.requires_grad))
-        for k in ('idx', 'code'): new._buffers.pop(k); new._non_persistent_buffers_set.discard(k)
-        for k in self.tied: vars(new).pop(k)
-        return new
-
-    def macs(self, x, out):
-        "Every place multiplies, so tied costs what dense costs"
-        w,dense = self.weight,out.numel()*prod(self.shape[1:])
-        return dense,dense,dense*int(w.count_nonzero())/w.numel()
 
     def extra_repr(self): return f'{super().extra_repr()}, bank={len(self.bank)} for {self.n_places}'
 
@@ -173,6 +143,42 @@ class Tied(ComputedWeight):
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
                 unexpected, errors)
+
+# %% ../../nbs/sparse/08_tied.ipynb #9029a553
+@patch
+def _index(self:Tied):
+    idx = tied_index(self.n_places, len(self.bank), generator(self.seed, 'tied', self.key),
+        self.sign_hash)
+    self.register_buffer('idx', idx.to(self.bank.device), persistent=False)
+
+@patch
+def _as_published(self:Tied):
+    "In the published code the first entry of a tied matrix starts at 0"
+    if isinstance(self, nn.Linear) and 1 < len(self.bank) < self.n_places:
+        with torch.no_grad(): self.bank[0] = 0
+    return self
+
+@patch
+def reset_parameters(self:Tied):
+    bound = prod(self.shape[1:])**-.5
+    for p in self._parameters.values():
+        if p is not None: nn.init.uniform_(p, -bound, bound)
+    self._as_published()
+
+@patch
+def plain(self:Tied) -> nn.Module:
+    "The ordinary layer with the same weights"
+    new = _remade(self, _dense(self),
+        weight=nn.Parameter(self.weight.detach().clone(), self.bank.requires_grad))
+    for k in ('idx', 'code'): new._buffers.pop(k); new._non_persistent_buffers_set.discard(k)
+    for k in self.tied: vars(new).pop(k)
+    return new
+
+@patch
+def macs(self:Tied, x, out):
+    "Every place multiplies, so tied costs what dense costs"
+    w,dense = self.weight,out.numel()*prod(self.shape[1:])
+    return dense,dense,dense*int(w.count_nonzero())/w.numel()
 
 # %% ../../nbs/sparse/08_tied.ipynb #586a5737
 class TiedLinear(Tied, nn.Linear): "`nn.Linear` that reads its weight from a bank"
