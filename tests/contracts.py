@@ -26,7 +26,7 @@ from paramfx.slicing.callback import SliceTrain
 from paramfx.splitnet.callback import SplitNet
 from paramfx.sparse.methods import GraNet
 from paramfx.sparse.penalties import L1
-from settings import sparse_settings
+from settings import slice_settings, sparse_settings
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def slice_check(learn, grads=True):
 
 def slicing(**defaults):
     "Line of `SliceTrain`; settings that only masks have are left out"
-    def make(**kw): return SliceTrain(**{**defaults, **{k: v for k, v in kw.items() if k in ('rates', 'schedule', 'n_random', 'seed')}})
+    def make(**kw): return SliceTrain(**slice_settings(**{**defaults, **{k: v for k, v in kw.items() if k in ('rates', 'schedule', 'n_random', 'seed')}}))
     return Method('slice_train', make, slice_facts, slice_check,
         noop=partial(make, rates=(1, .5), schedule='random_max', n_random=0), other=partial(make, rates=(1, .75)),
                   moves=False, columns=tuple(f'{n}@{r}' for r in (.5, .25) for n in ('valid_loss', 'accuracy')),

@@ -111,7 +111,7 @@ CASES = {
     'learn: slice under masks': (net, 'learn.sparsify()', 'learn.slice()', 'under dynamic_sparse', 1, True),
     'learn: slice twice': (net, 'learn.slice()', 'learn.slice()', 'sliced already', 0, True),
     'learn: other rates': (net, 'learn.slice()', 'learn.add_cb(SliceTrain((1, .5)))', 'is sliced at', 0, True),
-    'learn: another norm': (net, 'learn.slice()', "learn.add_cb(SliceTrain(norm='recal'))", 'sliced already', 0, True),
+    'learn: another norm': (net, 'learn.slice()', "learn.add_cb(SliceTrain(slicing=Slicing(norm='recal')))", 'sliced already', 0, True),
     'learn: rates of none': (net, '', 'learn.validate_rates()', 'not sliced', 0, True),
     'learn: report of none': (net, '', 'learn.slice_report(repeats=1)', 'not sliced', 0, None),
     'learn: export of none': (net, '', "learn.export_slice(.5, 'a.pth')", 'not sliced', 0, True),
@@ -209,7 +209,7 @@ class Fft(nn.Module):
 def test_a_module_without_a_rule_is_pinned_as_the_message_says(call, again, tmp_path):
     ns = space(Odd, tmp_path)
     told = run(call.format(''), ns)
-    pin = re.search(r'pin=\[.*?\]', told)[0]
+    pin = re.search(r'(slicing=Slicing\()?pin=\[.*?\]\)?', told)[0]
     assert run(call.format(f', {pin}' if call.startswith('slice_model') else pin), ns) is None
     assert run(again, ns) is None
     model = ns['model'] if 'slice_model' in call else ns['learn'].model

@@ -8,7 +8,8 @@ Docs: https://paramfx.github.io/paramfx/core/arguments.html.md"""
 __all__ = []
 
 # %% ../../nbs/core/10_arguments.ipynb #43e0acf5
-import inspect
+import inspect, re
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import wraps
 
@@ -33,13 +34,40 @@ def moved_args(
         return _checked
     return _decorate
 
+# %% ../../nbs/core/10_arguments.ipynb #a317c444
+def into_object(
+    argument:str, # Where the object is given now
+    cls # Dataclass that has the settings
+):
+    "Form for `moved_args`: an object of `cls` with all that was given of it"
+    def _form(v, given):
+        old,names = given.get(argument),[f.name for f in fields(cls)]
+        own = {n: getattr(old, n) for n in names} if isinstance(old, cls) else {}
+        if isinstance(old, str): own[names[0]] = old # the name alone stands for the defaults
+        own |= {n: given[n] for n in names if n in given and n != argument}
+        return f"{argument}={cls.__name__}({', '.join(f'{k}={x!r}' for k,x in own.items())})"
+    return _form
+
+# %% ../../nbs/core/10_arguments.ipynb #c32366c2
+@contextmanager
+def worded(
+    keyword:str, # Argument of a function that is called inside, as in a remedy `pin=['head']`
+    form:str # How the caller gives it, with `{v}` for all of that
+):
+    "Inside, an error tells the remedy in the words of the caller"
+    try: yield
+    except Exception as e:
+        told = re.sub(rf'\b{keyword}=\[[^]]*\]', lambda m: form.replace('{v}', m[0]), str(e))
+        if told != str(e): e.args = (told, *e.args[1:])
+        raise
+
 # %% ../../nbs/core/10_arguments.ipynb #b1a40d7b
 def to_plain(
     o # Dataclass instance, or plain data
 ):
     "A settings object as a dict: `name` and its settings; all else as it is"
     if not is_dataclass(o): return o
-    return dict(name=type(o).__name__) | {f.name: to_plain(getattr(o, f.name)) for f in fields(o)}
+    return dict(name=type(o).__name__) | {f.name: to_plain(getattr(o, f.name)) for f in fields(o) if f.init}
 
 def from_plain(
     d, # From `to_plain`

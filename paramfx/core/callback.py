@@ -9,6 +9,7 @@ __all__ = ['EffectCallback']
 
 # %% ../../nbs/core/06_callback.ipynb #8c132c71
 import inspect, reprlib, warnings
+from dataclasses import fields, is_dataclass
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from functools import partial
 
@@ -166,7 +167,7 @@ def leave(self:EffectKeeper):
 
 # %% ../../nbs/core/06_callback.ipynb #8b9212fb
 def _same(a, b):
-    "Equality of settings: tensors by value, functions by code and what they close over, schedules by what they hold"
+    "Equality of settings: tensors by value, functions by code and what they close over, objects by what they hold"
     if a is b: return True
     if torch.is_tensor(a) or torch.is_tensor(b):
         return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
@@ -176,6 +177,8 @@ def _same(a, b):
     if isinstance(a, (list, tuple)) and type(a) is type(b):
         return len(a) == len(b) and all(map(_same, a, b))
     if type(a) is not type(b): return a == b
+    # their own `==` asks numbers only; a tensor among them has no truth
+    if is_dataclass(a): return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare)
     parts = next((f for t,f in _PARTS.items() if isinstance(a, t)), None)
     return _same(parts(a), parts(b)) if parts else a == b
 
@@ -185,6 +188,14 @@ _PARTS = { # a function moved to another line of a cell is still the same; one t
     MethodType: lambda f: [f.__func__, f.__self__], CodeType: lambda c: [c.co_code, c.co_names,
         c.co_consts],
     partial: lambda p: [p.func, p.args, p.keywords], type(SchedCos(0, 1)): vars}
+
+def _unlike(name, a, b):
+    "Where a setting differs, in words: of two objects of one class the field that does"
+    if _same(a, b): return []
+    if is_dataclass(a) and type(a) is type(b):
+        return [d for f in fields(a) if f.compare
+            for d in _unlike(f'{name}.{f.name}', getattr(a, f.name), getattr(b, f.name))]
+    return [f'{name}={reprlib.repr(a)} -> {reprlib.repr(b)}']
 
 class EffectSlot:
     "What `learn.<effect>` answers: the attached callback, else the one the keeper holds after the fit"
@@ -275,8 +286,7 @@ def _unbind(self:EffectCallback, learner):
 @patch
 def _check_settings(self:EffectCallback, old):
     new = self.settings
-    diff = [f'{k}={reprlib.repr(old.settings[k])} -> {reprlib.repr(v)}' for k,v in new.items()
-        if k in old.settings and not _same(old.settings[k], v)]
+    diff = [d for k,v in new.items() if k in old.settings for d in _unlike(k, old.settings[k], v)]
     if diff: raise ValueError(
         f"{type(self).__name__}: this model already carries it with other settings ({', '.join(diff)}). "
         "Call `learn.release()` to end the old effect, or pass the old settings to continue it.")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch, store_attr
 from fastai.basics import AvgLoss, TrainEvalCallback, ValueMetric, to_float
+from ..core.arguments import from_plain, into_object, moved_args, to_plain, worded
 from ..core.clock import Clock
 from ..core.tables import Table
 from ..core.optimizers import caller_model
@@ -25,9 +26,9 @@ from .passes import (AtRate, RateMetric, autocast_as, autocast_now, distiller,
     measure_norms, no_sync, read_batches)
 from .parts import check_norms, sliced_norms
 from .plan import check_rate, slice_plan, slice_rows
-from .rates import RateSchedule, check_schedule
+from .rates import RateDraw, as_draw
 from .layers import Sliced
-from .slice import plan_slices, slice_model, unslice
+from .slice import Slicing, plan_slices, slice_model, unslice
 from ..core.state import EffectState, effects, root_module
 
 # %% ../../nbs/slicing/08_callback.ipynb #8854f97b
@@ -65,10 +66,11 @@ class SliceHolder:
     def __repr__(self): return 'trained at several rates'
 
 # %% ../../nbs/slicing/08_callback.ipynb #3d8e1b94
-_CONVERT = dict(groups=None, norm='switch', only=None, exclude=None, divisor=1, rescale=False,
-    sort=None, embeddings=False, pin=None)
 _ONCE = ('only', 'exclude', 'sort', 'embeddings', 'pin') # what the plan does not tell any more
 _RATES = (1, .75, .5, .25)
+# how settings that have moved are written now
+_FORMS = ({k: into_object('schedule', RateDraw) for k in ('n_random', 'probs', 'seed')}
+    | {k: into_object('slicing', Slicing) for k in Slicing().args()})
 
 def _is_sliced(model): return any('_slicing' in m.__dict__ for m in model.modules())
 
@@ -88,26 +90,18 @@ class SliceTrain(EffectCallback):
     "Train at several widths in each step"
     # sees the model's output and the loss before anyone else
     order,run_valid = TrainEvalCallback.order+1,True
+    @moved_args(**_FORMS)
     def __init__(self,
         rates=None, # Slice rates to prepare and train; None: those that the model is sliced at, else (1, .75, .5, .25)
-        schedule:str='random_min_max', # Rates of a step, as in `rate_schedule`
-        n_random:int=1, # Rates to draw, besides those of every step
-        probs=None, # Weight of each rate in the draw; None: equal
+        schedule='random_min_max', # Rates of a step: a name, as in `rate_schedule`, or `RateDraw('random', n_random=2)`
         distill=True, # Narrow widths learn the full output; a function `f(pred, full_pred, *yb)`; False: the labels
         reduce:str='sum', # Gradients of a step's passes: 'sum', or 'mean'
-        seed:int=0, # Of the draws
-        groups:int=None, # From here on, as in `slice_model`, for a model that is not sliced yet
-        norm:str='switch', # Batch norms: 'switch', 'switch_affine', 'gn' or 'recal'
-        only=None, # What to slice; None: all
-        exclude=None, # What to leave whole
-        divisor:int=1, # Channels are a multiple of this
-        rescale:bool=False, # Multiply weights by the number of inputs over those that are left?
-        sort:str=None, # Order of channels before: 'l1', 'taylor' or None
-        embeddings:bool=False, # Slice embeddings as well, and decoders that share their matrix?
-        pin=None # Modules that the trace shall not enter, left whole
+        slicing:Slicing=None # How to slice a model that is not sliced yet; None: as `slice_model` does
     ):
+        schedule,slicing = as_draw(schedule),Slicing() if slicing is None else slicing
         store_attr()
-        check_schedule(schedule)
+        if not isinstance(slicing, Slicing):
+            raise ValueError(f"slicing={slicing!r}: give Slicing(...), with the settings of `slice_model`.")
         if rates is not None: self._schedule(rates)
         if reduce not in ('sum', 'mean'):
             raise ValueError(f"reduce={reduce!r}: choose 'sum' or 'mean'.")
@@ -153,7 +147,7 @@ class SliceTrain(EffectCallback):
 # %% ../../nbs/slicing/08_callback.ipynb #f773214f
 @patch
 def _schedule(self:SliceTrain, rates):
-    return RateSchedule(self.schedule, rates, self.n_random, self.probs, self.seed)
+    return self.schedule.among(rates)
 
 @patch
 def _sample(self:SliceTrain, learn):
@@ -171,9 +165,8 @@ def _agree(self:SliceTrain, model):
     if rates != plan.rates:
         raise ValueError(f"rates={self.rates}: this model is sliced at {', '.join(f'{r:g}' for r in plan.rates)}. "
             f"Give these rates or none, or call `unslice({caller_model()})` first.")
-    for k,default in _CONVERT.items():
-        v = getattr(self, k)
-        if v != default and (k in _ONCE or v != getattr(plan, k)):
+    for k,v in self.slicing.args().items():
+        if v != getattr(Slicing(), k) and (k in _ONCE or v != getattr(plan, k)):
             raise ValueError(f"{k}={v!r}: this model is sliced "
                 f"already{'' if k in _ONCE else f', with {getattr(plan, k)!r}'}. "
             f"Leave {k} out, or call `unslice({caller_model()})` first.")
@@ -183,8 +176,7 @@ def _agree(self:SliceTrain, model):
 
 @patch
 def _convert_args(self:SliceTrain):
-    return dict(rates=_RATES if self.rates is None else self.rates,
-        **{k: getattr(self, k) for k in _CONVERT})
+    return dict(rates=_RATES if self.rates is None else self.rates, **self.slicing.args())
 
 # %% ../../nbs/slicing/08_callback.ipynb #68b00ae4
 @patch
@@ -192,7 +184,9 @@ def plan(self:SliceTrain, model, learn=None):
     "Rows of the rates; raises where the model cannot be sliced or trained like this"
     if learn is not None: distiller(learn.loss_func, self.distill)
     if _is_sliced(model): rows = self._agree(model)
-    else: rows = plan_slices(model, self._sample(learn), **self._convert_args())
+    else:
+        with worded('pin', 'slicing=Slicing({v})'):
+            rows = plan_slices(model, self._sample(learn), **self._convert_args())
     self._schedule([r['rate'] for r in rows if 'rate' in r])
     return rows
 
@@ -333,11 +327,15 @@ def more_metrics(self:SliceTrain, metrics):
 # %% ../../nbs/slicing/08_callback.ipynb #8526bea8
 def _again_args(st):
     "Plain arguments that continue on a model which the recipe has sliced"
-    return ({k:v for k,v in st.settings.items() if k not in _CONVERT and k != 'rates'}
+    return ({k: to_plain(v) for k,v in st.settings.items() if k not in ('rates', 'slicing')}
         | dict(own=st.holder.own))
 
 @recipe_verb('slice_train', _again_args)
 def _train_again(model, own, **kw):
+    # files of before the objects have the settings of the draw beside its name
+    flat = {k: kw.pop(k) for k in ('n_random', 'probs', 'seed') if k in kw}
+    if flat: kw['schedule'] = RateDraw(kw.get('schedule', 'random_min_max'), **flat)
+    elif 'schedule' in kw: kw['schedule'] = from_plain(kw['schedule'], dict(RateDraw=RateDraw))
     st = SliceTrain(**kw).convert(model).attach(model)
     st.holder.own,st.settings = own,kw
     return model

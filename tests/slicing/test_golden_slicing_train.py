@@ -14,6 +14,7 @@ from contracts import quiet
 from paramfx.slicing.rates import RATE_SCHEDULES
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.rates import rate_schedule
+from paramfx.slicing.slice import Slicing
 
 
 def small_flatten_net():
@@ -64,7 +65,7 @@ def golden_run(golden, path):
     dl = DataLoader(list(zip(torch.cat(x), torch.cat(y))), bs=8, num_workers=0)
     sgd = partial(torch.optim.SGD, momentum=d['momentum'], weight_decay=d['weight_decay'], nesterov=d['nesterov'])
     loss = Noted()
-    cb, seen = SliceTrain(d['rates'], distill=False, norm='gn', groups=d['num_groups']), Seen()
+    cb, seen = SliceTrain(d['rates'], distill=False, slicing=Slicing(groups=d['num_groups'], norm='gn')), Seen()
     learn = quiet(Learner(DataLoaders(dl, dl), fill(small_flatten_net(), s), loss, partial(OptimWrapper, opt=sgd), lr=d['lr'], path=path, cbs=[cb, seen]))
     cb.__dict__['_schedule'] = lambda rates: Given([[d['rates'][i] for i in o['rate_idx']] for o in steps])
     learn.remove_cb(learn.recorder)  # its mean of losses is of single precision only

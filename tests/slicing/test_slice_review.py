@@ -14,6 +14,7 @@ from paramfx.export.materialize import materialize
 from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.callback import SliceTrain
+from paramfx.slicing.rates import RateDraw
 from paramfx.slicing.layers import Sliced
 from paramfx.slicing.slice import at_rate, name_slice, plan_slices, set_rate, slice_model, unslice
 
@@ -131,7 +132,7 @@ def test_tools_told_nothing_say_so(mk):
     for n in (0, 1.5, None, 'a', True):
         with pytest.raises(ValueError, match='n_batches.*whole number'): learn.recalibrate(n_batches=n)
     for probs in ('a', (1, 'a', 1), (1, None, 1)):
-        with pytest.raises(ValueError, match='^probs=.*number for each of the rates 1, 0.5, 0.25'): SliceTrain(RATES, probs=probs)
+        with pytest.raises(ValueError, match='^probs=.*number for each of the rates 1, 0.5, 0.25'): SliceTrain(RATES, schedule=RateDraw(probs=probs))
 
 
 def test_an_effect_that_comes_too_early_tells_the_order(mk):
@@ -145,4 +146,4 @@ def test_no_rates_are_those_it_is_sliced_at(mk):
     learn.plan(SliceTrain())
     learn.fit(1, cbs=SliceTrain())
     with pytest.raises(ValueError, match='other settings'): learn.add_cb(SliceTrain((1, .75)))
-    with pytest.raises(ValueError, match='other settings.*seed'): learn.add_cb(SliceTrain(seed=3))
+    with pytest.raises(ValueError, match='other settings.*seed'): learn.add_cb(SliceTrain(schedule=RateDraw(seed=3)))

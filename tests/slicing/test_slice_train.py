@@ -26,7 +26,9 @@ from paramfx.slicing.passes import measure_norms
 from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.layers import Sliced
-from paramfx.slicing.slice import at_rate, set_rate, slice_model
+from paramfx.slicing.rates import RateDraw
+from paramfx.slicing.slice import Slicing, at_rate, set_rate, slice_model
+from settings import slice_settings
 from test_contracts import CPUPrecision
 
 HERE = Path(__file__).resolve().parent.parent
@@ -77,14 +79,14 @@ def assert_close(a, b, tol=1e-5):
 @pytest.mark.parametrize('reduce', ['sum', 'mean'])
 def test_gradient_is_that_of_single_passes(mk, norm, distill, reduce):
     g = Grads()
-    mk([SliceTrain(RATES, 'static', distill=distill, reduce=reduce, norm=norm, groups=4 if norm == 'gn' else None), g]).fit(1)
+    mk([SliceTrain(RATES, 'static', distill=distill, reduce=reduce, slicing=Slicing(groups=4 if norm == 'gn' else None, norm=norm)), g]).fit(1)
     assert_close(g.seen, by_hand(g, RATES, distill, reduce == 'mean'))
 
 
 @pytest.mark.parametrize('schedule,rates', [('fixed', [.25]), ('random', None), ('cycle', [1.])])
 def test_a_step_of_one_pass(mk, schedule, rates):
     g = Grads()
-    learn = mk([SliceTrain(RATES, schedule, seed=4), g])
+    learn = mk([SliceTrain(RATES, RateDraw(schedule, seed=4)), g])
     rates = rates or learn.slice_train.now
     learn.fit(1)
     assert_close(g.seen, by_hand(g, rates))
@@ -100,11 +102,12 @@ def test_without_the_full_width_narrow_passes_learn_labels(mk):
 @pytest.mark.parametrize('norm', ['switch', 'gn'])
 def test_accumulation_and_clipping_keep_the_sum(mk, norm):
     g = Grads()
-    mk([SliceTrain(RATES, 'static', norm=norm, groups=4 if norm == 'gn' else None), g], dls=tiny_dls(bs=8)).fit(1, cbs=GradientAccumulation(32))
+    slicing = Slicing(groups=4 if norm == 'gn' else None, norm=norm)
+    mk([SliceTrain(RATES, 'static', slicing=slicing), g], dls=tiny_dls(bs=8)).fit(1, cbs=GradientAccumulation(32))
     assert len(g.batches) == 4
     if norm == 'gn': assert_close(g.seen, by_hand(g, RATES))
     clip = Grads()
-    learn = mk([SliceTrain(RATES, 'static', norm=norm, groups=4 if norm == 'gn' else None), clip])
+    learn = mk([SliceTrain(RATES, 'static', slicing=Slicing(groups=4 if norm == 'gn' else None, norm=norm)), clip])
     learn.fit(1, cbs=GradientClip(.1))
     want = by_hand(clip, RATES)
     norm = torch.stack([t.norm() for t in want.values()]).norm()
@@ -140,7 +143,7 @@ def test_mixup_shares_the_batch(mk):
 @pytest.mark.parametrize('opt',
     [partial(SGD, mom=.9), Adam, partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_affine_parameters_of_idle_slices_stay(mk, opt):
-    learn = mk(SliceTrain(RATES, 'cycle', norm='switch_affine'), opt_func=opt, wd=.1, wd_bn_bias=True)
+    learn = mk(SliceTrain(RATES, 'cycle', slicing=Slicing(norm='switch_affine')), opt_func=opt, wd=.1, wd_bn_bias=True)
     steps = []
     class Watch(Callback):
         order, run_valid = 12, False
@@ -234,7 +237,7 @@ def test_columns_as_monitors(mk):
 # -- statistics that are measured
 
 def test_recal_measures_before_validation(mk):
-    learn = mk([SliceTrain(RATES, norm='recal'), RunState()])
+    learn = mk([SliceTrain(RATES, slicing=Slicing(norm='recal')), RunState()])
     state = []
     class Look(Callback):
         order, run_valid = 10.4, False
@@ -245,7 +248,7 @@ def test_recal_measures_before_validation(mk):
     assert slice_plan(learn.model).ready == {1., .5, .25} and all(v[-1] > .2 for v in learn.recorder.values)
     assert int(learn.model[0][1].num_batches_tracked_2) == 8 and learn.model[0][1].momentum == .1
     learn.save('measured')
-    other = mk(SliceTrain(RATES, norm='recal'), seed=4)
+    other = mk(SliceTrain(RATES, slicing=Slicing(norm='recal')), seed=4)
     set_rate(other.model, .25)
     with pytest.raises(ValueError, match='recalibrate'): other.validate()
     other.load('measured')
@@ -308,8 +311,8 @@ def test_a_sliced_model_keeps_its_plan(mk):
     learn = mk()
     learn.slice(rates=(1, .5))
     plan, state = slice_plan(learn.model), snapshot(learn.model)
-    for cb, text in ((SliceTrain((1, .25)), 'sliced at 1, 0.5'), (SliceTrain(norm='gn'), "with 'switch'"),
-        (SliceTrain(only='0.0'), 'Leave only out'), (SliceTrain(groups=4), 'with None')):
+    for cb, text in ((SliceTrain((1, .25)), 'sliced at 1, 0.5'), (SliceTrain(slicing=Slicing(norm='gn')), "with 'switch'"),
+        (SliceTrain(slicing=Slicing(only='0.0')), 'Leave only out'), (SliceTrain(slicing=Slicing(groups=4)), 'with None')):
         with pytest.raises(ValueError, match=text): learn.add_cb(cb)
         with pytest.raises(ValueError, match=text): learn.plan(cb)
     assert not same(snapshot(learn.model), state) and not [c for c in learn.cbs if isinstance(c, SliceTrain)]
@@ -324,19 +327,21 @@ def test_a_sliced_model_keeps_its_plan(mk):
 
 
 @pytest.mark.parametrize('kw,text', [(dict(schedule='often'), 'random_min_max'),
+    (dict(norm='bn'), 'norm=.*switch_affine'), (dict(sort='l2'), 'sort='), (dict(groups=0), 'groups=0'), (dict(rescale=1), 'rescale=1'),
     (dict(rates=()), 'at least one'), (dict(rates=(1, 2)), r'\(0, 1\]'), (dict(rates=(1, .5), probs=(1, 2, 3)), 'each of the rates'),
                                      (dict(reduce='max'), "'sum' or 'mean'"),
                                      (dict(distill='yes'), 'True, False'),
                                      (dict(rates=(1, .5, .25), n_random=2), 'draws from 1 rates'),
                                      (dict(rates=(1, .5), schedule='static', probs=(1, 1)), 'draws no rates')])
 def test_bad_settings_are_refused_at_once(kw, text):
-    with pytest.raises(ValueError, match=text): SliceTrain(**kw)
+    with pytest.raises(ValueError, match=text): SliceTrain(**slice_settings(**kw))
 
 
 def test_what_cannot_be_sliced_is_refused_and_left_alone(mk):
     learn = mk()
     state = snapshot(learn.model)
-    for cb in (SliceTrain(norm='gn', groups=5), SliceTrain(norm='bn'), SliceTrain(n_random=3), SliceTrain(probs=(1, 2, 3)), SliceTrain(only='nowhere')):
+    for cb in (SliceTrain(slicing=Slicing(norm='gn', groups=5)), SliceTrain(schedule=RateDraw(n_random=3)),
+        SliceTrain(schedule=RateDraw(probs=(1, 2, 3))), SliceTrain(slicing=Slicing(only='nowhere'))):
         with pytest.raises(ValueError): learn.add_cb(cb)
         with pytest.raises(ValueError): learn.fit(1, cbs=cb)
     assert not same(snapshot(learn.model), state) and not any(isinstance(m, Sliced) for m in learn.model.modules())
@@ -362,7 +367,7 @@ def test_each_width_leaves_as_an_ordinary_network(mk, tmp_path):
 
 
 def test_files_of_the_whole_network_and_of_other_rates(mk):
-    a = mk(SliceTrain(RATES, norm='switch_affine'))
+    a = mk(SliceTrain(RATES, slicing=Slicing(norm='switch_affine')))
     plain = mk(seed=3)
     plain.fit(1)
     plain.save('whole')
@@ -370,7 +375,7 @@ def test_files_of_the_whole_network_and_of_other_rates(mk):
     with torch.no_grad(): assert torch.equal(a.model.eval()(sample_batch(a.dls, 4)[0]), plain.model.eval()(sample_batch(a.dls, 4)[0]))
     assert torch.equal(a.model[0][1]._parameters['weight_1'], plain.model[0][1].weight[:4])
     a.save('sliced')
-    b = mk(SliceTrain((1, .75), norm='switch_affine'))
+    b = mk(SliceTrain((1, .75), slicing=Slicing(norm='switch_affine')))
     state = snapshot(b.model)
     with pytest.raises(ValueError, match='other rates than 1, 0.75'): b.load('sliced')
     assert not same(snapshot(b.model), state)
@@ -381,7 +386,7 @@ def test_schedule_goes_on_from_the_step(mk):
     class Note(Callback):
         run_valid, order = False, 5
         def before_batch(self): rates.append(self.learn.slice_train.now)
-    learn = mk([SliceTrain(RATES, 'random', seed=3), Note()])
+    learn = mk([SliceTrain(RATES, RateDraw('random', seed=3)), Note()])
     learn.fit(2)
     one = list(rates)
     rates.clear()
@@ -452,7 +457,7 @@ class Carries(nn.Module):
 
 @pytest.mark.parametrize('schedule', ['static', 'random'])
 def test_each_width_carries_its_own_state(mk, schedule):
-    seen, learn = [], mk(SliceTrain(RATES, schedule, seed=1), model=Carries)
+    seen, learn = [], mk(SliceTrain(RATES, RateDraw(schedule, seed=1)), model=Carries)
     learn.model.register_forward_pre_hook(lambda m, x: seen.append(['in', m.training, slice_plan(m).key, m.state]))
     learn.model.register_forward_hook(lambda m, x, out: seen[-1].append(m.state))
     class Batch(Callback):
@@ -506,11 +511,12 @@ from fastai.basics import SGD
 from ddp_worker import _broadcast
 from contracts import build, snapshot, small_net, tiny_dls
 from paramfx.slicing.callback import SliceTrain
+from settings import slice_settings
 dist.init_process_group('gloo')
 rank = int(os.environ['RANK'])
 for name, kw in (('gn', dict(schedule='static', norm='gn', groups=4)), ('one', dict(schedule='cycle', norm='gn', groups=4)),
          ('affine', dict(schedule='random_min', norm='switch_affine')), ('two', dict(schedule='random', n_random=2))):
-    learn = build('.', SliceTrain((1, .5, .25), **kw), dls=tiny_dls(n=32, n_valid=32, bs=16), seed=rank, opt_func=partial(SGD, mom=.9))
+    learn = build('.', SliceTrain(**slice_settings(rates=(1, .5, .25), **kw)), dls=tiny_dls(n=32, n_valid=32, bs=16), seed=rank, opt_func=partial(SGD, mom=.9))
     with learn.distrib_ctx(sync_bn=False): learn.fit(4)
     torch.save((snapshot(learn.model), [float(v) for v in learn.recorder.values[-1]]), f'{name}_{rank}.pt')
 dist.barrier()
@@ -531,7 +537,42 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, mk):
         for k in a: assert 'running' in k or torch.equal(a[k], b[k]), (name, k)
         assert np.allclose(va[1:], vb[1:]) or name in ('affine', 'two')
     for name, schedule in (('gn', 'static'), ('one', 'cycle')):
-        whole = mk(SliceTrain((1, .5, .25), schedule, norm='gn', groups=4), dls=tiny_dls(n=32, n_valid=32, bs=32), opt_func=partial(SGD, mom=.9))
+        slicing = Slicing(norm='gn', groups=4)
+        whole = mk(SliceTrain((1, .5, .25), schedule, slicing=slicing), dls=tiny_dls(n=32, n_valid=32, bs=32), opt_func=partial(SGD, mom=.9))
         whole.fit(4)
         a, _ = torch.load(tmp_path/f'{name}_0.pt')
         for n, p in whole.model.named_parameters(): assert torch.allclose(p, a[n], atol=1e-5), (name, n)
+
+
+@pytest.mark.parametrize('kw,told', [
+    (dict(n_random=0), 'schedule=RateDraw(n_random=0)'), (dict(schedule='random', n_random=2, seed=1), "schedule=RateDraw(schedule='random', n_random=2, seed=1)"),
+    (dict(probs=(1, 2, 3)), 'schedule=RateDraw(probs=(1, 2, 3))'), (dict(norm='gn', groups=4), "slicing=Slicing(groups=4, norm='gn')"),
+    (dict(seed=3, only='0.0'), "schedule=RateDraw(seed=3) instead of seed=3; write slicing=Slicing(only='0.0')"),
+    (dict(pin='1', embeddings=True), "slicing=Slicing(embeddings=True, pin='1')")])
+def test_a_setting_that_has_moved_is_told_with_the_new_form(kw, told):
+    with pytest.raises(TypeError, match='SliceTrain: write ') as e: SliceTrain((1, .5, .25), **kw)
+    assert told in str(e.value)
+    new = ', '.join(s.partition(' instead of ')[0] for s in str(e.value).split('write ')[1:])
+    cb = eval(f'SliceTrain((1, .5, .25), {new})')
+    held = {**vars(cb.schedule), **vars(cb.slicing)}
+    assert {k: held[k] for k in kw} == kw
+
+
+def test_equal_objects_continue_what_is_in_force(mk):
+    learn = mk(SliceTrain((1, .5), RateDraw(n_random=0, seed=2), slicing=Slicing(norm='recal')))
+    learn.fit(1)
+    learn.fit(1, cbs=SliceTrain((1, .5), RateDraw(n_random=0, seed=2), slicing=Slicing(norm='recal')))
+    with pytest.raises(ValueError, match=r'schedule\.seed=2 -> 3'): learn.add_cb(SliceTrain((1, .5), RateDraw(n_random=0, seed=3), slicing=Slicing(norm='recal')))
+    with pytest.raises(ValueError, match='slicing.norm'): learn.add_cb(SliceTrain((1, .5), RateDraw(n_random=0, seed=2)))
+    with pytest.raises(ValueError, match='give Slicing'): SliceTrain(slicing=dict(norm='gn'))
+
+
+def test_a_recipe_has_the_draw_as_plain_data(mk, tmp_path):
+    learn = mk(SliceTrain((1, .5), RateDraw('random', seed=2), reduce='mean'))
+    learn.fit(1)
+    save_recipe(learn.model, tmp_path/'r')
+    step = torch.load(tmp_path/'r', weights_only=True)['recipe'][-1]
+    assert step['args']['schedule'] == dict(name='RateDraw', schedule='random', n_random=1, probs=None, seed=2)
+    other = mk(model=lambda: load_recipe(tmp_path/'r', small_net()))
+    other.fit(1, cbs=SliceTrain((1, .5), RateDraw('random', seed=2), reduce='mean'))
+    with pytest.raises(ValueError, match='schedule.seed'): other.fit(1, cbs=SliceTrain((1, .5), 'random', reduce='mean'))

@@ -18,7 +18,7 @@ from paramfx.slicing.plan import slice_plan
 from paramfx.slicing.serve import simulate_load
 from paramfx.slicing.callback import SliceTrain
 from paramfx.slicing.layers import Sliced
-from paramfx.slicing.slice import at_rate, name_slice, set_rate, slice_model
+from paramfx.slicing.slice import Slicing, at_rate, name_slice, set_rate, slice_model
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
 RATES = (1, .5, .25)
@@ -58,7 +58,7 @@ def test_a_slice_that_takes_nothing_off_is_refused(mk, kw):
     net = small_net()
     state = snapshot(net)
     with pytest.raises(ValueError, match='no layer gets narrower'): slice_model(net, torch.zeros(1, 1, 8, 8), RATES, **kw)
-    with pytest.raises(ValueError, match='no layer gets narrower'): mk(SliceTrain(RATES, **kw))
+    with pytest.raises(ValueError, match='no layer gets narrower'): mk(SliceTrain(RATES, slicing=Slicing(**kw)))
     assert not same(snapshot(net), state) and not any(isinstance(m, Sliced) for m in net.modules())
 
 
@@ -108,7 +108,7 @@ def test_embeddings_by_the_callback_alone(tmp_path):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(16, (32, 5), generator=g), torch.randint(4, (32,), generator=g)
     dls = tensor_dls(x, y, x, y, bs=16, normalize=False, device='cpu')
-    learn = lambda **kw: quiet(Learner(dls, Words(), metrics=accuracy, path=tmp_path, cbs=SliceTrain((1, .5), **kw)))
+    learn = lambda **kw: quiet(Learner(dls, Words(), metrics=accuracy, path=tmp_path, cbs=SliceTrain((1, .5), slicing=Slicing(**kw))))
     with pytest.raises(ValueError, match='Nothing to slice'): learn()
     one = learn(embeddings=True)
     one.fit(1)
