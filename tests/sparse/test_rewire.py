@@ -307,6 +307,10 @@ def test_methods_are_values():
     learn.fit(1, 1e-2, cbs=same())
     for other in (same(.3), same(l1=1e-3), same(n=5)):
         with pytest.raises(ValueError, match='other settings'): learn.fit(1, cbs=other)
+    falling = lambda end=.1: DynamicSparse(.5, method=SET(drop_frac=SchedLin(.3, end)))  # fastai's schedules have no equality
+    learn = two_paths().sparsify(.5, method=SET(drop_frac=SchedLin(.3, .1)))
+    learn.fit(1, cbs=falling())
+    with pytest.raises(ValueError, match='other settings'): learn.fit(1, cbs=falling(.2))
     assert DSR() == DSR(n_realloc=.1) != DSR(n_realloc=.2) and RigL() != SET(drop_frac=.3)
     with pytest.raises(AttributeError): DSR().tol = .2
     assert DynamicSparse(method='rigl').settings['method'] == RigL()
