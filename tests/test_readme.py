@@ -122,6 +122,7 @@ def test_names_in_sentences_exist():
     import fastai.vision.all as vision
     import paramfx.all as ours
     own = {p for f in vars(ours).values() if callable(f) for p in params_of(f)} # settings stand in backticks, too
+    own |= {p.stem for p in Path(ours.__file__).parent.rglob('*') if p.suffix in ('', '.py')} # packages and modules
     own |= {'paramfx', 'weights', 'split_weight'} # the package, and a column
     for code, learn, name in names(TEXT):
         if learn: assert hasattr(Learner, name), code

@@ -19,6 +19,7 @@ from fastai.basics import set_seed
 from fastai.callback.progress import ProgressCallback
 from benchmarks.timing import RESULTS, write_table
 from paramfx import zoo
+from paramfx.core.arguments import to_plain
 from paramfx.sparse import methods
 from paramfx.sparse.published import sparse_recipe
 
@@ -52,7 +53,7 @@ def recipe(method, sparsity, seed=None, **changes):
 def mark(method, sparsity, **changes):
     "A short word that differs where a recipe does; that of a pruned run includes the dense one before it"
     r = recipe(method, sparsity, **changes)
-    own = json.dumps([r.epochs, r.wd, r.lr, r.loader, r.settings], sort_keys=True)
+    own = json.dumps([r.epochs, r.wd, r.lr, r.loader, {k: to_plain(v) for k, v in r.settings.items()}], sort_keys=True)
     return f'{zlib.crc32(own.encode()):08x}' + (mark('dense', 0., **changes) if method == 'pruned' else '')
 
 

@@ -346,7 +346,7 @@ def test_export_holds_no_text(tmp_path):
     learn.export()
     assert len(dls.train_ds) == 13*3000 and (tmp_path/'export.pkl').stat().st_size < 100_000 < 8*len(dls.train_ds)
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = LOAD.format(tests=here, file=str(tmp_path/'export.pkl'), out=str(tmp_path/'p.pt'), c=dls.c)
+    code = LOAD.format(tests=os.path.dirname(os.path.abspath(__file__)), file=str(tmp_path/'export.pkl'), out=str(tmp_path/'p.pt'), c=dls.c)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(here), os.environ.get('PYTHONPATH','')]))
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

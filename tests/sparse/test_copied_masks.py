@@ -199,7 +199,6 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from contracts import build
 from paramfx.all import *
-from paramfx.core.forward import tells
 learn = build(sys.argv[2]).load_masks('done', initial='init')
 start = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
 with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
