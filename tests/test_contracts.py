@@ -1052,7 +1052,8 @@ def test_coarse_units(m, mk, granularity, net):
         with pytest.raises(ValueError, match="granularity='weight'"): m.make(granularity=granularity)
         return
     make = small_net if net == 'plain' else NETS[net][0]
-    learn = mk([m.make(granularity=granularity, sparsity={'conv': .5, 'fc': .8}, **dict(threshold=.1) if m.name in ('dsr', 'csr') else {})], model=make, dls=lambda: tiny_dls(n=64, bs=16))
+    learn = mk([m.make(granularity=granularity, sparsity={'conv': .5, 'fc': .8}, **dict(threshold=.1)
+        if m.name in ('dsr', 'csr') else {})], model=make, dls=lambda: tiny_dls(n=64, bs=16))
     live = m.facts(learn)['live']
     learn.fit(2, cbs=Probe(m))
     assert m.held_to(m.facts(learn)['live'], live)
