@@ -545,7 +545,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, mk):
 
 
 @pytest.mark.parametrize('kw,told', [
-    (dict(n_random=0), 'schedule=RateDraw(n_random=0)'), (dict(schedule='random', n_random=2, seed=1), "schedule=RateDraw(schedule='random', n_random=2, seed=1)"),
+    (dict(n_random=0), 'schedule=RateDraw(n_random=0)'), (dict(schedule='random', n_random=2, seed=1),
+    "schedule=RateDraw(schedule='random', n_random=2, seed=1)"),
     (dict(probs=(1, 2, 3)), 'schedule=RateDraw(probs=(1, 2, 3))'), (dict(norm='gn', groups=4), "slicing=Slicing(groups=4, norm='gn')"),
     (dict(seed=3, only='0.0'), "schedule=RateDraw(seed=3) instead of seed=3; write slicing=Slicing(only='0.0')"),
     (dict(pin='1', embeddings=True), "slicing=Slicing(embeddings=True, pin='1')")])
@@ -562,7 +563,8 @@ def test_equal_objects_continue_what_is_in_force(mk):
     learn = mk(SliceTrain((1, .5), RateDraw(n_random=0, seed=2), slicing=Slicing(norm='recal')))
     learn.fit(1)
     learn.fit(1, cbs=SliceTrain((1, .5), RateDraw(n_random=0, seed=2), slicing=Slicing(norm='recal')))
-    with pytest.raises(ValueError, match=r'schedule\.seed=2 -> 3'): learn.add_cb(SliceTrain((1, .5), RateDraw(n_random=0, seed=3), slicing=Slicing(norm='recal')))
+    with pytest.raises(ValueError, match=r'schedule\.seed=2 -> 3'):
+        learn.add_cb(SliceTrain((1, .5), RateDraw(n_random=0, seed=3), slicing=Slicing(norm='recal')))
     with pytest.raises(ValueError, match='slicing.norm'): learn.add_cb(SliceTrain((1, .5), RateDraw(n_random=0, seed=2)))
     with pytest.raises(ValueError, match='give Slicing'): SliceTrain(slicing=dict(norm='gn'))
 
