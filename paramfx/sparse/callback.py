@@ -42,7 +42,7 @@ def _method_form(k):
     return _form
 
 _FORMS = PENALTY_FORMS | SPAN_FORMS | dict(stop_pct='stop={v}', stop_epoch='stop={v}',
-    explored='cbs=MaskRecorder(follow={v})') | {k: _method_form(k) for k in '''n_realloc threshold tol
+    explored='learn.add_cb(MaskRecorder(follow={v}))') | {k: _method_form(k) for k in '''n_realloc threshold tol
     across_layers drop_frac two_ended start_sparsity eta temperature noise sign grow_init'''.split()}
 
 # %% ../../nbs/sparse/05_callback.ipynb #a24d5057

@@ -269,7 +269,7 @@ class Compute:
         moves = self.method.rewires and (self.method.shrinks or not self.method.within(self))
         if moves and self.store.sparse and isinstance(learn.model, nn.parallel.DistributedDataParallel): raise ValueError(
             f"{self.store.sparse[0].name}: in a distributed run the number of values of a layer is "
-            "fixed. Use a method that keeps it, such as DSR(across_layers=False), or compute='dense'.")
+            "fixed. Use method=DSR(across_layers=False), or compute='dense'.")
         super().on_start(learn)
 
     def before_batch(self):
