@@ -13,9 +13,12 @@ from functools import partial
 import paramfx.all # gives Learner the verbs  # noqa: F401
 from contracts import METHODS, based_net, build, small_net
 from paramfx.core.runs import RunState
-from paramfx.export.materialize import load_recipe
+from paramfx.core.clock import AllFits
+from paramfx.core.state import effects
+from paramfx.export.materialize import load_recipe, save_recipe
 from paramfx.slicing.files import load_slice
 from paramfx.sparse.files import load_sparse
+from paramfx.sparse.penalties import L1, GroupLasso
 
 OLD = Path(__file__).parent/'files'/'before_packages.zip'
 VERBS = dict(cut=small_net, tie=small_net, untied=small_net, share_bases=based_net, folded=based_net, slice=small_net,
@@ -94,3 +97,21 @@ def test_slices(old, facts):
     net = load_slice(old/'all_slices.safetensors', 1, small_net())
     torch.testing.assert_close(says(net, facts['x']), facts['slice_train']['preds'])
     assert says(load_slice(old/'all_slices.safetensors', .25, small_net()), facts['x']).shape == (8, 10)
+
+
+@pytest.mark.parametrize('kw,penalty,span', [
+    (dict(l1=.1, span='total', epochs=9), L1(.1), AllFits(9)), (dict(l1=0., span='fit', epochs=None), None, 'fit'),
+    (dict(regularizer=dict(name='GroupLasso', weight=.1), span=dict(name='AllFits', epochs=9)), GroupLasso(.1), AllFits(9))])
+def test_settings_of_pruning_in_a_recipe(kw, penalty, span, tmp_path):
+    "Flat ones of version 0.0.1, and those of now: as name and settings, and written so again"
+    steps = [dict(verb='iterative_prune', args=dict(target=.5, n_prunes=2, include=['0.3', '1.2'], **kw))]
+    net = load_recipe(steps, small_net())
+    got = effects(net)['iterative_prune'].settings
+    assert (got['regularizer'], got['span']) == (penalty, span)
+    again = load_recipe(save_recipe(net, tmp_path/'again.pth'), small_net())
+    assert effects(again)['iterative_prune'].settings == got
+
+
+def test_a_recipe_does_not_choose_what_is_made():
+    steps = [dict(verb='iterative_prune', args=dict(target=.5, include=['0.3'], regularizer=dict(name='Path', weight=1)))]
+    with pytest.raises(ValueError, match="'Path' is no known setting: L1, GroupLasso"): load_recipe(steps, small_net())
