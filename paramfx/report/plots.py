@@ -128,6 +128,7 @@ def plot_traces(
     if not few: _many(ax, list(map(str, ys)), lines)
     elif legend and len(ys) > 1: ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
     if log_y: ax.set_yscale('log')
+    else: ax.ticklabel_format(axis='y', useOffset=False) # whole numbers at the ticks, not what is left of them
     ax.grid(alpha=.25)
     return _label(ax, xlabel, ylabel, title)
 
