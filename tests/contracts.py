@@ -18,6 +18,7 @@ from paramfx.bases.callback import OrthoReg
 from paramfx.bases.share import share_bases
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.evolution.callback import KnowledgeEvolution
+from paramfx.evolution.policies import Magnitude
 from paramfx.core.state import effects, root_module
 from paramfx.masks.store import initial_counts
 from paramfx.sparse.prune import IterativePrune
@@ -26,7 +27,7 @@ from paramfx.slicing.callback import SliceTrain
 from paramfx.splitnet.callback import SplitNet
 from paramfx.sparse.methods import GraNet
 from paramfx.sparse.penalties import L1
-from settings import slice_settings, sparse_settings
+from settings import evolve_settings, slice_settings, sparse_settings
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def evolve_check(learn, grads=True):
     gen = st.values['generation']
     assert gen == int(gen) >= 0 and st.values['due'] in (0, 1) and st.values['staged'] in (0, 1)
     assert all(p.isfinite().all() for p in learn.model.parameters())
-    if st.settings['policy'] == 'magnitude' and gen%2 == 1:
+    if isinstance(st.settings['policy'], Magnitude) and gen%2 == 1:
         for n in ('0.3.weight', '1.2.weight'):
             w = root_module(learn.model).get_parameter(n)
             assert int((w == 0).sum()) >= w.numel()//2, f'{n}: {int((w == 0).sum())} zeros'
@@ -204,12 +205,12 @@ def evolve_check(learn, grads=True):
 
 def evolving(name, **defaults):
     "Line of `KnowledgeEvolution`; settings that only masks have are left out"
-    def make(**kw): return KnowledgeEvolution(**{**defaults, **{k: v for k, v in kw.items() if k in ('split_rate', 'seed')}})
+    def make(**kw): return KnowledgeEvolution(**evolve_settings(**{**defaults, **{k: v for k, v in kw.items() if k in ('split_rate', 'seed')}}))
     return Method(name, make, evolve_facts, evolve_check,
-        noop=lambda: KnowledgeEvolution(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'}), other=partial(make, split_rate=.75), moves=False,
+        noop=lambda: KnowledgeEvolution(**evolve_settings(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'})), other=partial(make, split_rate=.75), moves=False,
                   columns=('generation',) if defaults['policy'] == 'magnitude' else ('generation', 'reset_norm'),
-                  effect='knowledge_evolution', rate='split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75',
-                  refusal='another policy or split_rate')
+                  effect='knowledge_evolution', rate='policy.split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75',
+                  refusal='another policy')
 
 
 # -- shared bases

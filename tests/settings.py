@@ -2,6 +2,9 @@
 from dataclasses import fields
 
 from paramfx.core.clock import AllFits
+from paramfx.evolution.forgetting import Rewind
+from paramfx.evolution.generations import Evaluation
+from paramfx.evolution.policies import POLICIES
 from paramfx.slicing.rates import RateDraw
 from paramfx.slicing.slice import Slicing
 from paramfx.sparse.methods import METHODS
@@ -25,3 +28,13 @@ def slice_settings(**kw):
     "The same for `SliceTrain`"
     draw, slicing = RateDraw(**taken(kw, RateDraw)), Slicing(**taken(kw, Slicing))
     return dict(kw, schedule=draw, slicing=slicing)
+
+
+def evolve_settings(policy='kels', rewind_epoch=None, **kw):
+    "The same for `KnowledgeEvolution` and `learn.evolve`: settings of the policy and of the evaluation, and the epoch to rewind to"
+    seed = {'seed': kw.pop('seed')} if 'seed' in kw else {}
+    own = taken(kw, POLICIES[policy]) if isinstance(policy, str) and policy in POLICIES else {}
+    seen = {new: kw.pop(k) for k, new in dict(eval_slim='slim', keep_best='keep_best', long_run='long_run').items() if k in kw}
+    if seen: kw['evaluation'] = Evaluation(**seen)
+    if rewind_epoch is not None: kw['reinit'] = Rewind(rewind_epoch)
+    return dict(kw, policy=POLICIES[policy](**own) if own else policy, **seed)

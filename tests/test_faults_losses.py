@@ -10,8 +10,8 @@ from fastai.callback.schedule import *  # noqa: F403  fit_one_cycle, fine_tune, 
 from torch import nn
 
 from paramfx.all import (
-    DynamicSparse, IterativePrune, KnowledgeEvolution, OrthoReg, SliceTrain, SplitNet, at_rate, effects,
-    masked_model, materialize, set_rate, slice_model, split_model, tensor_dls)
+    at_rate, DynamicSparse, effects, Evaluation, IterativePrune, KELS, KnowledgeEvolution, LLF, masked_model, materialize, OrthoReg,
+    set_rate, slice_model, SliceTrain, split_model, SplitNet, tensor_dls)
 from paramfx.core.samples import sample_batch
 from paramfx.core.forward import copy_model
 from paramfx.core.clock import AllFits
@@ -167,7 +167,7 @@ def test_a_split_of_decided_groups_and_of_a_new_network_is_silent():
 
 def test_the_fit_part_tells_what_it_leaves_behind():
     learn = learner()
-    learn.evolve(1, 1, file=None, eval_slim=False)
+    learn.evolve(1, 1, file=None, evaluation=Evaluation(slim=False))
     whole = [m.weight.clone() for m in learn.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     seen = told(learn.extract_slim)
     kept = [m.weight for m in learn.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][1:]  # the first one reads the picture
@@ -342,7 +342,7 @@ def under(name):
 @pytest.mark.parametrize('name', UNDER)
 def test_an_evolution_evaluates_the_part_that_is_left_in_the_end(name):
     learn, cbs = under(name)
-    log = learn.evolve(2, 1, split_rate={'*': .5}, cbs=cbs, file=None)
+    log = learn.evolve(2, 1, cbs=cbs, file=None, policy=KELS({'*': .5}))
     assert len(log) == 2 and sum(r['reset'] for r in log) > 0
     learn.extract_slim()
     assert learn.validate()[0] == pytest.approx(log[-1]['slim_valid_loss'], rel=1e-5)
@@ -353,7 +353,7 @@ def test_an_evolution_evaluates_the_part_that_is_left_in_the_end(name):
 def test_what_is_cut_out_is_what_began_anew(name):
     "The callback alike: no space of the plain network is cut that was whole while it was trained"
     learn, cbs = under(name)
-    learn.add_cbs([*cbs, KnowledgeEvolution(split_rate={'*': .5})])
+    learn.add_cbs([*cbs, KnowledgeEvolution(policy=KELS({'*': .5}))])
     learn.fit(1)
     learn.fit(1)
     cut = learn.knowledge_evolution.lineage.forget.policy.cut
@@ -380,4 +380,4 @@ def test_an_evolution_that_cannot_go_on_is_refused_before_it_trains(policy, tmp_
 def test_forgetting_begins_at_a_layer_without_a_weight_of_its_own():
     learn = learner(residual())
     learn.share_bases(mode='tie', groups={'all': ['1.1.conv1.0', '1.2.conv1.0']})
-    assert len(learn.evolve(2, 1, policy='llf', from_layer='1.2', file=None)) == 2
+    assert len(learn.evolve(2, 1, policy=LLF('1.2'), file=None)) == 2

@@ -23,7 +23,7 @@ PRELUDE = {
     'learn.prune(': 'learn = small()',
     'SliceTrain': '',
     'save_slices': 'learn = vision_learner(dls, resnet34, metrics=accuracy); learn.slice()',
-    'resume=True': 'learn = small(); learn.evolve(generations=2, epochs=1, long_run=True)',
+    'resume=True': 'learn = small(); beside = Evaluation(long_run=True); learn.evolve(generations=2, epochs=1, evaluation=beside)',
     'learn.evolve': 'learn = small()',
     'SplitNet': '',
     'OrthoReg(unique=True)': 'learn = small()',

@@ -1,7 +1,7 @@
 """What generations add to the trainings they consist of, and what it takes to trace and re-initialise a network.
 
 Everything that `learn.evolve` does besides its fits: the trace, re-initialisation, the slim network, the file. Measuring the
-slim network on the validation set is a column of its own, because it is asked for (`eval_slim=`). The second network needs
+slim network on the validation set is a column of its own, because it is asked for (`Evaluation(slim=True)`). The second network needs
 `PARAMFX_DATA`."""
 import argparse
 import os
@@ -23,6 +23,7 @@ from paramfx import zoo
 from paramfx.evolution import generations
 from paramfx.data.memory import digits_dls, tensor_dls
 from paramfx.evolution.masks import kels_masks, reinit_
+from paramfx.evolution.policies import KELS
 from paramfx.data.images import cifar_dls
 
 GOAL, GOAL_SECONDS = .01, .4
@@ -66,7 +67,7 @@ def measure(name, cases=None):
         with watched({'validating': (generations, 'valid_row'), 'slim': (generations.Evolution, 'slim'),
             'file': (generations.Evolution, 'save'), 'reset': (generations.Evolution, 'forget_')}) as spent:
             start = time.process_time()
-            learn.evolve(n, epochs, split_rate=RATE, lr=lr, fit_method=fit)
+            learn.evolve(n, epochs, KELS(RATE), lr=lr, fit_method=fit)
             total = time.process_time()-start
     added, trained = total-sum(fit.cpu)-spent['validating'], sum(fit.cpu)
     return dict(what=name, generations=n, epochs=epochs, training_s=trained, added_s=added, share=added/trained,
@@ -86,7 +87,7 @@ def trace_and_reset(name='resnet50', rounds=5, size=224):
 NOTE = """CPU seconds on one thread. `share`: all that `learn.evolve` does besides its fits (`added_s`, of which `slim_s` to cut
 out the slim network, `file_s` to write the state after each generation, `reset_s` to re-initialise; the rest is the first
 trace, the norms, and what a call of `evolve` costs) over the fits, which validate after each epoch; at most 1 %.
-`slim_validation_s` comes on top: the slim network is measured once per generation, and `eval_slim=False` spares it. The trace
+`slim_validation_s` comes on top: the slim network is measured once per generation, and `Evaluation(slim=False)` spares it. The trace
 is not repeated between generations; for the last row it is, at most .4 s."""
 
 

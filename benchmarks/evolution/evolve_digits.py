@@ -19,7 +19,9 @@ from torch.nn.functional import relu
 from benchmarks.timing import table, write_table
 from paramfx.core.samples import sample_batch
 from paramfx.data.memory import digits_dls
+from paramfx.evolution.generations import Evaluation
 from paramfx.evolution.masks import extract_slim
+from paramfx.evolution.policies import KELS, LLF, WELS
 from paramfx.report.cost import n_params
 
 RATE, SLIM, NEAR = .5, 87., 2.  # share of channels; percent that the slim network has to reach, and how far it may be from the whole one
@@ -31,8 +33,8 @@ def everything(model, sample, gen):
     return {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters() if p.ndim > 1}
 
 
-WAYS = {'kels': {}, 'kels, taught': dict(distill=.5), 'wels': dict(policy='wels'),
-    'llf': dict(policy='llf', from_layer='b1'), 'born again': dict(policy=everything, distill=.5)}
+WAYS = {'kels': dict(policy=KELS(RATE)), 'kels, taught': dict(policy=KELS(RATE), distill=.5), 'wels': dict(policy=WELS(RATE)),
+    'llf': dict(policy=LLF('b1')), 'born again': dict(policy=everything, distill=.5)}
 
 
 class Net(nn.Module):
@@ -84,7 +86,7 @@ def run_seed(seed, generations=GENERATIONS, epochs=EPOCHS, lr=LR, ways=WAYS):
     res = {}
     for name, how in ways.items():
         learn, timed = learner(network(seed), digits(), seed), Timed()
-        log = learn.evolve(generations, epochs, split_rate=RATE, lr=lr, seed=seed, fit_method=timed, file=None, long_run=name == 'kels', **how)
+        log = learn.evolve(generations, epochs, lr=lr, seed=seed, fit_method=timed, file=None, evaluation=Evaluation(long_run=name == 'kels'), **how)
         res[f'{name}, whole' if 'slim_accuracy' in log[0] else name] = [100*r['accuracy'] for r in log], sum(timed.cpu[:generations])
         if 'slim_accuracy' in log[0]: res[f'{name}, slim'] = [100*r['slim_accuracy'] for r in log], sum(timed.cpu[:generations])
         if log.long_run: res['one run'] = [100*log.long_run['accuracy']], timed.cpu[-1]

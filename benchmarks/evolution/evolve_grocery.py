@@ -14,7 +14,9 @@ from benchmarks.evolution.evolve_digits import RATE, Timed, learner
 from benchmarks.timing import table, write_table
 from paramfx import zoo
 from paramfx.core.samples import sample_batch
+from paramfx.evolution.generations import Evaluation
 from paramfx.evolution.masks import extract_slim
+from paramfx.evolution.policies import KELS
 from paramfx.data.photos import grocery_dls
 from paramfx.report.cost import cost
 
@@ -28,7 +30,7 @@ def run(generations=6, epochs=4, lr=1e-2, seed=0, net=network, dls=None, folder=
     "A row per generation, one of the long run, and one of costs"
     learn, timed = learner(net(seed), dls or grocery_dls(bs=bs, device='cpu'), seed, path=folder, model_dir='.'), Timed()
     set_seed(seed)
-    log = learn.evolve(generations, epochs, split_rate=RATE, lr=lr, fit_method=timed, long_run=True,
+    log = learn.evolve(generations, epochs, KELS(RATE), lr=lr, fit_method=timed, evaluation=Evaluation(long_run=True),
         file='evolve_grocery', resume=(folder/'evolve_grocery.pth').exists())
     minutes = dict(zip(range(generations+1, generations+1-len(timed.cpu), -1), reversed(timed.cpu)))  # where it went on, the first are missing
     rows = [dict(trained=f"generation {r['generation']}", epochs=epochs, dense=100*r['accuracy'], slim=100*r['slim_accuracy'], reset_norm=r['reset_norm'],

@@ -51,13 +51,13 @@ def into_object(
 # %% ../../nbs/core/10_arguments.ipynb #c32366c2
 @contextmanager
 def worded(
-    keyword:str, # Argument of a function that is called inside, as in a remedy `pin=['head']`
+    keyword:str, # Argument of what is called inside, a list or dict, as in a remedy `pin=['head']`
     form:str # How the caller gives it, with `{v}` for all of that
 ):
     "Inside, an error tells the remedy in the words of the caller"
     try: yield
     except Exception as e:
-        told = re.sub(rf'\b{keyword}=\[[^]]*\]', lambda m: form.replace('{v}', m[0]), str(e))
+        told = re.sub(rf'\b{keyword}=(\[[^]]*\]|\{{[^}}]*\}})', lambda m: form.replace('{v}', m[0]), str(e))
         if told != str(e): e.args = (told, *e.args[1:])
         raise
 

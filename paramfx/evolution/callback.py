@@ -8,6 +8,7 @@ Docs: https://paramfx.github.io/paramfx/evolution/callback.html.md"""
 __all__ = ['KnowledgeEvolution']
 
 # %% ../../nbs/evolution/05_callback.ipynb #f1604579
+import inspect
 from zlib import crc32
 
 import torch
@@ -15,6 +16,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastai.basics import Learner
 import fastai.callback.schedule # gives Learner fine_tune  # noqa: F401
+from ..core.arguments import from_plain, moved_args, to_plain
 from ..core.clock import Clock
 from ..core.tables import Table
 from ..core.layers import all_matrices, left_out
@@ -22,7 +24,8 @@ from ..core.samples import check_batches
 from ..core.optimizers import opt_state
 from ..core.callback import EffectCallback, finding_lr
 from .masks import SPLIT, embedded
-from .forgetting import Forgetting, plain_setting
+from .forgetting import Forgetting, Rewind, as_reinit, plain_setting
+from .policies import POLICIES, POLICY_FORMS, as_policy
 from ..core.registry import recipe_verb
 from ..core.state import EffectState, effects, root_module
 
@@ -40,7 +43,7 @@ class Lineage:
         buf = state_dict.get(f'{prefix}knowledge_evolution_effect')
         nums = [] if buf is None else buf.detach().cpu().view(torch.float64).tolist()
         if nums and len(nums) == len(Clock.names)+5 and nums[-1] != self.plan: raise ValueError(
-            "The file was saved under `KnowledgeEvolution` with another policy or split_rate than "
+            "The file was saved under `KnowledgeEvolution` with another policy than "
             f"{plain_setting(self.forget.policy)}. Give the callback those settings, or load into a Learner "
             "without it what `learn.save_plain` wrote.")
     def burn_in(self): pass
@@ -55,7 +58,7 @@ class Lineage:
         # a choice by weights or data cannot be made again later
         self.forget.last = tuple(state['chosen'] or (None, None))
         self.forget.refs = state['refs']
-        if state['first']: self.forget.policy.first = state['first']
+        if state['first']: vars(self.forget.policy)['first'] = state['first']
     def __repr__(self): return f'{self.forget.policy!r}: the weights of the last generation'
 
 # %% ../../nbs/evolution/05_callback.ipynb #dd25f3e0
@@ -83,23 +86,17 @@ def _rest(model, masks):
 # %% ../../nbs/evolution/05_callback.ipynb #cfbc3cba
 class KnowledgeEvolution(EffectCallback):
     "Each fit is a generation; between two of them a part of the weights begins anew"
+    @moved_args(**POLICY_FORMS, rewind_epoch='reinit=Rewind({v})')
     def __init__(self,
-        policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', a `Policy` or function
-        split_rate=.5, # Share of channels (kels) or weights (wels, magnitude, snip) to keep, in (0, 1]
-        reinit='default', # How the rest begins: 'default', 'zero', 'original', 'rewind', 'pretrained', or a function
+        policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', as KELS(.4), or a function
+        reinit='default', # How the rest begins: 'default', 'zero', 'original', 'pretrained', `Rewind(epoch)`, a function
         when:str='next_fit', # When to forget: as the 'next_fit' starts, at 'fit_end', or 'every' `every` epochs
         every:int=None, # Epochs of a generation within a fit, for when='every'
         clear_state:str='all', # What the optimizer forgets then: 'all', or its state of the weights that are 'reset'
         generations:int=None, # Planned generations, which policy 'lw' needs
-        rewind_epoch:int=1, # Epochs after which reinit='rewind' looks at the first generation
-        seed:int=0, # Of masks and new values
-        pin=None, # kels: modules to keep whole
-        reset_bias:bool=None, # kels: biases, too?
-        from_layer=None, # llf: the first layer to forget
-        reset_norm:bool=None, # llf: norms, too?
-        resplit:bool=None, # wels: another mask each time?
-        batches:int=None # snip: training batches to look at
+        seed:int=0 # Of masks and new values
     ):
+        policy,reinit = as_policy(policy),as_reinit(reinit)
         store_attr()
         if when not in ('next_fit', 'fit_end', 'every'):
             raise ValueError(f"when={when!r}: choose 'next_fit', 'fit_end' or 'every'.")
@@ -122,9 +119,7 @@ class KnowledgeEvolution(EffectCallback):
 # %% ../../nbs/evolution/05_callback.ipynb #3406d106
 @patch
 def _forgetting(self:KnowledgeEvolution):
-    forget = Forgetting(self.policy, self.split_rate, self.reinit, self.seed, pin=self.pin,
-        reset_bias=self.reset_bias, from_layer=self.from_layer,
-                        reset_norm=self.reset_norm, resplit=self.resplit, batches=self.batches)
+    forget = Forgetting(self.policy, self.reinit, self.seed)
     if getattr(forget.policy, 'counts', False) and not self.generations:
         raise ValueError(f'policy={self.policy!r} divides the network by the number of '
             'generations: give generations=.')
@@ -241,7 +236,7 @@ def on_epoch(self:KnowledgeEvolution):
 def on_epoch_end(self:KnowledgeEvolution):
     forget = self.lineage.forget
     if (forget.reinit == 'rewind' and not self.effect.values['generation']
-        and self.effect.clock.epoch+1 == self.rewind_epoch):
+        and self.effect.clock.epoch+1 == forget.rewind_epoch):
         forget.snapshot(self.learn)
 
 @patch
@@ -331,8 +326,20 @@ def restore_generation(self:Learner) -> Learner:
     st.values.update(generation=st.values['generation']-1, due=1.)
     return self
 
-@recipe_verb('knowledge_evolution', lambda st: dict(settings=st.settings))
+# %% ../../nbs/evolution/05_callback.ipynb #2f730756
+def _again_settings(policy='kels', split_rate=.5, reinit='default', rewind_epoch=1, **kw):
+    "Settings as a recipe has them; those of before the objects stand flat, with None for what was not given"
+    if isinstance(policy, str):
+        cls = POLICIES[policy]
+        own = dict(split_rate=split_rate) | {k: kw.pop(k) for k in POLICY_FORMS if k in kw}
+        takes = inspect.signature(cls).parameters
+        policy = cls(**{k: v for k,v in own.items() if k in takes and v is not None})
+    if reinit == 'rewind': reinit = Rewind(rewind_epoch)
+    return dict(kw, policy=from_plain(policy, {c.__name__: c for c in POLICIES.values()}),
+        reinit=from_plain(reinit, dict(Rewind=Rewind)))
+
+@recipe_verb('knowledge_evolution', lambda st: dict(settings={k: to_plain(v) for k,v in st.settings.items()}))
 def _evolution_again(model, settings):
-    cb = KnowledgeEvolution(**settings)
+    cb = KnowledgeEvolution(**_again_settings(**settings))
     cb._effect_state(cb._forgetting()).attach(model)
     return model

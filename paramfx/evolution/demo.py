@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/evolution/07_demo.ipynb #29aa253f
 import paramfx.evolution.evolve # gives Learner evolve  # noqa: F401
 from .plots import plot_generations
+from .policies import KELS
 from ..core.registry import demo_picture, demo_row
 
 # %% ../../nbs/evolution/07_demo.ipynb #1928b3c5
@@ -24,7 +25,7 @@ def evolve_demo(
     def one(learn, epochs, cbs):
         fit(learn, counted=len(done) < 1/SHARE, share=SHARE, cbs=[*cbs])
         done.append(len(learn.recorder.values))
-    learn.evolve_log = learn.evolve(GENERATIONS, split_rate=RATE, fit_method=one, file=None)
+    learn.evolve_log = learn.evolve(GENERATIONS, policy=KELS(RATE), fit_method=one, file=None)
     learn.long_run = lambda: dict(epochs=sum(done),
         accuracy=float(fit(new(), counted=False, share=GENERATIONS*SHARE).validate()[1]))
     return learn

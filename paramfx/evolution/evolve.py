@@ -9,6 +9,7 @@ __all__ = ['KE_PAPER']
 
 # %% ../../nbs/evolution/04_evolve.ipynb #1bdfe346
 import inspect, time
+from dataclasses import replace
 from functools import partial
 
 from fastcore.basics import patch
@@ -16,48 +17,54 @@ from fastcore.foundation import L
 from fastai.basics import SGD, CrossEntropyLossFlat, Learner
 import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 import paramfx.evolution.plots # gives EvolveLog plot  # noqa: F401
+from ..core.arguments import moved_args
 from ..core.samples import check_batches, rng_guard, rng_state, set_rng_state
 from ..core.callback import EffectCallback
 from .forgetting import Forgetting, plain_setting
 from ..core.forward import copy_model
-from paramfx.evolution.generations import (EpochLR, Evolution, EvolveLog, read_evolution, with_model,
-    valid_row)
+from paramfx.evolution.generations import (CosineWarmup, Evaluation, Evolution, EvolveLog, read_evolution,
+    with_model, valid_row)
 from ..core.runs import model_path
-from .policies import KELS, POLICIES
+from .policies import KELS, POLICY_FORMS
 from ..core.state import add_report, effects, root_module
 
 # %% ../../nbs/evolution/04_evolve.ipynb #709f18cb
-_KNOBS = {k for c in POLICIES.values() for k in inspect.signature(c).parameters} - {'split_rate',
-    'seed'}
-
-def _cosine_warmup(learn, epochs, lr=None, cbs=None, warmup=5, **kw):
-    learn.fit(epochs, lr, cbs=[*L(cbs), EpochLR('cosine', warmup)], **kw)
-
-def _fitter(learn, method, lr, kw):
+def _fitter(learn, method, lr):
     "Function (learn, epochs, cbs) that trains one generation"
-    if method == 'cosine_warmup': return partial(_cosine_warmup, lr=lr, **kw)
-    args = [] if lr is None else [lr]
-    if callable(method): return lambda learn, epochs, cbs: method(learn, epochs, *args, cbs=cbs, **kw)
-    f = getattr(Learner, method, None) if isinstance(method, str) else None
+    f,args = CosineWarmup() if method == 'cosine_warmup' else method,[] if lr is None else [lr]
+    if isinstance(f, str): f = getattr(Learner, f, None)
     if not callable(f):
         raise ValueError(f"fit_method={method!r}: name a method of the Learner, such as "
-            "'fit_one_cycle' or 'fit', 'cosine_warmup', or give a function (learn, epochs, cbs=...).")
-    try: inspect.signature(f).bind(learn, 1, *args, **kw)
-    except TypeError as e: raise TypeError(f'{method}: {e}') from e
-    return lambda learn, epochs, cbs: getattr(learn, method)(epochs, *args, cbs=cbs, **kw)
+            "'fit_one_cycle' or 'fit', or give CosineWarmup(5) or a function (learn, epochs, cbs=...), such as "
+            "partial(Learner.fit_one_cycle, wd=.1).")
+    whole = f if isinstance(f, partial) else partial(f)
+    try: inspect.signature(whole.func).bind(*whole.args, learn, 1, *args, cbs=None, **whole.keywords)
+    except TypeError as e: raise TypeError(f"{getattr(whole.func, '__name__', method)}: {e}") from e
+    except ValueError: pass # of a function that tells no signature
+    if isinstance(method, str) and method != 'cosine_warmup':
+        return lambda learn, epochs, cbs: getattr(learn, method)(epochs, *args, cbs=cbs)
+    return lambda learn, epochs, cbs: f(learn, epochs, *args, cbs=cbs)
+
+def _told_fit(method):
+    "How a file tells of it: name and arguments, the same for a name and for the object that it stands for"
+    if isinstance(method, CosineWarmup): return 'cosine_warmup',vars(method)
+    if isinstance(method, partial) and not method.args:
+        name = getattr(method.func, '__name__', None)
+        if getattr(Learner, str(name), None) is method.func: return name,method.keywords
+    return method,{}
 
 def _whole(name, v):
     if isinstance(v, bool) or not isinstance(v, int) or v < 1:
         raise ValueError(f'{name}={v!r}: a whole number, at least 1.')
 
 # %% ../../nbs/evolution/04_evolve.ipynb #ad3658fb
-def _check_evolve(learn, policy, eval_slim, keep_best, distill, long_run):
-    slim = eval_slim and isinstance(policy, KELS)
-    if keep_best not in (None, 'dense', 'slim'):
-        raise ValueError(f"keep_best={keep_best!r}: choose 'dense', 'slim' or None.")
+def _check_evolve(learn, policy, evaluation, distill):
+    if not isinstance(evaluation, Evaluation):
+        raise ValueError(f"evaluation={evaluation!r}: give Evaluation(...), such as Evaluation(long_run=True).")
+    slim,keep_best = evaluation.slim and isinstance(policy, KELS),evaluation.keep_best
     if keep_best == 'slim' and not slim:
         raise ValueError("keep_best='slim': there is no slim network to compare without policy='kels' "
-            "and eval_slim=True. Choose keep_best='dense'.")
+            "and slim=True. Choose keep_best='dense'.")
     if keep_best and (len(learn.dls.loaders) < 2 or not len(learn.dls.valid)):
         raise ValueError(f'keep_best={keep_best!r}: these loaders have no validation set to choose by.')
     if (isinstance(distill, bool)
@@ -67,66 +74,83 @@ def _check_evolve(learn, policy, eval_slim, keep_best, distill, long_run):
     if 'knowledge_evolution' in effects(learn.model):
         raise ValueError("The model is under `KnowledgeEvolution`, which begins generations by itself. "
             "Call `learn.release()` first, or train with `learn.fit`.")
-    if long_run and effects(learn.model):
+    if evaluation.long_run and effects(learn.model):
         raise ValueError(f"long_run=True: the model is under {', '.join(effects(learn.model))}, which "
             "would not act on the copy that is trained. Train the long run yourself.")
-    return slim
+    return replace(evaluation, slim=slim)
+
+# %% ../../nbs/evolution/04_evolve.ipynb #d6dae126
+def _config(learn, forget, generations, epochs, fit_method, lr, evaluation, distill):
+    "What a file tells of an evolution: who resumes it gives the same"
+    (method,kwargs),named = _told_fit(fit_method),list(root_module(learn.model).named_parameters())
+    data = [[len(dl.dataset), dl.bs] for dl in learn.dls.loaders if hasattr(dl, 'dataset')]
+    counted = dict(generations=generations) if getattr(forget.policy, 'counts', False) else {}
+    return plain_setting(dict(policy=forget.policy, reinit=forget.reinit, seed=forget.seed, epochs=epochs,
+        fit_method=method, lr=lr, kwargs=kwargs, distill=distill, rewind_epoch=forget.rewind_epoch,
+        eval_slim=evaluation.slim, keep_best=evaluation.keep_best, data=data, **counted,
+        shapes={n: list(p.shape) for n,p in named}, trained=[n for n,p in named if p.requires_grad]))
+
+# %% ../../nbs/evolution/04_evolve.ipynb #7dbbdb3c
+_SEEN = dict(eval_slim='slim', keep_best='keep_best', long_run='long_run')
+
+def _evaluation_form(v, given):
+    own = ', '.join(f'{new}={given[k]!r}' for k,new in _SEEN.items() if k in given)
+    return f'evaluation=Evaluation({own})'
+
+def _fit_form(k):
+    "How an argument of the fit is written now: bound to it"
+    def _form(v, given):
+        method = given.get('fit_method', 'fit_one_cycle')
+        own = ', '.join(f'{n}={given[n]!r}' for n in _OF_FITS if n in given)
+        return (f"fit_method=CosineWarmup({given['warmup']!r})" if k == 'warmup' else
+            f'fit_method=partial(Learner.{method}, {own})')
+    return _form
+
+_OF_FITS = 'lr_max div div_final pct_start wd moms reset_opt start_epoch'.split()
+# how settings that have moved are written now
+_FORMS = (POLICY_FORMS | dict(rewind_epoch='reinit=Rewind({v})', sample='nothing (the first batch is traced)')
+    | {k: _evaluation_form for k in _SEEN} | {k: _fit_form(k) for k in [*_OF_FITS, 'warmup']})
 
 # %% ../../nbs/evolution/04_evolve.ipynb #55f1ca47
 @patch
+@moved_args(**_FORMS)
 def evolve(self:Learner,
     generations:int=5, # Trainings, the first included
     epochs:int=10, # Epochs of each
-    policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', a `Policy` or function
-    split_rate=.5, # Share of channels (kels) or weights (wels, magnitude, snip) to keep, in (0, 1]
-    reinit='default', # How the rest begins: 'default', 'zero', 'original', 'rewind', 'pretrained', or a function
-    fit_method='fit_one_cycle', # Name of a Learner method, 'cosine_warmup', or a function (learn, epochs, cbs=...)
+    policy='kels', # What is kept: 'kels', 'wels', 'llf', 'head', 'lw', 'magnitude', 'snip', as KELS(.4), or a function
+    reinit='default', # How the rest begins: 'default', 'zero', 'original', 'pretrained', `Rewind(epoch)`, a function
+    fit_method='fit_one_cycle', # Name of a Learner method, `CosineWarmup(5)`, or a function (learn, epochs, cbs=...)
     lr=None, # Learning rate, the second argument of the method
-    eval_slim:bool=True, # Validate the fit part alone, too (kels)
-    keep_best:str=None, # 'dense' or 'slim': end with the best generation by the first metric; None: with the last
+    evaluation:Evaluation=Evaluation(), # What is looked at beside the training, and which generation stays
     resume:bool=False, # Go on where `file` was written?
     seed:int=0, # Of masks and new values; the order of the data does not depend on it
     file='evolve', # State of the evolution, below `learn.path/learn.model_dir`; None: none is written
     distill:float=None, # Weight of the last generation as a teacher of the next (born-again networks), in [0, 1]
-    rewind_epoch:int=1, # Epochs after which reinit='rewind' looks at the first generation
-    long_run:bool=False, # Train the first network once for as many epochs, to compare?
-    sample=None, # Input for the trace; None: from the loaders
-    cbs=None, # Callbacks of each generation; effects among them stay
-    **kwargs # Settings of the policy (pin, reset_bias, from_layer, reset_norm, resplit, batches), and of the fit method
+    cbs=None # Callbacks of each generation; effects among them stay
 ) -> EvolveLog: # A row per generation
     "Train in generations, between which a part of the weights begins anew (Taha and others 2021)"
-    for name,v in (('generations', generations), ('epochs', epochs), ('rewind_epoch', rewind_epoch)):
-        _whole(name, v)
-    knobs = {k: kwargs.pop(k) for k in [*kwargs] if k in _KNOBS}
+    for name,v in (('generations', generations), ('epochs', epochs)): _whole(name, v)
     check_batches(self.dls)
-    forget = Forgetting(policy, split_rate, reinit, seed, **knobs)
-    if forget.reinit == 'rewind' and rewind_epoch > epochs:
-        raise ValueError(f'rewind_epoch={rewind_epoch}: a generation has {epochs} epochs only.')
-    fit,slim = _fitter(self, fit_method, lr, kwargs),_check_evolve(self, forget.policy, eval_slim,
-        keep_best, distill, long_run)
-    data = [[len(dl.dataset), dl.bs] for dl in self.dls.loaders if hasattr(dl, 'dataset')]
-    config = plain_setting(dict(policy=forget.policy, reinit=forget.reinit, seed=seed, epochs=epochs,
-        fit_method=fit_method, lr=lr, kwargs=kwargs, distill=distill, rewind_epoch=rewind_epoch,
-        eval_slim=slim, keep_best=keep_best, data=data,
-                        **(dict(generations=generations) if getattr(forget.policy, 'counts', False)
-                            else {}), shapes={n: list(p.shape)
-                            for n,p in root_module(self.model).named_parameters()},
-                            trained=[n for n,p in root_module(self.model).named_parameters()
-                            if p.requires_grad]))
-    run = Evolution(self, forget, generations, epochs, fit, slim, keep_best, distill, rewind_epoch,
+    forget = Forgetting(policy, reinit, seed)
+    if forget.reinit == 'rewind' and forget.rewind_epoch > epochs:
+        raise ValueError(f'reinit=Rewind({forget.rewind_epoch}): a generation has {epochs} epochs only.')
+    fit,evaluation = _fitter(self, fit_method, lr),_check_evolve(self, forget.policy, evaluation, distill)
+    config = _config(self, forget, generations, epochs, fit_method, lr, evaluation, distill)
+    run = Evolution(self, forget, generations, epochs, fit, evaluation, distill,
         None if file is None else model_path(self, file), config)
     if resume: # before anything is changed
         if file is None: raise ValueError('resume=True: name the file= of the evolution.')
         read_evolution(run.path, config)
-    forget.start(self, generations, sample)
+    forget.start(self, generations)
     joined = [c for c in L(cbs) if isinstance(c, EffectCallback)]
     run.rehearse(joined)
     self.add_cbs(joined)
-    return _evolve(run, resume, [c for c in L(cbs) if c not in joined], long_run)
+    return _evolve(run, resume, [c for c in L(cbs) if c not in joined])
 
 # %% ../../nbs/evolution/04_evolve.ipynb #7b60c948
-def _evolve(run, resume, cbs, long_run):
+def _evolve(run, resume, cbs):
     learn,model,p = run.learn,root_module(run.learn.model),run.forget.policy
+    long_run = run.evaluation.long_run
     if resume: done = run.load()
     else:
         if long_run:
@@ -156,5 +180,4 @@ def _long_run(run, cbs):
 KE_PAPER = dict(
     learner=dict(opt_func=partial(SGD, mom=.9, decouple_wd=False), wd=1e-4, wd_bn_bias=True,
         loss_func=CrossEntropyLossFlat(label_smoothing=.1)),
-    evolve=dict(generations=5, epochs=200, policy='kels', split_rate=.5, fit_method='cosine_warmup',
-        lr=.256, warmup=5))
+    evolve=dict(generations=5, epochs=200, policy=KELS(.5), fit_method=CosineWarmup(5), lr=.256))

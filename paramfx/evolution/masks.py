@@ -384,7 +384,10 @@ def evolved(
     model = root_module(model)
     held = effects(model).get('knowledge_evolution')
     plan = held.settings if held is not None else model.__dict__.get('_evolution', {})
-    return {k: plan[k] for k in ('split_rate', 'pin')} if plan.get('policy') == 'kels' else {}
+    policy = plan.get('policy')
+    if getattr(policy, 'cuts', False): plan = policy.settings()
+    elif policy != 'kels': return {}
+    return {k: plan[k] for k in ('split_rate', 'pin')}
 
 # %% ../../nbs/evolution/00_masks.ipynb #6d1fefa1
 @patch

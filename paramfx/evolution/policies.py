@@ -9,10 +9,10 @@ __all__ = ['Policy', 'KELS', 'WELS', 'LLF', 'LayerWise', 'Magnitude', 'Snip', 's
 
 # %% ../../nbs/evolution/01_policies.ipynb #ce2523e0
 import inspect
+from dataclasses import dataclass, field
 from math import ceil
 
 import torch
-from fastcore.basics import store_attr
 from fastai.basics import Learner
 from ..core.layers import match_layers, stages, weighted_layers
 from ..core.forward import untouched
@@ -28,8 +28,10 @@ class Policy:
     reinit = 'default' # usual re-initialisation
     keeps_body = False # does it leave most of a pretrained body alone?
     counts = False # does it depend on the number of generations?
+    cuts = False # is what it keeps a network of its own, as `extract_slim` takes it out?
     learn,generations = None,None
-    def start(self, learn, generations): self.learn,self.generations = learn,generations
+    # what it notes stands beside its settings, in a copy that the evolution makes
+    def start(self, learn, generations): vars(self).update(learn=learn, generations=generations)
     def __call__(self, model, sample, gen):
         raise NotImplementedError(f'{type(self).__name__} has to define __call__(model, sample, gen).')
     def holds(self, gen) -> bool: # is the reset part held where it is while generation `gen` trains?
@@ -47,32 +49,39 @@ def _check_rates(rates):
     for k,r in rates.items() if isinstance(rates, dict) else [(None, rates)]:
         check_rate(r, 'split_rate' if k is None else f'split_rate[{k!r}]')
 
+@dataclass(frozen=True)
 class KELS(Policy):
     "Keep the first channels of each layer (Taha and others 2021)"
-    def __init__(self, split_rate=.5, pin=None, reset_bias=False):
-        store_attr()
-        _check_rates(split_rate)
+    split_rate:object = .5 # Share of the channels to keep, in (0, 1], or a dict {layer or space: rate}
+    pin:object = None # Modules to keep whole
+    reset_bias:bool = False # Biases, too?
+    cuts = True
+
+    def __post_init__(self): _check_rates(self.split_rate)
     def __call__(self, model, sample, gen):
-        self.cut = fit_cut(model, sample, self.split_rate, self.pin)
-        return masks_of(self.cut, model, self.reset_bias)
+        cut = vars(self)['cut'] = fit_cut(model, sample, self.split_rate, self.pin)
+        return masks_of(cut, model, self.reset_bias)
 
 # %% ../../nbs/evolution/01_policies.ipynb #08ba860d
+@dataclass(frozen=True)
 class WELS(Policy):
-    "Keep each weight with probability `split_rate` (Taha and others 2021); `resplit`: drawn anew for each generation"
-    def __init__(self, split_rate=.5, seed=0, resplit=False):
-        store_attr()
-        _check_rates(split_rate)
-        self.static = not resplit
-    def __call__(self, model, sample, gen):
-        return wels_masks(model, self.split_rate, generator(self.seed, -1, gen if self.resplit else 0))
+    "Keep each weight with probability `split_rate` (Taha and others 2021)"
+    split_rate:object = .5 # Share of the weights to keep, in (0, 1], or a dict {layer: rate}
+    seed:int = None # Of the draw; None: that of the evolution
+    resplit:bool = False # Draw another mask for each generation?
+    static = property(lambda self: not self.resplit)
 
+    def __post_init__(self): _check_rates(self.split_rate)
+    def __call__(self, model, sample, gen):
+        return wels_masks(model, self.split_rate, generator(self.seed or 0, -1, gen if self.resplit else 0))
+
+@dataclass(frozen=True)
 class LLF(Policy):
     "Forget all layers from `from_layer` on, biases included (later-layer forgetting, Zhou and others 2022)"
+    from_layer:object = None # Layer, stage alias or glob; None: the last stage, and what comes after it
+    reset_norm:bool = False # Batch norms of these layers, too?
     keeps_body = True
-    def __init__(self,
-        from_layer=None, # Layer, stage alias or glob; None: the last stage, and what comes after it
-        reset_norm=False # Batch norms of these layers, too?
-    ): store_attr()
+
     def layers(self, model):
         "Names of the modules with parameters that are forgotten, in order of definition"
         names,own = list(weighted_layers(model)),self.from_layer or _last_stage(model)
@@ -90,19 +99,21 @@ class LLF(Policy):
             if hasattr(m, 'reset_running_stats')] if self.reset_norm else [])
 
 # %% ../../nbs/evolution/01_policies.ipynb #59bd6a0d
+@dataclass(frozen=True)
 class Head(LLF):
     "Forget the last layer (RIFLE, Li and others 2020)"
-    def __init__(self): super().__init__('fc')
-    def settings(self): return {}
+    from_layer:object = field(default='fc', init=False, repr=False)
+    reset_norm:bool = field(default=False, init=False, repr=False)
 
 # %% ../../nbs/evolution/01_policies.ipynb #94aef541
+@dataclass(frozen=True)
 class LayerWise(Policy):
     "Forget fewer blocks in each generation, from the input on; earlier ones keep their directions (Alabdulmohsin 2021)"
     static,counts = False,True
     def start(self, learn, generations):
         super().start(learn, generations)
         if not hasattr(self, 'first'):
-            self.first = {n: float(p.detach().norm())
+            vars(self)['first'] = {n: float(p.detach().norm())
                 for n,(_,p) in matrices(root_module(learn.model)).items()}
     def blocks(self, model) -> list: return [v for k,v in stages(model).items() if k[5:].isdigit()]
     def __call__(self, model, sample, gen):
@@ -151,10 +162,13 @@ def top_mask(
         score.flatten().topk(n).indices, True).view(score.shape).cpu()
 
 # %% ../../nbs/evolution/01_policies.ipynb #b1438ea3
+@dataclass(frozen=True)
 class Magnitude(Policy):
     "Hold all but the largest weights of each layer at zero in generations 1, 3, ...; 2, 4, ... let them grow (DSD)"
+    split_rate:float = .5 # Share of the weights of each layer to keep, in (0, 1]
     static,reinit = False,'zero'
-    def __init__(self, split_rate=.5): self.split_rate = check_rate(split_rate)
+
+    def __post_init__(self): vars(self)['split_rate'] = check_rate(self.split_rate)
     def holds(self, gen): return gen%2 == 1
     def __call__(self, model, sample, gen):
         rate = self.split_rate if self.holds(gen) else 1
@@ -163,14 +177,14 @@ class Magnitude(Policy):
         free = {*spare_embeddings(model, found, _OTHER)}
         return {n: top_mask(p.detach().abs(), rate if n in free else 1) for n,(_,p) in found.items()}
 
+@dataclass(frozen=True)
 class Snip(Policy):
     "Keep the weights that matter most to the loss, chosen anew for each generation (SKE, 2024; saliency of Lee 2019)"
+    split_rate:float = .5 # Share of all weights to keep, in (0, 1]
+    batches:int = 4 # Training batches that are looked at
     static = False
-    def __init__(self,
-        split_rate=.5, # Share of all weights to keep
-        batches:int=4 # Training batches that are looked at
-    ):
-        self.split_rate,self.batches = check_rate(split_rate),batches
+
+    def __post_init__(self): vars(self)['split_rate'] = check_rate(self.split_rate)
     def __call__(self, model, sample, gen):
         if self.learn is None:
             raise ValueError("policy='snip' looks at training batches: use it with `learn.evolve` or "
@@ -209,28 +223,32 @@ def saliency(
 POLICIES = dict(kels=KELS, wels=WELS, llf=LLF, head=Head, lw=LayerWise, magnitude=Magnitude, snip=Snip)
 
 def as_policy(
-    policy, # Name, `Policy`, or a callable (model, sample, gen) -> masks
-    split_rate=.5, # Share to keep, where the policy splits layers
-    seed:int=0, # Of masks that are drawn
-    **knobs # Settings of this policy; None: its own
+    policy # Name, which gives its defaults; `Policy`, or a callable (model, sample, gen) -> masks
 ):
-    "The policy that a name stands for"
-    knobs = {k:v for k,v in knobs.items() if v is not None}
+    "The policy that `policy=` stands for"
+    if isinstance(policy, str) and policy in POLICIES: return POLICIES[policy]()
     if isinstance(policy, str):
-        if policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: choose one of {', '.join(map(repr, POLICIES))}, or a "
-                f"function (model, sample, gen) -> {{parameter name: bool tensor}}.")
-        cls,given = POLICIES[policy],dict(split_rate=split_rate, seed=seed)
-        takes = inspect.signature(cls).parameters
-        for k in knobs:
-            if k not in takes:
-                raise ValueError(f"{k}={knobs[k]!r}: policy {policy!r} has no such setting. It has: "
-                    f"{', '.join(takes) or 'none'}.")
-        return cls(**{k:v for k,v in given.items() if k in takes}, **knobs)
+        raise ValueError(f"policy={policy!r}: choose one of {', '.join(map(repr, POLICIES))}, an object such "
+            "as KELS(.4), or a function (model, sample, gen) -> {parameter name: bool tensor}.")
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        raise ValueError(f"policy={policy.__name__}: give an object, {policy.__name__}().")
     if not callable(policy):
-        raise ValueError(f"policy={policy!r}: expected a name or a callable (model, sample, gen) -> "
-            "masks.")
-    if knobs:
-        raise ValueError(f"{next(iter(knobs))}: give this setting to the policy itself, as in "
-            f"policy={type(policy).__name__}(...).")
+        raise ValueError(f"policy={policy!r}: expected a name, an object such as KELS(.4), or a callable "
+            "(model, sample, gen) -> masks.")
     return policy
+
+def policy_form(k):
+    "How a setting that stood beside the name of a policy is written now: in the object of the policy"
+    def _form(v, given):
+        p = given.get('policy')
+        cls = next((c for c in POLICIES.values() if k in inspect.signature(c).parameters), None)
+        if p is not None: cls = POLICIES.get(p) if isinstance(p, str) else type(p)
+        takes = inspect.signature(cls).parameters if cls in POLICIES.values() else {}
+        if k not in takes: return f'policy={p!r} alone, which has no {k},'
+        own = ({} if p is None or isinstance(p, str) else p.settings()) | {n: x for n,x in given.items()
+            if n in takes and n != 'seed'}
+        return f"policy={cls.__name__}({', '.join(f'{n}={x!r}' for n,x in own.items())})"
+    return _form
+
+POLICY_FORMS = {k: policy_form(k) for k in
+    ('split_rate', 'pin', 'reset_bias', 'from_layer', 'reset_norm', 'resplit', 'batches')}

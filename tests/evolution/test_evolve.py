@@ -21,10 +21,13 @@ import paramfx.export.materialize # gives Learner materialize  # noqa: F401
 from paramfx.core.samples import rng_state
 from paramfx.evolution.masks import kels_masks
 from paramfx.evolution.callback import KnowledgeEvolution
-from paramfx.evolution.policies import LLF
+from paramfx.evolution.forgetting import Rewind
+from paramfx.evolution.generations import CosineWarmup, Evaluation
+from paramfx.evolution.policies import KELS, LLF, POLICIES as CLASSES, WELS, Magnitude, Policy, Snip # noqa: F401  read by `eval`
 from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
 from fresh import run_fresh
+from settings import evolve_settings
 
 HERE = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -80,7 +83,7 @@ def test_only_what_is_not_kept_changes_and_the_optimizer_begins_anew(mk):
 @pytest.mark.parametrize('rate', [.5, .3, {'0.0': .5}])
 def test_slim_row_is_the_masked_dense_network(mk, rate):
     learn = mk()
-    log = learn.evolve(2, 1, split_rate=rate, lr=1e-2)
+    log = learn.evolve(2, 1, lr=1e-2, policy=KELS(rate))
     masks = masks_of(learn, rate)
     twin = deepcopy(learn.model)
     for n, m in masks.items(): twin.get_parameter(n).data.mul_(m)
@@ -95,7 +98,7 @@ def test_slim_row_is_the_masked_dense_network(mk, rate):
 
 def test_rate_1_resets_nothing(mk):
     each = Each()
-    log = mk(each).evolve(3, 1, split_rate=1., lr=1e-2)
+    log = mk(each).evolve(3, 1, lr=1e-2, policy=KELS(1.))
     for end, start in zip(each.ends, each.starts[1:]): assert_same(start, end)
     assert [r['reset'] for r in log] == [0, 0, 0]
 
@@ -124,7 +127,7 @@ def test_evaluating_and_writing_changes_nothing(mk):
     "Slim rows, files, bars, the best of all: the weights that are trained are the same"
     def run(**kw):
         learn = mk(model=partial(small_net, dropout=.3))
-        log = learn.evolve(3, 1, lr=1e-2, **kw)
+        log = learn.evolve(3, 1, lr=1e-2, **evolve_settings(**kw))
         return snapshot(learn.model), [r['accuracy'] for r in log]
     first = run()
     for kw in (dict(eval_slim=False), dict(file=None), dict(long_run=True)): assert_same(run(**kw), first)
@@ -197,7 +200,7 @@ def test_keep_best(mk, which):
     each = Each()
     learn = mk(each)
     bad = lambda l, epochs, cbs: l.fit(epochs, [1e-2, 1e-2, 5.][len(each.ends)%3 if len(each.ends) < 3 else 2], cbs=cbs)
-    log = learn.evolve(3, 2, fit_method=bad, keep_best=which)
+    log = learn.evolve(3, 2, fit_method=bad, evaluation=Evaluation(keep_best=which))
     values = [r['accuracy' if which == 'dense' else 'slim_accuracy'] for r in log]
     assert_same(snapshot(learn.model), each.ends[int(np.argmax(values))])
     assert int(np.argmax(values)) < 2 or which == 'slim'
@@ -208,7 +211,7 @@ def test_long_run_starts_where_the_evolution_did_and_repeats(mk):
     runs = []
     for _ in range(2):
         learn = mk(model=net)
-        log = learn.evolve(2, 1, lr=1e-2, long_run=True)
+        log = learn.evolve(2, 1, lr=1e-2, evaluation=Evaluation(long_run=True))
         runs.append({k: v for k, v in log.long_run.items() if k != 'seconds'})
     assert runs[0] == runs[1] and runs[0]['epochs'] == 2
     plain = mk(model=net)
@@ -224,6 +227,7 @@ import os, signal, sys
 import torch
 from functools import partial
 from contracts import *
+from settings import evolve_settings
 import paramfx.evolution.evolve
 path, resume, at = sys.argv[1], sys.argv[2] == 'resume', int(sys.argv[3])
 class Kill(FastaiCallback):
@@ -245,7 +249,7 @@ def child(path, resume, at, kw):
 
 def test_killed_and_resumed_in_another_process(mk, tmp_path):
     "kill -9 in the third generation; what comes of it is, bit for bit, the run that was left alone"
-    kw = "dict(policy='snip', split_rate=.7, reinit='rewind', keep_best='dense', long_run=True)"
+    kw = "evolve_settings(policy='snip', split_rate=.7, reinit='rewind', keep_best='dense', long_run=True)"
     learn = mk(model=partial(small_net, dropout=.3))
     log = learn.evolve(4, 1, lr=1e-2, **eval(kw))
     path = tmp_path/'killed'
@@ -265,6 +269,7 @@ def test_killed_and_resumed_in_another_process(mk, tmp_path):
 @pytest.mark.parametrize('at', [2, 6, 11])
 def test_interrupted_and_resumed(mk, kw, at):
     new = lambda *cbs, **k: mk([*cbs], model=partial(small_net, dropout=.3), splitter=two_groups, **k)
+    kw = evolve_settings(**kw)
     log = (whole := new()).evolve(3, 1, lr=1e-2, file='whole', **kw)
     with pytest.raises(KeyboardInterrupt): new(Stop(at)).evolve(3, 1, lr=1e-2, **kw)
     rest = new(seed=9)  # other weights, other order: all of it has to come from the file
@@ -285,11 +290,12 @@ def test_a_finished_evolution_goes_on(mk):
 
 # 5. what is refused, before anything changes ---------------------------------------------------------------------------------
 
-def refused(learn, match, error=ValueError, path=None, **kw):
+def refused(learn, match, error=ValueError, path=None, raw=False, **kw):
     "An error, and a Learner, a network and files as they were"
     state, feet, cbs, rng = snapshot(learn.model), footprint(learn.model), list(learn.cbs), rng_state(learn.dls)
     files = {p: p.read_bytes() for p in Path(learn.path).rglob('*') if p.is_file()}
-    with pytest.raises(error, match=match): learn.evolve(**{**dict(generations=2, epochs=1), **kw})
+    kw = {**dict(generations=2, epochs=1), **kw}
+    with pytest.raises(error, match=match): learn.evolve(**(kw if raw else evolve_settings(**kw)))
     assert_same(snapshot(learn.model), state)
     assert footprint(learn.model) == feet and list(learn.cbs) == cbs
     assert {p: p.read_bytes() for p in Path(learn.path).rglob('*') if p.is_file()} == files
@@ -358,9 +364,8 @@ BAD = [
     (dict(policy='elks'), "policy='elks'"), (dict(policy=3), 'policy=3'), (dict(reinit='orignal'), "reinit='orignal'"), (dict(reinit=3), 'reinit=3'),
     (dict(fit_method='fit_two_cycles'), 'fit_method'), (dict(generations=0), 'generations=0'),
     (dict(generations=2.5), 'generations'), (dict(epochs=0), 'epochs=0'), (dict(epochs=True), 'epochs'),
-    (dict(keep_best='slimmest'), 'keep_best'), (dict(keep_best='slim', policy='wels'), 'keep_best'), (dict(keep_best='slim', eval_slim=False), 'keep_best'),
-    (dict(distill=2), 'distill=2'), (dict(distill=True), 'distill'), (dict(reinit='rewind', rewind_epoch=3), 'rewind_epoch=3'),
-    (dict(policy='wels', pin=['0.0']), 'pin'), (dict(from_layer='1'), 'from_layer'),
+    (dict(keep_best='slimmest'), 'keep_best'), (dict(evaluation='slim'), 'give Evaluation'), (dict(long_run=1), 'long_run=1'), (dict(keep_best='slim', policy='wels'), 'keep_best'), (dict(keep_best='slim', eval_slim=False), 'keep_best'),
+    (dict(distill=2), 'distill=2'), (dict(distill=True), 'distill'), (dict(reinit='rewind', rewind_epoch=3), r'Rewind\(3\): a generation has 1'), (dict(rewind_epoch=0), r'Rewind\(0\)'),
     (dict(policy='llf', from_layer='nowhere'), 'nowhere'), (dict(pin=['nowhere']), 'nowhere'),
     (dict(policy=lambda m, s, g: {'x': torch.ones(2)}), 'x: the network has no such parameter'),
     (dict(policy=lambda m, s, g: {'1.2.bias': torch.ones(3, dtype=torch.bool)}), r'1\.2\.bias'),
@@ -371,8 +376,12 @@ BAD = [
 def test_bad_settings(mk, kw, match): refused(mk(), match, **kw)
 
 
+def takes_no_rate(learn, epochs, cbs=None): learn.fit(epochs, cbs=cbs)
+
+
 def test_bad_arguments_of_the_fit(mk):
-    refused(mk(), 'fit_one_cycle', TypeError, wrong=3)
+    refused(mk(), 'fit_one_cycle', TypeError, fit_method=partial(Learner.fit_one_cycle, wrong=3))
+    refused(mk(), 'takes_no_rate', TypeError, fit_method=takes_no_rate, lr=1e-2)
 
 
 def test_networks_that_cannot_be_cut(mk):
@@ -384,7 +393,7 @@ def test_networks_that_cannot_be_cut(mk):
     refused(learn, f'(?s)0.3.*{UNTRACED}')
     refused(learn, '(?s)0.3.*(computed|parametri)', policy='wels')
     mk(model=Normed).evolve(2, 1, policy='wels')
-    mk(model=Normed).evolve(2, 1, policy='llf', from_layer='b')
+    mk(model=Normed).evolve(2, 1, policy=LLF('b'))
 
 
 def test_all_frozen_is_refused(mk):
@@ -398,7 +407,7 @@ def test_all_frozen_is_refused(mk):
                                       (dict(policy='lw'), 'generations'), (dict(split_rate=0), 'split_rate'),
                                       (dict(policy='nope'), 'policy'), (dict(reinit='nope'), 'reinit')])
 def test_bad_settings_of_the_callback(kw, match):
-    with pytest.raises(ValueError, match=match): KnowledgeEvolution(**kw)
+    with pytest.raises(ValueError, match=match): KnowledgeEvolution(**evolve_settings(**kw))
 
 
 def test_the_callback_refuses_what_it_cannot_cut(mk):
@@ -512,7 +521,8 @@ def test_trackers_within_evolve(mk):
 
 @pytest.mark.parametrize('policy', ['kels', 'llf', 'magnitude', 'lw'])
 def test_restore_generation(mk, policy):
-    learn = mk([KnowledgeEvolution(policy, when='fit_end', generations=3, **(dict(reset_norm=True) if policy == 'llf' else {})), each := Each()])
+    cb = KnowledgeEvolution(LLF(reset_norm=True) if policy == 'llf' else policy, when='fit_end', generations=3)
+    learn = mk([cb, each := Each()])
     for i in range(2):
         learn.fit(1)
         for o in (learn, pickle.loads(pickle.dumps(learn)), deepcopy(learn)):
@@ -669,8 +679,7 @@ def test_language_models(tmp_path, model, policy):
 def test_networks_that_are_not_traced(mk, net):
     if net is Transformer: refused(mk(model=net), UNTRACED)
     for policy in ('wels', 'llf', 'head', 'magnitude', 'snip'):
-        kw = dict(from_layer='core') if policy == 'llf' else {}
-        log = mk(model=net).evolve(2, 1, policy=policy, lr=1e-2, **kw)
+        log = mk(model=net).evolve(2, 1, policy=LLF('core') if policy == 'llf' else policy, lr=1e-2)
         assert log[-1]['reset'] > 0
 
 
@@ -682,7 +691,7 @@ def test_without_validation_set_or_metrics(mk):
     assert 'train_loss' in log[-1] and 'slim_valid_loss' not in log[-1]
     refused(learn, 'no validation set', keep_best='dense')
     learn = mk(metrics=None)
-    log = learn.evolve(2, 1, lr=1e-2, keep_best='slim')
+    log = learn.evolve(2, 1, lr=1e-2, evaluation=Evaluation(keep_best='slim'))
     assert set(log[-1]) >= {'train_loss', 'valid_loss', 'slim_valid_loss'}
 
 
@@ -728,3 +737,85 @@ def test_two_evolutions_in_a_row(mk):
     log = learn.evolve(3, 1, policy='wels', lr=1e-2)
     assert len(log) == 3 and len(learn.paramfx['evolve']) == 3
     with pytest.raises(ValueError, match="policy 'kels'"): learn.extract_slim()
+
+
+# 9. settings that are objects -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kw,told', [
+    (dict(split_rate=.4), 'policy=KELS(split_rate=0.4) instead of split_rate=0.4'),
+    (dict(split_rate=.4, pin=['0.0']), "policy=KELS(split_rate=0.4, pin=['0.0']) instead of split_rate=0.4, pin=['0.0']"),
+    (dict(policy='wels', split_rate=.4, resplit=True), 'policy=WELS(split_rate=0.4, resplit=True)'),
+    (dict(policy='llf', from_layer='1', reset_norm=True), "policy=LLF(from_layer='1', reset_norm=True)"), (dict(from_layer='1'), "policy=LLF(from_layer='1')"),
+    (dict(policy='snip', batches=2), 'policy=Snip(batches=2)'), (dict(policy='llf', split_rate=.4), "policy='llf' alone, which has no split_rate"),
+    (dict(reinit='rewind', rewind_epoch=3), 'reinit=Rewind(3) instead of rewind_epoch=3')])
+def test_settings_of_policies_that_have_moved(mk, kw, told):
+    with pytest.raises(TypeError) as e: KnowledgeEvolution(**kw)
+    assert str(e.value).startswith('KnowledgeEvolution: write ') and told in str(e.value)
+    refused(mk(), re.escape(told), TypeError, **{k: v for k, v in kw.items()}, raw=True)
+    new = told.partition(' instead of ')[0].partition(' alone')[0]
+    cb = eval(f'KnowledgeEvolution({new})')
+    held = {**vars(cb.policy), 'rewind_epoch': getattr(cb.reinit, 'epoch', None)}
+    assert {k: held[k] for k in kw if k in held and 'alone' not in told} == {k: v for k, v in kw.items() if k not in ('policy', 'reinit') and 'alone' not in told}
+
+
+@pytest.mark.parametrize('kw,told', [
+    (dict(eval_slim=False, long_run=True), 'evaluation=Evaluation(slim=False, long_run=True)'), (dict(keep_best='slim'), "evaluation=Evaluation(keep_best='slim')"),
+    (dict(wd=.1), 'fit_method=partial(Learner.fit_one_cycle, wd=0.1)'), (dict(fit_method='fit', wd=.1), 'fit_method=partial(Learner.fit, wd=0.1)'),
+    (dict(fit_method='cosine_warmup', warmup=1), 'fit_method=CosineWarmup(1)'), (dict(sample=3), 'nothing .the first batch is traced.')])
+def test_settings_of_evolve_that_have_moved(mk, kw, told):
+    refused(mk(), '^evolve: write ' + (told if 'nothing' in told else re.escape(told)), TypeError, raw=True, **kw)
+    if 'nothing' not in told: assert len(eval(f'mk().evolve(1, 1, file=None, {told})')) == 1
+
+
+def test_a_file_of_flat_settings_is_gone_on_with(mk, tmp_path):
+    "What `evolve(fit_method='fit_one_cycle', pct_start=.5, policy='wels', resplit=True, reinit='rewind', rewind_epoch=1)` wrote before there were objects"
+    from paramfx.core.runs import read_torch
+    kw = dict(policy=WELS(.5, resplit=True), reinit=Rewind(1), lr=1e-2, fit_method=partial(Learner.fit_one_cycle, pct_start=.5), evaluation=Evaluation(keep_best='dense'))
+    mk().evolve(2, 1, **kw)
+    config = read_torch(tmp_path/'models'/'evolve.pth', 'cpu')['config']
+    assert {k: config[k] for k in ('policy', 'reinit', 'rewind_epoch', 'fit_method', 'kwargs', 'eval_slim', 'keep_best')} == dict(
+        policy='WELS(split_rate=0.5, seed=0, resplit=True)', reinit='rewind', rewind_epoch=1, fit_method='fit_one_cycle', kwargs=dict(pct_start=.5),
+        eval_slim=False, keep_best='dense')
+    assert len(mk(seed=3).evolve(3, 1, resume=True, **kw)) == 3
+
+
+def test_equal_policies_continue_what_is_in_force(mk):
+    learn = mk(KnowledgeEvolution(KELS(.5, pin=['0.0']), Rewind()))
+    learn.fit(1)
+    learn.fit(1, cbs=KnowledgeEvolution(KELS(.5, pin=['0.0']), 'rewind'))
+    with pytest.raises(ValueError, match=r"policy\.pin=\['0\.0'\] -> None"): learn.add_cb(KnowledgeEvolution(KELS(.5), 'rewind'))
+    with pytest.raises(ValueError, match='reinit.epoch=1 -> 2'): learn.add_cb(KnowledgeEvolution(KELS(.5, pin=['0.0']), Rewind(2)))
+    with pytest.raises(ValueError, match='policy=.*WELS'): learn.add_cb(KnowledgeEvolution('wels', 'rewind'))
+
+
+def test_policies_are_settings_without_a_state(mk):
+    "What one notes while a network evolves does not stay in the object that was given"
+    for name, cls in CLASSES.items():
+        p = cls()
+        before = dict(vars(p))
+        mk().evolve(2, 1, policy=p, lr=1e-2)
+        assert vars(p) == before and p == cls() and p != Policy(), name
+        with pytest.raises(AttributeError): p.split_rate = .3
+    assert Magnitude(.5) != Magnitude(.4)
+    mk(KnowledgeEvolution(WELS(resplit=True), seed=3)).fit(1)
+
+
+@pytest.mark.parametrize('policy', CLASSES)
+def test_recipes_tell_policies_as_plain_data(mk, tmp_path, policy):
+    from paramfx.export.materialize import load_recipe, save_recipe
+    make = lambda: KnowledgeEvolution(CLASSES[policy](), Rewind(2), generations=3, seed=4)
+    learn = mk(make())
+    learn.fit(1)
+    save_recipe(learn.model, tmp_path/'r')
+    args, = [s['args'] for s in torch.load(tmp_path/'r', weights_only=True)['recipe']]
+    assert args['settings']['policy']['name'] == CLASSES[policy].__name__ and args['settings']['reinit'] == dict(name='Rewind', epoch=2)
+    other = mk(model=lambda: load_recipe(tmp_path/'r', small_net()))
+    other.add_cb(make())
+    with pytest.raises(ValueError, match='seed=4 -> 0'): other.add_cb(KnowledgeEvolution(CLASSES[policy](), Rewind(2), generations=3))
+
+
+def test_remedies_of_the_cut_are_those_of_its_policy(mk):
+    learn = mk(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10)))
+    with pytest.raises(ValueError) as e: learn.evolve(2, 1)
+    remedy = re.search(r'policy=KELS\(split_rate=.*?\)', str(e.value))[0]
+    assert len(learn.evolve(2, 1, policy=eval(remedy[7:]), file=None)) == 2

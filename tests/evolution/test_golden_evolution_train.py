@@ -14,6 +14,8 @@ import paramfx.evolution.generations
 from contracts import quiet
 from paramfx.evolution.masks import kels_masks
 from paramfx.evolution.evolve import KE_PAPER
+from paramfx.evolution.generations import CosineWarmup
+from paramfx.evolution.policies import KELS
 from paramfx.evolution.generations import EvolveLog, epoch_lr
 from test_golden_channels import Chain
 
@@ -74,7 +76,7 @@ def paper_run(given, path):
     preset = {**KE_PAPER['learner'], 'loss_func': KE_PAPER['learner']['loss_func'].func}  # fastai's wrapper of it computes in single precision
     learn = quiet(Learner(dls, net, **preset, metrics=[accuracy, AvgMetric(logits)], path=path, cbs=[ends, Shown()]))
     settings = {**KE_PAPER['evolve'], **dict(generations=d['generations'], epochs=d['epochs'],
-        split_rate=d['split_rate'], lr=d['lr'], warmup=d['warmup_length'])}
+        policy=KELS(d['split_rate']), lr=d['lr'], fit_method=CosineWarmup(d['warmup_length']))}
     log = learn.evolve(**settings, reinit=values)
     return log, learn, ends, logits, values
 
