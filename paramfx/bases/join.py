@@ -181,7 +181,7 @@ def _check_groups(learn, skip_first):
                     f"{first[0]}.conv2 in {first[1]}. Let the splitter keep stages whole.")
 
 @patch
-@delegates(join_bases, keep=True, but='model')
+@delegates(join_bases, but='model')
 def join_bases(self:Learner,
     sample=None, # Inputs to count with; None: from the loaders
     **kwargs # As in `join_bases` for a model

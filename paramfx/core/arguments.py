@@ -27,8 +27,9 @@ def moved_args(
             given,new = dict(zip(names, args)) | kwargs,{}
             for k in old:
                 form,v = forms[k],kwargs[k]
+                told = repr(v) if len(repr(v)) < 80 else '...' # nobody reads a tensor in a message
                 new.setdefault(form(v, given) if callable(form) else form.replace('{v}', repr(v)),
-                    []).append(f'{k}={v!r}')
+                    []).append(f'{k}={told}')
             told = '; '.join(f"write {n} instead of {', '.join(o)}" for n,o in new.items())
             raise TypeError(f"{f.__qualname__.removesuffix('.__init__')}: {told}.")
         return _checked

@@ -17,6 +17,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import noop, patch, snake2camel, store_attr
 from fastcore.foundation import L
+from fastcore.meta import delegates
 from fastai.basics import (Callback, CancelEpochException, Learner, get_model, join_path_file,
     num_distrib, rank_distrib)
 from fastai.callback.progress import ProgressCallback
@@ -257,6 +258,7 @@ _fastai_load = Learner.load
 
 # %% ../../nbs/core/07_runs.ipynb #14b8b944
 @patch
+@delegates(_fastai_load)
 def load(self:Learner, file, device=None, strict=True, **kwargs):
     "Load model and optimizer state; files with masks or of a changed network need the same callback or change"
     with explained(self.model, str(join_path_file(file, self.path/self.model_dir, ext='.pth')), strict):

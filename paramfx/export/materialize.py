@@ -246,6 +246,7 @@ def _all_steps(model):
 _fastai_save = Learner.save
 
 @patch
+@delegates(_fastai_save)
 def save(self:Learner, file, **kwargs):
     "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, and how the network was changed"
     with storing_steps(self.model, _all_steps(self.model)): return _fastai_save(self, file, **kwargs)
@@ -417,6 +418,7 @@ def _ours(learn):
     return sorted({type(o).__name__ for o in parts if type(o).__module__.startswith('paramfx')})
 
 @patch
+@delegates(_fastai_export)
 def export(self:Learner, fname='export.pkl', **kwargs):
     "Export the content of `self` without the items and the optimizer state for inference"
     ours = _ours(self)

@@ -335,7 +335,7 @@ def unslice(
 
 # %% ../../nbs/slicing/06_slice.ipynb #8f473254
 @patch
-@delegates(slice_model, keep=True, but='model,opt')
+@delegates(slice_model, but='model,opt')
 def slice(self:Learner,
     sample=None, # Inputs to trace with; None: from the loaders
     **kwargs # As in `slice_model`

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 from contracts import OPTIMIZERS, build, quiet, same, seed_all, snapshot, tiny_dls
 from paramfx.zoo import networks as nets
-from paramfx.bases.share import plan_bases, share_bases
+from paramfx.bases.share import SVD, Calibrated, plan_bases, share_bases
 from paramfx.bases.layers import BasisConv2d, SharedConv2d, sharing_layers
 from paramfx.bases.init import svd_filters
 from paramfx.bases.plan import conv_places, find_groups
@@ -382,11 +382,7 @@ def test_pointwise_layers_share_if_asked_and_grouped_ones_if_ranks_divide():
     (dict(groups={'a': ['0.1.1.conv1']}), 'the only layer of group'),
     (dict(groups={'a': ['0.1.1', '0.0']}), 'in_channels'),
     (dict(groups={'a': ['0.1.1'], 'b': ['0.1.1.conv2', '0.1.2.conv2']}), '0.1.1.conv2: named in the groups'),
-    (dict(shared_rank=float('nan')), 'shared_rank=nan'), (dict(sweeps=-1), 'sweeps=-1'),
-    (dict(sweeps=1.5, init='svd'), 'sweeps=1.5'), (dict(sweeps=True), 'sweeps=True'),
-    (dict(batches=[torch.zeros(1, 1, 8, 8)]), "batches: .*basis_norm=True"),
-    (dict(batches=[], basis_norm='calibrated'), 'batches: there is none'),
-    (dict(batches=torch.zeros(2, 1, 8, 8), basis_norm='calibrated'), 'batches is a tensor'),
+    (dict(shared_rank=float('nan')), 'shared_rank=nan'), (dict(basis_norm=Calibrated([])), 'batches: there is none'),
     (dict(mode='tie', basis_norm='calibrated'), 'a tied layer has no norm'),
     (dict(groups={'a': ['0.1.1'], 'b': []}), r"groups\['b'\]: \[\] stands for no layer"), (dict(groups=lambda n, m: [n]), 'the only layer'),
     (dict(shared_rank=200), 'Nothing to share: .*72 dimensions'),
@@ -399,11 +395,27 @@ def test_errors_come_before_anything_changes(kw, text):
     assert {n: id(m) for n, m in net.named_modules()} == keys and not same(snapshot(net), state) and '_recipe' not in vars(net)
 
 
+@pytest.mark.parametrize('kw,told', [(dict(init='svd', sweeps=3), 'init=SVD(3)'),
+    (dict(basis_norm='calibrated', batches=[torch.zeros(1, 1, 8, 8)]), 'basis_norm=Calibrated(batches)')])
+def test_settings_that_have_moved(kw, told):
+    net, batches = block_net(), kw.get('batches')  # noqa: F841  the new form reads it
+    with pytest.raises(TypeError, match='share_bases: write ') as e: share_bases(net, torch.zeros(1, 1, 8, 8), 4, **kw)
+    assert told in str(e.value) and len(str(e.value)) < 150
+    eval(f'share_bases(net, torch.zeros(1, 1, 8, 8), 4, {told})')
+
+
+@pytest.mark.parametrize('make,text', [(lambda: SVD(-1), 'sweeps=-1'), (lambda: SVD(1.5), 'sweeps=1.5'), (lambda: SVD(True), 'sweeps=True'),
+    (lambda: Calibrated(torch.zeros(2, 1, 8, 8)), 'batches is a tensor')])
+def test_bad_settings_of_objects(make, text):
+    with pytest.raises(ValueError, match=text): make()
+    assert SVD() == SVD(10) != SVD(3)
+
+
 def test_a_failing_calibration_puts_the_layers_back():
     net = block_net()
     keys = {n: id(m) for n, m in net.named_modules()}
     with pytest.raises(ValueError, match="does not run through the model"):
-        share_bases(net, torch.zeros(1, 1, 8, 8), 4, basis_norm='calibrated', batches=[torch.zeros(1, 3, 8, 8)])
+        share_bases(net, torch.zeros(1, 1, 8, 8), 4, basis_norm=Calibrated([torch.zeros(1, 3, 8, 8)]))
     assert {n: id(m) for n, m in net.named_modules()} == keys
 
 
@@ -447,7 +459,7 @@ def test_frozen_layers_stay_frozen(kw):
 
 
 @pytest.mark.parametrize('kw', [dict(shared_rank=.5, unique_rank=2),
-    dict(n_bases=2, shared_rank=4, unique_rank=0), dict(shared_rank=4, basis_norm=False), dict(shared_rank=4, init='svd', basis_norm='calibrated', sweeps=1),
+    dict(n_bases=2, shared_rank=4, unique_rank=0), dict(shared_rank=4, basis_norm=False), dict(shared_rank=4, init=SVD(1), basis_norm='calibrated'),
                                 dict(mode='tie'), dict(shared_rank=4, scale_rank=False, skip_first=False),
                                 dict(shared_rank=4, groups={'a': ['0.1.1']})], ids=str)
 def test_the_plan_is_what_is_done(kw):
@@ -637,8 +649,8 @@ def test_a_learner_calibrates_on_batches_of_training(mk):
     before = torch.get_rng_state(), learn.dls.train.rng.getstate()
     learn.share_bases(**kw)
     assert torch.equal(torch.get_rng_state(), before[0]) and learn.dls.train.rng.getstate() == before[1]
-    other.share_bases(batches=[(b[0],) for b in [*other.dls.train][:4]], **kw)
-    one.share_bases(batches=[one.dls.valid.one_batch()[0][:1]], **kw)
+    other.share_bases(**kw | dict(basis_norm=Calibrated([(b[0],) for b in [*other.dls.train][:4]])))
+    one.share_bases(**kw | dict(basis_norm=Calibrated([one.dls.valid.one_batch()[0][:1]])))
     mean = lambda l: sharing_layers(l.model)['0.1.1.conv1'].norm.running_mean
     assert torch.allclose(mean(learn), mean(other), atol=1e-5) and not torch.allclose(mean(learn), mean(one), atol=1e-3)
 

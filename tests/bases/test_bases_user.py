@@ -18,7 +18,7 @@ from paramfx.bases import plots as bp
 from paramfx.experiments import cli
 from paramfx.zoo import networks as nets
 from paramfx.bases.callback import OrthoReg
-from paramfx.bases.share import share_bases
+from paramfx.bases.share import Calibrated, share_bases
 from paramfx.bases.layers import sharing_layers
 from paramfx.bases.join import join_bases
 from test_bases import block_net
@@ -181,7 +181,7 @@ def test_norms_calibrated_on_typed_images_are_plain_and_load(mk):
     "Batches of a vision Learner are TensorImages: they once made such of the norms' statistics, and the file could not be read"
     learn = mk()
     x = TensorImage(torch.randn(8, *learn.dls.one_batch()[0].shape[1:]))
-    learn.share_bases(shared_rank=6, init='svd', basis_norm='calibrated', batches=[x])
+    learn.share_bases(shared_rank=6, init='svd', basis_norm=Calibrated([x]))
     assert all(type(t) in (torch.Tensor, nn.Parameter) for t in [*learn.model.buffers(), *learn.model.parameters()])
     assert norms(learn)[0].running_var.std() > 0
     f = BytesIO()
@@ -194,7 +194,7 @@ def test_batches_that_do_not_run_are_named(mk):
     learn = mk()
     was, x = snapshot(learn.model), learn.dls.one_batch()[0]
     with pytest.raises(ValueError, match=r'batches\[1\] does not run through the model: .*Give inputs'):
-        learn.share_bases(init='svd', basis_norm='calibrated', shared_rank=6, batches=[x, x[:, :, 0]])
+        learn.share_bases(init='svd', basis_norm=Calibrated([x, x[:, :, 0]]), shared_rank=6)
     same(snapshot(learn.model), was)
 
 

@@ -333,3 +333,27 @@ def test_gradients_that_are_left_are_resumed(how, opt, tmp_path):
     rest = run('b', resume=True)
     assert not any(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters()) if p.requires_grad)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), rest.parameters()))
+
+
+VERBS = ('load', 'save', 'export', 'slice', 'share_bases', 'join_bases', 'evolve', 'extract_slim', 'split', 'fine_tune', 'slice_report', 'search_rates',
+    'recalibrate', 'validate_rates', 'cost', 'release', 'resume', 'save_plain')
+
+@pytest.mark.parametrize('verb', VERBS)
+def test_help_of_a_verb_shows_its_parameters(verb):
+    "No `**kwargs`: who asks for help or completes by tab sees what there is. `materialize` and `plan` take what modules and verbs do, which is open"
+    import inspect
+    import paramfx.all  # noqa: F401  gives Learner the verbs
+    ps = inspect.signature(getattr(Learner, verb)).parameters.values()
+    assert not [p for p in ps if p.kind is p.VAR_KEYWORD] and all(p.name != 'kwargs' for p in ps)
+
+
+def test_objects_are_compared_by_their_fields():
+    from dataclasses import dataclass
+    from paramfx.core.callback import _same, _unlike
+    @dataclass(frozen=True)
+    class How:
+        at:object
+        kind:str = 'a'
+    assert _same(How(torch.ones(3)), How(torch.ones(3))) and not _same(How(torch.ones(3)), How(torch.zeros(3)))
+    assert _same(How([1, How(lambda x: x)]), How([1, How(lambda x: x)])) and not _same(How(1), How(1, 'b'))
+    assert _unlike('how', How(1), How(2, 'b')) == ['how.at=1 -> 2', "how.kind='a' -> 'b'"]
