@@ -207,7 +207,8 @@ def evolving(name, **defaults):
     "Line of `KnowledgeEvolution`; settings that only masks have are left out"
     def make(**kw): return KnowledgeEvolution(**evolve_settings(**{**defaults, **{k: v for k, v in kw.items() if k in ('split_rate', 'seed')}}))
     return Method(name, make, evolve_facts, evolve_check,
-        noop=lambda: KnowledgeEvolution(**evolve_settings(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'})), other=partial(make, split_rate=.75), moves=False,
+        noop=lambda: KnowledgeEvolution(**evolve_settings(**{**defaults, 'split_rate': 1., 'clear_state': 'reset'})),
+        other=partial(make, split_rate=.75), moves=False,
                   columns=('generation',) if defaults['policy'] == 'magnitude' else ('generation', 'reset_norm'),
                   effect='knowledge_evolution', rate='policy.split_rate', coarse=False, masked=False, told=r'0\.5 -> 0\.75',
                   refusal='another policy')

@@ -22,7 +22,7 @@ from paramfx.core.samples import rng_state
 from paramfx.evolution.masks import kels_masks
 from paramfx.evolution.callback import KnowledgeEvolution
 from paramfx.evolution.forgetting import Rewind
-from paramfx.evolution.generations import CosineWarmup, Evaluation
+from paramfx.evolution.generations import CosineWarmup, Evaluation # noqa: F401  read by `eval`
 from paramfx.evolution.policies import KELS, LLF, POLICIES as CLASSES, WELS, Magnitude, Policy, Snip # noqa: F401  read by `eval`
 from paramfx.sparse.callback import DynamicSparse
 from paramfx.slicing.callback import SliceTrain
@@ -364,8 +364,11 @@ BAD = [
     (dict(policy='elks'), "policy='elks'"), (dict(policy=3), 'policy=3'), (dict(reinit='orignal'), "reinit='orignal'"), (dict(reinit=3), 'reinit=3'),
     (dict(fit_method='fit_two_cycles'), 'fit_method'), (dict(generations=0), 'generations=0'),
     (dict(generations=2.5), 'generations'), (dict(epochs=0), 'epochs=0'), (dict(epochs=True), 'epochs'),
-    (dict(keep_best='slimmest'), 'keep_best'), (dict(evaluation='slim'), 'give Evaluation'), (dict(long_run=1), 'long_run=1'), (dict(keep_best='slim', policy='wels'), 'keep_best'), (dict(keep_best='slim', eval_slim=False), 'keep_best'),
-    (dict(distill=2), 'distill=2'), (dict(distill=True), 'distill'), (dict(reinit='rewind', rewind_epoch=3), r'Rewind\(3\): a generation has 1'), (dict(rewind_epoch=0), r'Rewind\(0\)'),
+    (dict(keep_best='slimmest'), 'keep_best'), (dict(evaluation='slim'), 'give Evaluation'),
+    (dict(long_run=1), 'long_run=1'),
+    (dict(keep_best='slim', policy='wels'), 'keep_best'), (dict(keep_best='slim', eval_slim=False), 'keep_best'),
+    (dict(distill=2), 'distill=2'), (dict(distill=True), 'distill'), 
+    (dict(reinit='rewind', rewind_epoch=3), r'Rewind\(3\): a generation has 1'), (dict(rewind_epoch=0), r'Rewind\(0\)'),
     (dict(policy='llf', from_layer='nowhere'), 'nowhere'), (dict(pin=['nowhere']), 'nowhere'),
     (dict(policy=lambda m, s, g: {'x': torch.ones(2)}), 'x: the network has no such parameter'),
     (dict(policy=lambda m, s, g: {'1.2.bias': torch.ones(3, dtype=torch.bool)}), r'1\.2\.bias'),
@@ -745,8 +748,10 @@ def test_two_evolutions_in_a_row(mk):
     (dict(split_rate=.4), 'policy=KELS(split_rate=0.4) instead of split_rate=0.4'),
     (dict(split_rate=.4, pin=['0.0']), "policy=KELS(split_rate=0.4, pin=['0.0']) instead of split_rate=0.4, pin=['0.0']"),
     (dict(policy='wels', split_rate=.4, resplit=True), 'policy=WELS(split_rate=0.4, resplit=True)'),
-    (dict(policy='llf', from_layer='1', reset_norm=True), "policy=LLF(from_layer='1', reset_norm=True)"), (dict(from_layer='1'), "policy=LLF(from_layer='1')"),
-    (dict(policy='snip', batches=2), 'policy=Snip(batches=2)'), (dict(policy='llf', split_rate=.4), "policy='llf' alone, which has no split_rate"),
+    (dict(policy='llf', from_layer='1', reset_norm=True), "policy=LLF(from_layer='1', reset_norm=True)"),
+    (dict(from_layer='1'), "policy=LLF(from_layer='1')"),
+    (dict(policy='snip', batches=2), 'policy=Snip(batches=2)'),
+    (dict(policy='llf', split_rate=.4), "policy='llf' alone, which has no split_rate"),
     (dict(reinit='rewind', rewind_epoch=3), 'reinit=Rewind(3) instead of rewind_epoch=3')])
 def test_settings_of_policies_that_have_moved(mk, kw, told):
     with pytest.raises(TypeError) as e: KnowledgeEvolution(**kw)
@@ -755,11 +760,13 @@ def test_settings_of_policies_that_have_moved(mk, kw, told):
     new = told.partition(' instead of ')[0].partition(' alone')[0]
     cb = eval(f'KnowledgeEvolution({new})')
     held = {**vars(cb.policy), 'rewind_epoch': getattr(cb.reinit, 'epoch', None)}
-    assert {k: held[k] for k in kw if k in held and 'alone' not in told} == {k: v for k, v in kw.items() if k not in ('policy', 'reinit') and 'alone' not in told}
+    given = {k: v for k, v in kw.items() if k not in ('policy', 'reinit') and 'alone' not in told}
+    assert {k: held[k] for k in given} == given
 
 
 @pytest.mark.parametrize('kw,told', [
-    (dict(eval_slim=False, long_run=True), 'evaluation=Evaluation(slim=False, long_run=True)'), (dict(keep_best='slim'), "evaluation=Evaluation(keep_best='slim')"),
+    (dict(eval_slim=False, long_run=True), 'evaluation=Evaluation(slim=False, long_run=True)'),
+    (dict(keep_best='slim'), "evaluation=Evaluation(keep_best='slim')"),
     (dict(wd=.1), 'fit_method=partial(Learner.fit_one_cycle, wd=0.1)'), (dict(fit_method='fit', wd=.1), 'fit_method=partial(Learner.fit, wd=0.1)'),
     (dict(fit_method='cosine_warmup', warmup=1), 'fit_method=CosineWarmup(1)'), (dict(sample=3), 'nothing .the first batch is traced.')])
 def test_settings_of_evolve_that_have_moved(mk, kw, told):
@@ -770,7 +777,8 @@ def test_settings_of_evolve_that_have_moved(mk, kw, told):
 def test_a_file_of_flat_settings_is_gone_on_with(mk, tmp_path):
     "What `evolve(fit_method='fit_one_cycle', pct_start=.5, policy='wels', resplit=True, reinit='rewind', rewind_epoch=1)` wrote before there were objects"
     from paramfx.core.runs import read_torch
-    kw = dict(policy=WELS(.5, resplit=True), reinit=Rewind(1), lr=1e-2, fit_method=partial(Learner.fit_one_cycle, pct_start=.5), evaluation=Evaluation(keep_best='dense'))
+    kw = dict(policy=WELS(.5, resplit=True), reinit=Rewind(1), lr=1e-2, fit_method=partial(Learner.fit_one_cycle, pct_start=.5),
+        evaluation=Evaluation(keep_best='dense'))
     mk().evolve(2, 1, **kw)
     config = read_torch(tmp_path/'models'/'evolve.pth', 'cpu')['config']
     assert {k: config[k] for k in ('policy', 'reinit', 'rewind_epoch', 'fit_method', 'kwargs', 'eval_slim', 'keep_best')} == dict(
