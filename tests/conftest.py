@@ -1,6 +1,7 @@
 "Settings that every test shares: headless plots, one thread, quiet bars, and the marks `slow` and `cuda`."
 import os
 import zlib
+from collections import Counter
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports matplotlib
 
 from pathlib import Path
@@ -24,7 +25,8 @@ def pytest_configure(config):
     if config.getoption('--slow'): os.environ['PARAMFX_SLOW'] = '1'  # random cases ask for it, when their modules are imported
     config.addinivalue_line('markers', 'slow: takes long; skipped unless --slow is given')
     config.addinivalue_line('markers', 'whole: all cells of this table run, not only those that cover its axes')
-    config.addinivalue_line('markers', 'few(n): n rows of this table run, spread evenly; all of them under --slow')
+    config.addinivalue_line('markers', 'few(n): of this table run n methods, or else n rows of the longest axis; all of them under --slow')
+    config.addinivalue_line('markers', 'of(**facts): only methods of which these are true have anything to show here')
     config.addinivalue_line('markers', 'cuda: needs a GPU; skipped without one')
 
 
@@ -33,38 +35,54 @@ def axes_of(item):
     return getattr(getattr(item, 'callspec', None), '_idlist', ())
 
 
-def repeated(items):
-    """Of the cells of each table of several axes, those that bring no value of any axis for the first time.
+def not_of(item):
+    "What a mark `of` asks for and the method of this test is not"
+    if not (mark := item.get_closest_marker('of')): return ''
+    return ', '.join(f'{k}={v}' for k, v in mark.kwargs.items() if getattr(item.callspec.params['m'], k) != v)
+
+
+def spread(rows, n, shift):
+    "`n` of `rows`, evenly, and others in each test"
+    return {rows[(i*len(rows)//n+shift)%len(rows)] for i in range(min(n, len(rows)))}
+
+
+def covering(name, cells):
+    """Of the cells of a table, as few as bring each row of each axis, or `few(n)` of the methods or of the longest one.
 
     A table of methods by networks by optimizers has a few hundred cells; every method, network and optimizer is in some dozen of
-    them. The other pairs run under `--slow`, every night."""
-    tables = {}
-    for item in items:
-        axes = axes_of(item)
-        if len(axes) < 2 or item.get_closest_marker('whole') or 'test_golden' in item.nodeid: continue
-        tables.setdefault(item.nodeid.split('[')[0], []).append(item)
-    for cells in tables.values():
-        seen = set()
-        for item in cells:
-            values = set(enumerate(axes_of(item)))
-            if values <= seen: yield item
-            seen |= values
+    them. These are chosen so that each meets others, in each test others; all pairs run under `--slow`, every night."""
+    values, shift = {c: [*enumerate(axes_of(c))] for c in cells}, zlib.crc32(name.encode())
+    if few := cells[0].get_closest_marker('few'):
+        axes = [[*dict.fromkeys(rows)] for rows in zip(*values.values())]
+        methods = [rows for rows in axes if str(cells[0].callspec.params.get('m')) in [v for _, v in rows]]
+        kept = spread((methods or [max(axes, key=len)])[0], few.args[0], shift)
+        cells = [c for c in cells if not kept.isdisjoint(values[c])]
+    at = shift%len(cells)
+    left, used, chosen = cells[at:]+cells[:at], Counter(), []
+    while missing := {v for c in cells for v in values[c]} - set(used):
+        chosen.append(max(left, key=lambda c: (len(missing.intersection(values[c])), -sum(used[v] for v in values[c]))))
+        used.update(values[chosen[-1]])
+    return chosen
 
 
-def left_over(items):
-    "Of tables of one axis that are marked `few(n)`, all but n rows: spread evenly, and others in each test"
+def left_out(items):
+    "What of the tables runs under `--slow` only: what covers nothing new, and tables of one axis whole unless they are to be short"
     tables = {}
     for item in items:
-        if item.get_closest_marker('few') and len(axes_of(item)) == 1: tables.setdefault(item.nodeid.split('[')[0], []).append(item)
-    for name, rows in tables.items():
-        n, shift = rows[0].get_closest_marker('few').args[0], zlib.crc32(name.encode())
-        kept = {(i*len(rows)//n+shift)%len(rows) for i in range(n)}
-        yield from (r for i, r in enumerate(rows) if i not in kept)
+        if 'test_golden' in item.nodeid: continue
+        n = len(axes_of(item))
+        if n > 1 and not item.get_closest_marker('whole') or n == 1 and item.get_closest_marker('few'):
+            if not not_of(item): tables.setdefault(item.nodeid.split('[')[0], []).append(item)
+    for name, cells in tables.items():
+        chosen = {*covering(name, cells)}
+        yield from (c for c in cells if c not in chosen)
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption('--slow'):
-        for item in [*repeated(items), *left_over(items)]: item.add_marker(pytest.mark.slow)
+        for item in [*left_out(items)]: item.add_marker(pytest.mark.slow)
+    for item in items:
+        if why := not_of(item): item.add_marker(pytest.mark.skip(reason=f'only for methods with {why}'))
     skip_slow = None if config.getoption('--slow') else pytest.mark.skip(reason='slow: run pytest --slow')
     skip_cuda = None if torch.cuda.is_available() else pytest.mark.skip(reason='cuda: no GPU here')
     for item in items:

@@ -35,12 +35,14 @@ def test_masked_step(opt, tmp_path):
     assert write_table('t', rows, masked_step.NOTE, folder=tmp_path).exists()
 
 
+@pytest.mark.slow
 def test_tied_step(tmp_path):
     rows = tied_step.measure('SGD', rounds=2, repeats=1, net='toy', sparsity=.8)
     assert [r['step'] for r in rows] == ['plain again', *tied_step.TIED] and all(r['ratio'] > 0 for r in rows)
     assert write_table('t', rows, tied_step.NOTE, folder=tmp_path).exists()
 
 
+@pytest.mark.slow
 def test_deepr_step(tmp_path, monkeypatch):
     monkeypatch.setattr(deepr_step, 'NET', 'toy')
     rows = [deepr_step.measure(.9, opt, rounds=2, repeats=1) for opt in deepr_step.OPTS]
@@ -51,6 +53,7 @@ def test_deepr_step(tmp_path, monkeypatch):
         for o in deepr_step.OPTS} and all(r['moved'] > 1 for r in published)
 
 
+@pytest.mark.slow
 def test_split_forward(tmp_path, monkeypatch):
     monkeypatch.setattr(split_forward, 'SIZES', ((2, 32), (1, 32)))
     rows = split_forward.resnet(2, rounds=1, batch=1)
@@ -60,6 +63,7 @@ def test_split_forward(tmp_path, monkeypatch):
     assert len(published) == 12 and {r['met'] for r in published} == {'yes'}
 
 
+@pytest.mark.slow
 def test_split_penalty(tmp_path, monkeypatch):
     toy = dict(splits=[2], net=partial(small_cnn, 4), pixels=32)
     rows = split_penalty.steps(rounds=2, repeats=1, bs=4, **toy)
@@ -148,6 +152,7 @@ def test_a_snapshot_brings_everything_back():
     assert all(torch.equal(e.float.bool(), e.full) and not e.weight[~e.full].any() for e in cb.store.items)
 
 
+@pytest.mark.slow
 def test_dead_filters():
     rows = dead_filters.measure('toy', 2, batches=(2,), cases={'toy': (partial(small_cnn, 4), (3, 32, 32), dead_filters.CONVS)})
     assert [r['forward'] for r in rows] == ['masked', 'materialized'] and all(r['ratio'] > 0 for r in rows)

@@ -135,8 +135,8 @@ def test_same_instance_continues(m, mk):
     assert bool(len(two['history'])) == m.moves
 
 
+@pytest.mark.of(masked=True)
 def test_fine_tune_and_frozen_layers(m, mk):
-    if not m.masked: pytest.skip('no masks')
     learn = mk([m.make(), Probe(m)], splitter=two_groups)
     learn.freeze()
     start = m.facts(learn)
@@ -239,8 +239,8 @@ def test_effect_outlives_its_callback(m, mk, opt):
 
 @pytest.mark.parametrize('end', ['release', 'materialize'])
 @pytest.mark.parametrize('attached', [True, False])
+@pytest.mark.of(compressed=False)
 def test_the_end_leaves_nothing_behind(m, mk, end, attached):
-    if m.compressed: pytest.skip('names')
     if m.folds and end == 'materialize': pytest.skip('its network becomes another one: test_bases.py')
     fresh = footprint(m.net())
     learn = mk(m.make() if attached else None)
@@ -288,9 +288,8 @@ def test_checkpoint_is_made_of_plain_types(m, mk):
     assert sum(v.numel()*v.element_size() for v in state['model'].values()) < 1.5*sum(p.numel()*4 for p in learn.model.parameters())
 
 
+@pytest.mark.of(masked=True, compressed=False)
 def test_dense_file_into_sparse_learner_is_masked(m, mk):
-    if not m.masked: pytest.skip('no masks')
-    if m.compressed: pytest.skip('names')
     dense = mk(seed=5)
     dense.fit(1)
     dense.save('dense')
@@ -327,9 +326,8 @@ def test_file_of_another_budget_is_refused(m, mk):
     b.fit(1, cbs=Probe(m))
 
 
+@pytest.mark.of(masked=True, coarse=True)
 def test_file_of_another_granularity_is_refused(m, mk):
-    if not m.masked: pytest.skip('no masks')
-    if not m.coarse: pytest.skip('single weights only, see test_coarse_units')
     a, b = mk(m.make(granularity='kernel')), mk(m.make())
     a.save('kernels')
     state = snapshot(b.model)
@@ -338,8 +336,8 @@ def test_file_of_another_granularity_is_refused(m, mk):
 
 
 @pytest.mark.parametrize('ext', ['', '.pth', '.safetensors'])
+@pytest.mark.of(compressed=False)
 def test_save_plain_fits_a_plain_network(m, mk, ext):
-    if m.compressed: pytest.skip('kernels round differently')
     learn = mk(m.make())
     learn.fit(1)
     f = learn.save_plain(f'plain{ext}')
@@ -402,7 +400,7 @@ import torch
 from contracts import METHODS, Probe, build, quiet, snapshot, tiny_dls
 from fastai.basics import load_learner
 import paramfx.core.runs
-for m in METHODS.values():
+for m in map(METHODS.get, sys.argv[2:]):
     path = sys.argv[1]+'/'+m.name
     learn = build(path, [m.make(), Probe(m)], seed=11, model=m.net)
     learn.load('there')
@@ -416,17 +414,19 @@ for m in METHODS.values():
 '''
 
 @pytest.fixture(scope='module')
-def elsewhere(tmp_path_factory):
-    "What another process, started once, made of the files of each method"
+def elsewhere(tmp_path_factory, request):
+    "What another process, started once, made of the files of each method that is asked for"
     out, here = tmp_path_factory.mktemp('elsewhere'), {}
-    for m in METHODS.values():
+    asked = [i.callspec.params['m'] for i in request.session.items
+             if getattr(i, 'originalname', '') == 'test_another_process_loads_and_goes_on' and not i.get_closest_marker('skip')]
+    for m in asked:
         learn = build(out/m.name, [m.make(), Probe(m)], model=m.net)
         learn.fit(1)
         learn.save('there')
         learn.export('there.pkl')
         here[m.name] = dict(facts=m.facts(learn), model=snapshot(learn.model))
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    r = run_fresh(CHILD, str(out), env=env, cwd=out)
+    r = run_fresh(CHILD, str(out), *[m.name for m in asked], env=env, cwd=out)
     assert r.returncode == 0, r.stderr
     return out, here
 
@@ -448,7 +448,7 @@ def dropout_run(mk, m, **kwargs):
     return mk(cbs, model=partial(m.net, dropout=.3), splitter=two_groups, **kwargs)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 def test_resume_under_a_progress_bar(m, mk, whole, capsys):
     "The bar, which every user has, begins at an epoch that is not the first"
     f, n = RUNS['one cycle']
@@ -566,7 +566,7 @@ def test_resume_with_another_number_of_epochs_raises(mk, m):
     with pytest.raises(ValueError, match='trains 2 epochs in this fit, and 3 are asked for'): b.fit(3)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_resume_with_everything_in_fit(m, mk):
     "Nothing is attached to the Learner: the call that is made again brings all callbacks"
     fit = lambda learn, *cbs: learn.fit_one_cycle(4, 1e-2, cbs=[m.make(**m.penalty), Probe(m), RunState(), *cbs])
@@ -598,8 +598,8 @@ def test_a_crash_while_writing_leaves_the_old_file(m, mk, tmp_path, monkeypatch)
 
 # 7. doing nothing ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.of(compressed=False)
 def test_settings_that_do_nothing_are_the_plain_run(m, mk):
-    if m.compressed: pytest.skip('kernels round differently')
     net = partial(m.net, dropout=.3)
     plain, idle = mk(model=net, splitter=two_groups), mk(m.noop(), model=net, splitter=two_groups)
     for learn in (plain, idle):
@@ -658,9 +658,8 @@ class Norm(Callback):
         self.seen.append(torch.stack([p.grad.norm() for p in self.learn.model.parameters() if p.grad is not None]).norm().item())
 
 
+@pytest.mark.of(masked=True, dense_state=False) # else gradients stay dense, and are clipped as such
 def test_gradient_clip_clips_what_is_alive(m, mk):
-    if not m.masked: pytest.skip('no masks')
-    if m.dense_state: pytest.skip('its gradients stay dense, and are clipped as such')
     norm, raw, dead = Norm(), Norm(), Norm()
     raw.order, dead.order = 10.9, 10.1  # after the masks and before them
     learn = mk([m.make(), Probe(m)])
@@ -696,8 +695,8 @@ def spy_penalty(cb):
     return seen
 
 
+@pytest.mark.of(masked=True)
 def test_autocast_keeps_penalties_in_full_precision(m, mk):
-    if not m.masked: pytest.skip('no masks')
     cb = m.make(**m.penalty)
     seen = spy_penalty(cb)
     learn = mk([cb, Probe(m)])
@@ -835,10 +834,9 @@ def test_callback_can_be_pickled(m, mk):
     assert m.facts(learn)['clock']['steps'] == 2*N_STEPS
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
+@pytest.mark.of(masked=True, compressed=False)
 def test_compiled_model_is_traced_once(m, mk):
-    if not m.masked: pytest.skip('no masks')
-    if m.compressed: pytest.skip('sparse products are not traced')
     from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
@@ -857,9 +855,8 @@ def test_compiled_model_is_traced_once(m, mk):
 
 
 @pytest.mark.parametrize('kind', ['torch', 'torch buffers', 'timm'])
+@pytest.mark.of(masked=True, compressed=False)
 def test_moving_averages_follow(m, mk, kind):
-    if not m.masked: pytest.skip('no masks')
-    if m.compressed: pytest.skip('the number of values changes')
     def average(net):
         from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
         if kind == 'timm':
@@ -891,9 +888,9 @@ def test_moving_averages_follow(m, mk, kind):
 
 # data and networks of other kinds --------------------------------------------------------------------------------------------
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
+@pytest.mark.of(masked=True)
 def test_vision_learner_with_frozen_body(m, tmp_path):
-    if not m.masked: pytest.skip('no masks')
     from fastai.vision.learner import vision_learner
     from torchvision.models import resnet18
     seed_all()
@@ -916,9 +913,9 @@ def test_vision_learner_with_frozen_body(m, tmp_path):
     assert m.held_to(m.facts(learn)['live'], start['live'])
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
+@pytest.mark.of(masked=True)
 def test_timm_body_on_one_channel(m, tmp_path):
-    if not m.masked: pytest.skip('no masks')
     from fastai.vision.learner import vision_learner
     seed_all()
     dls = tiny_dls(n=16, n_valid=16, bs=16, scale=4)
@@ -930,8 +927,8 @@ def test_timm_body_on_one_channel(m, tmp_path):
     assert r.nonzero < (.75 if m.shrinks else .2)*r.params
 
 
+@pytest.mark.of(folds=False)
 def test_tabular(m, tmp_path):
-    if m.folds: pytest.skip('no convolution')
     from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, tabular_learner
     seed_all()
     r = np.random.default_rng(0)
@@ -947,8 +944,8 @@ def test_tabular(m, tmp_path):
     assert not any('embed' in n for n in m.facts(learn)['masks'])
 
 
+@pytest.mark.of(folds=False)
 def test_synthetic_regression(m, tmp_path):
-    if m.folds: pytest.skip('no convolution')
     from fastai.test_utils import synth_learner
     seed_all()
     learn = synth_learner(cbs=None, path=tmp_path)
@@ -1019,16 +1016,25 @@ class Pair(nn.Module):
         return self.it(x[:, :32], x[:, 32:])
 
 
-@pytest.mark.parametrize('net', NETS)
-def test_other_layers(m, mk, net):
-    if not m.masked: pytest.skip('no masks')
-    make, expected = NETS[net]
+def of_net(net):
+    "What `build` takes for one of `NETS`"
     dtype = {'half': torch.bfloat16, 'double': torch.float64}.get(net, torch.float32)
-    kw = dict(model=make, dls=lambda: tiny_dls(n=64, bs=16, dtype=dtype))
-    if net == 'half': kw['loss_func'] = float_loss
-    if m.compressed and net in ('half', 'bilinear'):
-        with pytest.raises(ValueError, match='none of the masked layers can be sparse'): mk(m.make(), **kw)
-        return
+    return dict(model=NETS[net][0], dls=lambda: tiny_dls(n=64, bs=16, dtype=dtype), **dict(loss_func=float_loss) if net == 'half' else {})
+
+
+@pytest.mark.parametrize('net', ['half', 'bilinear'])
+def test_layers_without_sparse_products(mk, net):
+    with pytest.raises(ValueError, match='none of the masked layers can be sparse'): mk(METHODS['csr'].make(), **of_net(net))
+
+
+@pytest.mark.parametrize('net', [n for n in NETS if n not in ('half', 'bilinear')])
+def test_other_layers_of_live_values(mk, net): test_other_layers(METHODS['csr'], mk, net)
+
+
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.of(masked=True, compressed=False)
+def test_other_layers(m, mk, net):
+    (make, expected), kw = NETS[net], of_net(net)
     learn = mk([m.make(), Probe(m)], **kw)
     masks = m.facts(learn)['masks']
     assert expected <= set(masks)
@@ -1046,11 +1052,8 @@ def test_other_layers(m, mk, net):
 
 @pytest.mark.parametrize('granularity', ['row', 'kernel', 'filter'])
 @pytest.mark.parametrize('net', ['plain', 'transposed', 'channels last'])
+@pytest.mark.of(masked=True, coarse=True)
 def test_coarse_units(m, mk, granularity, net):
-    if not m.masked: pytest.skip('no masks')
-    if not m.coarse:
-        with pytest.raises(ValueError, match="granularity='weight'"): m.make(granularity=granularity)
-        return
     make = small_net if net == 'plain' else NETS[net][0]
     learn = mk([m.make(granularity=granularity, sparsity={'conv': .5, 'fc': .8}, **dict(threshold=.1)
         if m.name in ('dsr', 'csr') else {})], model=make, dls=lambda: tiny_dls(n=64, bs=16))
@@ -1061,6 +1064,13 @@ def test_coarse_units(m, mk, granularity, net):
         if k.ndim == 4 and granularity != 'row':
             units = k.flatten(2) if granularity == 'kernel' else (k.transpose(0, 1) if net == 'transposed' and n == '2.weight' else k).flatten(1)
             assert torch.equal(units.all(-1), units.any(-1)), f'{n}: half a unit'
+
+
+@pytest.mark.parametrize('granularity', ['row', 'kernel', 'filter'])
+@pytest.mark.parametrize('name', ['deepr', 'csr'])
+def test_methods_of_single_weights_refuse_larger_units(name, granularity):
+    assert [n for n, m in METHODS.items() if m.masked and not m.coarse] == ['deepr', 'csr']
+    with pytest.raises(ValueError, match="granularity='weight'"): METHODS[name].make(granularity=granularity)
 
 
 def test_cast_or_moved_after_masking(m, mk):

@@ -1,13 +1,11 @@
 """Two processes over gloo: every method keeps the same masks on both ranks, though they begin with different weights."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from contracts import METHODS, Probe, build, same, snapshot
+from fresh import run_ranks
 
 HERE = Path(__file__).resolve().parent
 pytest.importorskip('accelerate', reason='fastai.distributed needs accelerate')
@@ -17,10 +15,7 @@ pytest.importorskip('accelerate', reason='fastai.distributed needs accelerate')
 def ranks(tmp_path_factory):
     "Folder with what both ranks of one run over all methods left"
     out = tmp_path_factory.mktemp('ddp')
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
-           'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(HERE/'ddp_worker.py'), str(out)]
-    r = subprocess.run(cmd, capture_output=True, text=True, env=env, cwd=out, timeout=180)
+    r = run_ranks(HERE/'ddp_worker.py', out, cwd=out)
     assert r.returncode == 0, r.stderr[-6000:]
     return out
 
@@ -87,11 +82,8 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_methods_that_resize_csr_layers_are_refused(tmp_path):
     "DDP knows the size that a gradient had at first: what would change it is told before the first step, and all else trains"
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
-           'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
     (tmp_path/'worker.py').write_text(RESIZING)
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', 'worker.py', str(HERE)]
-    r = subprocess.run(cmd, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    r = run_ranks(tmp_path/'worker.py', HERE, cwd=tmp_path, n=1)
     assert r.returncode == 0, r.stderr[-6000:]
     told = [line for line in r.stdout.splitlines() if line.startswith(('dsr: ', 'granet: '))]
     assert [t.split(':')[0] for t in told] == ['dsr', 'granet'] and r.stdout.rstrip().endswith('done')

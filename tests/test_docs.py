@@ -6,14 +6,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 
 import pytest
 import yaml
+
+from fresh import run_fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r'\]\(\s*<?([^)\s>]+)|href="([^"]+)"')
@@ -63,7 +63,7 @@ def pages(tmp_path_factory):
     # nbdev-docs and nbdev-proc-nbs would try to install Quarto; the settings are read once and not for each cell
     cmd = ('import nbdev.config as c, functools; c._load_toml = functools.cache(c._load_toml); '
            'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)')
-    res = subprocess.run([sys.executable, '-c', cmd], cwd=copy, env=env, capture_output=True, text=True)
+    res = run_fresh(cmd, cwd=copy, env=env)
     assert res.returncode == 0, f'the docs cannot be made:\n{res.stdout[-3000:]}\n{res.stderr[-3000:]}'
     proc = copy/'_proc'
     made = [Page(fn, proc) for fn in sorted(proc.rglob('*.ipynb'))]

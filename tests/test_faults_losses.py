@@ -338,6 +338,7 @@ def under(name):
     return learn, cbs()
 
 
+@pytest.mark.few(6)
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', UNDER)
 def test_an_evolution_evaluates_the_part_that_is_left_in_the_end(name):

@@ -359,6 +359,7 @@ def after(seed, method, weights=0, **kw):
 
 def alike(a, b): return all(np.array_equal(a[n], b[n]) for n in a)
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('method', METHODS)
 def test_masks_depend_on_the_seed(method):
     "On two ranks: `test_ddp.py`"
@@ -368,6 +369,7 @@ def test_masks_depend_on_the_seed(method):
     assert alike(a[0], d[0]), 'the first masks are drawn from the seed alone'
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('method', METHODS)
 def test_growth_is_drawn_from_the_seed_or_not_drawn(method):
     "With the same masks to begin with, another seed is seen where growth is random, and nowhere else"
@@ -410,6 +412,7 @@ def test_saved_and_loaded_goes_on_as_if_nothing_had_been(name, accumulate, tmp_p
     assert method == 'static' or any(sum(h['grown'].values()) for h in b.dynamic_sparse.history), 'nothing moved'
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize('name', VARIANTS)
 def test_resumed_is_uninterrupted(name, tmp_path):
     "Stopped in mid-epoch, between the period's rewires, and taken up by a Learner of other weights and random states"

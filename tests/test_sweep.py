@@ -48,7 +48,7 @@ PROBED = {'resnet18': 246, 'resnext50_32x4d': 642, 'vgg11_bn': 114, 'densenet121
           'efficientnet_b0': 786, 'squeezenet1_1': 156, 'regnet_y_400mf': 834, 'xresnet18': 270, 'vision learner': 264, 'tabular': 36}
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', PROBED)
 def test_nan_probe_reads_the_same_channels(name):
     "Each layer keeps the first rows; where its NaNs arrive, the cut removes columns, and nowhere else"
@@ -61,7 +61,7 @@ def test_nan_probe_reads_the_same_channels(name):
     assert n == PROBED[name]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', [*PROBED, 'shufflenet_v2_x0_5', 'resnest14d'])
 def test_nan_probe_follows_any_units(name):
     "Other units in each space, as many as it likes: the probe is told which rows go, and finds the columns that the cut removes"
@@ -183,7 +183,7 @@ def assert_same(new, old):
         pytest.approx(old['left'], abs=1e-9)) if old['f32'] != '' else new['f32'] == ''
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', FAST)
 def test_a_part_of_the_sweep(name, rows): assert_same(*channels.sweep([name]), rows[name])
 
@@ -205,6 +205,7 @@ def test_the_sweep_sees_a_wrong_cut(monkeypatch):
     assert row['verdict'] == 'wrong' and row['f64'] > 1e-3
 
 
+@pytest.mark.slow
 def test_timing_table():
     rows = json.loads((RESULTS/'channels.json').read_text())['rows']
     assert [r['step'] for r in rows] == ['forward', 'trace_channels', 'ChannelMap.cut', 'Cut.apply(check=False)', 'Cut.apply']

@@ -223,6 +223,7 @@ def test_torch_func():
 
 
 # -- one tensor, once
+@pytest.mark.few(3)
 @pytest.mark.parametrize('kw', [dict(), dict(n_bases=2), dict(mode='tie'), dict(mode='tie', n_bases=2),
     dict(basis_norm=False), dict(init='svd', basis_norm='calibrated')], ids=str)
 def test_a_basis_is_one_parameter(kw, tmp_path):
@@ -266,6 +267,7 @@ COUNTED = {'ResNet32-S8U1': (lambda: nets.resnet_cifar(32), dict(shared_rank=8))
            'DenseNet121-S16U1': (lambda: nets.densenet_cifar(), dict(skip_first=False)),
            'MobileNetV2-Shared': (lambda: nets.mobilenet_v2(100, small=True), dict(mode='tie'))}
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('row', COUNTED)
 def test_published_counts(row, golden):
     want = next(r for r in json.loads((golden/'shared_bases/counts.json').read_text())['rows'] if r['row'] == row)['counted']
@@ -754,6 +756,7 @@ assert (plain(x)-out).abs().max() < 1e-4 and type(plain[0][1][1].conv1) is torch
     with pytest.raises(ValueError, match='had a convolution here'): Recipe.of(learn.model).apply(nn.Sequential(nn.Linear(2, 2)))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_an_optimizer_that_is_there_follows(mk, name):
     learn = mk(splitter=two_parts, **OPTIMIZERS[name])
@@ -862,6 +865,7 @@ DECAYING = {'fastai sgd': partial(SGD, mom=.9), 'fastai adam': Adam,
     'fastai l2': partial(SGD, mom=.9, decouple_wd=False), 'torch sgd': partial(OptimWrapper,
     opt=partial(torch.optim.SGD, weight_decay=.1)), 'torch adamw': partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))}
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('opt', DECAYING)
 @pytest.mark.parametrize('unique', [False, True])
 def test_bases_out_of_weight_decay(mk, opt, unique):
@@ -1031,6 +1035,7 @@ def test_warning_where_unit_norm_cannot_hold(mk, kw, warns):
         assert any('settle at a norm' in str(w.message) for w in ws) == told
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('ranks,kw,entries', [((6, 2), {}, 2*36), ((6, 2), dict(norm='group'), 36),
     ((6, 2), dict(norm='sum'), 1), ((6, 2), dict(unique=True), 2*(6*(6+4*2)+4*4)), ((0, 2), dict(unique=True), 2*4*4)], ids=str)
 def test_warning_tells_the_norm_of_the_formula(mk, ranks, kw, entries):

@@ -33,6 +33,7 @@ def test_cifar(tmp_path):
     assert [r['network'] for r in recorded('bases_cifar')] == [r['network'] for r in rows]
 
 
+@pytest.mark.slow
 def test_step(tmp_path, monkeypatch):
     monkeypatch.setattr(bases_step, 'STEPS', 1)
     torch.manual_seed(0)

@@ -816,7 +816,7 @@ def sweep(name):
     assert SWEEP_REFUSED[name] in found if name in SWEEP_REFUSED else found == 'exact', found
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', QUICK)
 def test_a_part_of_the_sweep(name): sweep(name)
 

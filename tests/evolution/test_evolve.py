@@ -558,6 +558,7 @@ def test_lr_find_looks_at_the_network_that_comes(mk):
     assert_same(seen[0], {n: a[1][n] for n in seen[0]})
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('cb', [KnowledgeEvolution, partial(KnowledgeEvolution, when='fit_end'),
     partial(KnowledgeEvolution, 'snip'), partial(KnowledgeEvolution, 'lw', generations=3),
                                 partial(KnowledgeEvolution, reinit='rewind')], ids=['kels', 'fit_end', 'snip', 'lw', 'rewind'])

@@ -20,6 +20,7 @@ def toy(n=48):
     return tensor_dls(x := torch.randn(n, 1, 8, 8, generator=g), y := torch.arange(n) % 10, x, y, bs=16, device='cpu')
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(evolve_digits, 'digits', toy)
     runs = [evolve_digits.run_seed(s, generations=2, epochs=1) for s in range(2)]
@@ -39,6 +40,7 @@ def test_the_network_is_the_one_described():
     assert len(convs) == 4 and {m.out_channels for m in convs} == {32} and len(evolve_digits.digits().train_ds) == 100
 
 
+@pytest.mark.slow
 def test_cost(tmp_path):
     rows = [evolve_cost.measure('toy', {'toy': (partial(evolve_digits.Net, 8), toy, 2, 1, 1e-2)}), evolve_cost.trace_and_reset('resnet18', rounds=1, size=32)]
     assert rows[0]['training_s'] > 0 and rows[0]['share'] == rows[0]['added_s']/rows[0]['training_s']

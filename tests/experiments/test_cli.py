@@ -110,6 +110,7 @@ def test_cost_for_machines(call):
     assert twice['params'] == res['params'] and twice['macs'] == 4*(res['macs']-640)+640 and twice['sample'] == '[1, 3, 64, 64]'
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('args,params,macs', [
     (['cifar10/resnet32', '--shared-rank', '16', '--unique-rank', '1', '--n-bases', '2', '--mode', 'basis'], 245_642, 79_086_208),
     (['cifar10/resnet56', '--shared-rank', '0', '--unique-rank', '16'], 942_618, 138_068_608),

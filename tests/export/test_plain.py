@@ -78,7 +78,7 @@ def assert_state(a, b):
 NETS = {n: getattr(torchvision.models, n) for n in ('resnet18', 'densenet121', 'squeezenet1_1', 'mobilenet_v2', 'mobilenet_v3_small', 'shufflenet_v2_x0_5')}
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', NETS)
 def test_dead_filters_go_without_a_trace(name):
     torch.manual_seed(0)

@@ -153,6 +153,7 @@ def close(a, b):
         for k, t in a[n].items(): assert torch.allclose(torch.as_tensor(t).double(), torch.as_tensor(b[n][k]).double(), rtol=1e-10, atol=1e-10), f'{n} {k}'
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('opt', OPTS)
 @pytest.mark.parametrize('method', METHODS)
 def test_trains_as_the_masked_layers_do(method, opt, tmp_path):

@@ -157,6 +157,7 @@ def test_rewires_of_blocks_keep_every_promise(kw, k, last):
             assert not state[~now].any() and not state[new].any() and torch.equal(state[stay], avg[stay])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('granularity', ['4x4', '2:4'])
 @pytest.mark.parametrize('method', ['dsr', 'set', 'rigl'])
 def test_resumed_equals_uninterrupted(tmp_path, method, granularity):

@@ -37,7 +37,7 @@ def cpu_attention():
     kernel = getattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu', None)
     return {} if kernel is None or kernel in flop_registry else {kernel: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)}
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize('name', MODELS)
 def test_torchvision_agrees_with_flop_counter(name):
     "Attention is counted by the same formulas, with its fused path off; all else operator by operator"

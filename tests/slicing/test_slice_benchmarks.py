@@ -30,6 +30,7 @@ def test_forward_notices_another_function(monkeypatch):
     with pytest.raises(AssertionError, match='does not compute'): slice_forward.measure('resnet18', rounds=1, size=32)
 
 
+@pytest.mark.slow
 def test_step(tmp_path, monkeypatch):
     monkeypatch.setattr(slice_step, 'NETS', {'toy': ('resnet18', 32, 2)})
     rows = [slice_step.measure('toy', (1, .5), rounds=1)]
@@ -38,6 +39,7 @@ def test_step(tmp_path, monkeypatch):
     assert {r['rates'] for r in recorded('slice_step')} == {'1 0.5 0.25', '1 0.75 0.5 0.25'}
 
 
+@pytest.mark.slow
 def test_digits(tmp_path):
     runs = [slice_digits.run_seed(s, epochs=1, lr=2e-2) for s in range(2)]
     rows = slice_digits.rows(runs)
@@ -48,6 +50,7 @@ def test_digits(tmp_path):
     assert recorded('slice_digits')[0]['met'] == 'yes'
 
 
+@pytest.mark.slow
 def test_cifar(tmp_path):
     def make(net, seed):
         from fastai.basics import CrossEntropyLossFlat, Learner, accuracy

@@ -60,6 +60,7 @@ NETS = {'mlp': (mlp, (4, 8), {}), 'affine': (mlp, (4, 8), dict(norm='switch_affi
         'residual': (lambda: resnet18(num_classes=10), (2, 3, 32, 32), dict(rates=(1, .75, .5, .25), norm='switch_affine'))}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize('net', NETS)
 def test_like_materialize(net, tmp_path):
     make, shape, kw = NETS[net]

@@ -333,6 +333,7 @@ def test_training_with_fastai(tmp_path):
     with torch.no_grad(): assert torch.equal(first(learn.model.eval()(data[0][0])), first(slim(data[0][0])))
 
 
+@pytest.mark.slow
 def test_benchmark_runs(tmp_path):
     "Every rate of a network that was slice-trained reads the text; one that was not loses most of what it knows"
     lines = [' '.join(f'w{(i*7+j*j)%29}' for j in range(10)) for i in range(400)]

@@ -254,8 +254,7 @@ NETS = dict(resnet=(lambda: torchvision.models.resnet18(num_classes=10), 32, {})
             dense=(lambda: torchvision.models.densenet121(num_classes=10), 32, {}),
             vit=(lambda: torchvision.models.vit_b_16(num_classes=10, image_size=32), 32, dict(only='ffn')))
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('name', ['resnet', 'mobile', *(pytest.param(n, marks=pytest.mark.slow) for n in ('dense', 'vit'))])
 def test_parameters_and_multiply_adds_need_no_run(name):
     build, size, kw = NETS[name]
     model, x = build().eval(), torch.randn(1, 3, size, size)
@@ -339,6 +338,7 @@ def test_a_slice_named_in_a_trial_has_a_number_of_its_own(tmp_path):
         with torch.no_grad(), at_rate(model, k), at_rate(again, k): assert torch.equal(model(x), again(x))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('seed', range(3))
 def test_search_meets_its_budget_and_is_no_worse_than_one_rate(seed):
     learn = learner(seed, epochs=4)
@@ -356,6 +356,7 @@ def test_search_meets_its_budget_and_is_no_worse_than_one_rate(seed):
     assert again == steps  # row by row
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('seed', range(2))
 def test_greedy_cuts_beat_one_rate_that_nobody_trained(seed):
     learn = learner(seed, epochs=4)
@@ -382,6 +383,7 @@ def test_the_first_cut_is_the_cheapest():
     assert first['space'] == min(price, key=price.get) and first['rate'] == .75
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('norm,by', [('switch', 'params'), ('recal', 'macs'), ('switch_affine', 'macs'), ('gn', 'macs'), ('switch', 'latency')])
 def test_search_under_every_norm_and_budget(norm, by):
     learn = learner(net=Residual() if norm != 'gn' else convnet(widths=(16, 16, 16)), epochs=1, norm=norm)

@@ -1,7 +1,4 @@
 """`SliceTrain` against what it should be: gradients pass by pass, rates that are put back, columns by another route, files, two processes."""
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import nn
 import fastai.callback.schedule # gives Learner fit_one_cycle  # noqa: F401
 import paramfx.report.plan # gives Learner plan  # noqa: F401
 from contracts import build, quiet, same, seed_all, small_net, snapshot, tiny_dls
+from fresh import run_ranks
 from paramfx.core.samples import rng_state, sample_batch
 from paramfx.core.runs import RunState
 from paramfx.export.materialize import load_recipe, materialize, save_recipe
@@ -526,11 +524,8 @@ dist.destroy_process_group()
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, mk):
     pytest.importorskip('accelerate', reason='fastai.distributed needs accelerate')
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
-           'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
     (tmp_path/'worker.py').write_text(WORKER)
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'worker.py', str(HERE)]
-    r = subprocess.run(cmd, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    r = run_ranks(tmp_path/'worker.py', HERE, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-6000:]
     for name in ('gn', 'one', 'affine', 'two'):
         (a, va), (b, vb) = (torch.load(tmp_path/f'{name}_{i}.pt') for i in (0, 1))

@@ -759,6 +759,7 @@ def test_refused_architectures_and_their_remedies(key):
 
 PROBE_NETS = ['torchvision/resnet18', 'torchvision/densenet121', 'torchvision/googlenet', 'torchvision/mobilenet_v3_small', 'torchvision/squeezenet1_1']
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('key', PROBE_NETS)
 def test_the_probe_on_whole_networks(key):
     full,x = architecture(key)
@@ -776,6 +777,7 @@ def of_fastai(name):
     if name == 'tabular': return TabularModel([(9, 5), (4, 3)], 3, 2, [40, 20]), (torch.arange(12).view(6, 2)%4, torch.randn(6, 3))
     return create_unet_model(tv.resnet18, 3, (64, 64), pretrained=False), x
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', ['vision learner', 'one channel', 'timm body', 'tabular'])
 def test_networks_of_fastai(name):
     model,x = of_fastai(name)

@@ -1,8 +1,6 @@
 "Tied weights: the table, the layers, the verb, and everything fastai does to a Learner"
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -621,10 +619,7 @@ os._exit(0)  # what was computed is in the file; gloo's threads may end noisily 
 
 def test_two_ranks_are_one_big_batch(tmp_path):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]), OMP_NUM_THREADS='1')
-    procs = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', RANK, str(tmp_path)],
-        env=dict(env, RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
-    errs = [p.communicate(timeout=120)[1] for p in procs]
-    assert not any(p.returncode for p in procs), errs
+    run_fresh(RANK, tmp_path, env=env, check=True, ranks=2)
     a, b = (torch.load(tmp_path/f'{r}.pt') for r in range(2))
     assert same(a['state'], b['state']) == '' and same(a['idx'], b['idx']) == '' and not any('idx' in n for n in a['sent'])
     torch.manual_seed(0)

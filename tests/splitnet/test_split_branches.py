@@ -19,7 +19,7 @@ def make(name):
     return split_model(net, X.double(), uneven(plan), splits), plan
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', NETS)
 def test_branches_give_what_the_network_does(name):
     split, plan = make(name)
@@ -34,6 +34,7 @@ def test_branches_give_what_the_network_does(name):
     for m in apart.modules(): assert not isinstance(m, Feature) or m.value is None
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', ['resnet', 'hierarchy', 'learner', 'flatten', 'depthwise', 'densenet', 'wrn'])
 def test_nothing_is_there_twice(name):
     split, _ = make(name)

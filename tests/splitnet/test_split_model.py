@@ -95,7 +95,7 @@ NETS = {
 }
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(5)
 @pytest.mark.parametrize('name,groups',
     [(n, 'uneven') for n in NETS]+[(n, c) for n in ('hierarchy', 'skip', 'depthwise', 'one_d') for c in ('random', 'cluster')])
 def test_split_is_masked(name, groups):
@@ -120,7 +120,7 @@ def test_split_is_masked(name, groups):
     with torch.no_grad(): same(small(x), twin(x), 1e-10)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', NETS)
 def test_gradients_are_those_of_the_masked_network(name):
     "One step of gradient descent keeps them equal, where the twin's masked weights stay zero"
@@ -142,6 +142,7 @@ def test_gradients_are_those_of_the_masked_network(name):
     with torch.no_grad(): same(small(x), twin(x), 1e-9)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('name', ['resnet', 'hierarchy', 'learner', 'densenet', 'flatten', 'depthwise', 'skip', 'gather'])
 def test_branches_are_independent(name):
     "The gradient of a class's logit with respect to features of the trunk that another group reads is exactly 0"
@@ -244,6 +245,7 @@ def test_counts_of_wrn_dense(wrn):
     assert n == 10_999_908 and f'{ops/1e9:.4f}' == '3.0955'
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('splits', WRN)
 def test_counts_of_wrn(wrn, splits):
     "The table of the published counters, with equal groups"

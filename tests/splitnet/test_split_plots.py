@@ -87,6 +87,7 @@ def test_colour_filters_stay_whole():
     assert img.shape == (11, 9, 3) and (img[5] == 1).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', ['resnet', 'hierarchy', 'densenet'])
 def test_classes_and_widths_before_and_after_the_split(name):
     learn, cb, splits = grouped(name)

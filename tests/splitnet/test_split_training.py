@@ -16,6 +16,7 @@ from paramfx.data.memory import tensor_dls
 def recorded(name): return json.loads((Path(RESULTS)/f'{name}.json').read_text())
 
 
+@pytest.mark.slow
 def test_digits(tmp_path):
     make, splits = split_digits.NETS['convnet']
     start = split_digits.begin(make, 0, 1)

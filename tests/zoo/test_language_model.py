@@ -144,6 +144,7 @@ def test_counted_models_are_probabilities():
     p = gram.probs(torch.tensor([0]), torch.tensor([1]))
     assert abs(float(p['bigram']) - (.5*2/3 + .5*3/9)) < 1e-12 and abs(float(p['unigram']) - 3/9) < 1e-12
 
+@pytest.mark.slow
 def test_benchmark_runs(tmp_path):
     lines = [' '.join(f'w{(i*7+j*j)%29}' for j in range(10)) for i in range(400)]
     for part in ('valid','test'): (tmp_path/f'wiki.{part}.txt').write_text('\n'.join(lines)+'\n')

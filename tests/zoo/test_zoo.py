@@ -40,6 +40,7 @@ def bases_name(row):
 ORIGINALS = [r for r in golden('shared_bases/counts.json')['rows'] if r['kind'] == 'original']
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('row', ORIGINALS, ids=bases_name)
 def test_original_rows(row):
     name, want = bases_name(row), row['counted']
@@ -80,6 +81,7 @@ def test_dense_totals(row):
 SLIM = [*{(r['arch'], r['num_classes']): r for r in golden('knowledge_evolution/slim_counts.json')}.values()]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('row', SLIM, ids=lambda r: f"{r['arch']}-{r['num_classes']}")
 def test_dense_column_of_slim_counts(row):
     name = f"imagenet/{row['arch']}"
@@ -102,7 +104,7 @@ SLICED = golden('model_slicing/params_macs.json')
 heavy = lambda r: 'imagenet' in r['model']
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(2)
 @pytest.mark.parametrize('row', [r if not heavy(r) or r['rate'] == 1 and 'vgg' not in r['model'] else pytest.param(r, marks=pytest.mark.slow) for r in SLICED],
                          ids=lambda r: f"{r['model']} {r['rate']}".replace(' ', '-'))
 def test_sliced_rows(row):
@@ -113,6 +115,7 @@ def test_sliced_rows(row):
     assert counts(net, name) == (row['active_params'], row['macs'])
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize('row', [r for r in SLICED if r['model'].startswith(('cifar_vgg', 'cifar_resnet '
     'depth=20', 'cifar_resnet depth=164')) or r['model'] in ('imagenet_resnet depth=18', 'imagenet_resnet depth=50')],
                          ids=lambda r: f"{r['model']} {r['rate']}".replace(' ', '-'))
@@ -201,6 +204,7 @@ def test_thin_resnet50(width, want): assert n_params(zoo.build('imagenet/resnet5
 
 
 # ------------------------------------------------------------------ second routes to what a network computes
+@pytest.mark.few(2)
 @pytest.mark.parametrize('depth', ['18', '34', '50', '101'])
 def test_our_resnet_is_torchvisions(depth):
     "The builder that gives thin ResNets: torchvision's weights and, with them, its outputs"
@@ -311,7 +315,7 @@ def test_inverted_block():
 CHEAP = [n for n in zoo.list() if n.split('/')[0] in ('digits', 'mnist', 'cifar10')]
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @pytest.mark.parametrize('name', CHEAP)
 def test_listed_networks_run_and_learn(name):
     "One training step moves every parameter; the trace finds channels to cut"
