@@ -27,7 +27,7 @@ from paramfx.slicing.callback import SliceTrain
 from paramfx.splitnet.callback import SplitNet
 from paramfx.sparse.methods import GraNet
 from paramfx.sparse.penalties import L1
-from settings import evolve_settings, slice_settings, sparse_settings
+from settings import evolve_settings, slice_settings, sparse_settings, split_settings
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def split_check(learn, grads=True):
 
 def splitting(**defaults):
     "Line of `SplitNet`; settings that only masks have are left out"
-    def make(**kw): return SplitNet(**{**defaults, **{k: v for k, v in kw.items() if k in ('splits', 'every', 'seed') or k.startswith('gamma')}})
+    own = lambda k: k in ('splits', 'every', 'seed') or k.startswith('gamma')
+    def make(**kw): return SplitNet(**split_settings(**{**defaults, **{k: v for k, v in kw.items() if own(k)}}))
     return Method('split_net', make, split_facts, split_check,
         noop=partial(make, gamma_weight=0., gamma_disjoint=0., gamma_balance=0.), other=partial(make, splits=[5]), moves=False,
                   columns=('split_weight', 'split_disjoint', 'split_balance', 'split_smallest', 'classes_1',

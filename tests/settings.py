@@ -9,6 +9,7 @@ from paramfx.slicing.rates import RateDraw
 from paramfx.slicing.slice import Slicing
 from paramfx.sparse.methods import METHODS
 from paramfx.sparse.penalties import L1
+from paramfx.splitnet.callback import SplitPenalty
 
 
 def sparse_settings(method='dsr', l1=0., epochs=None, **kw):
@@ -28,6 +29,11 @@ def slice_settings(**kw):
     "The same for `SliceTrain`"
     draw, slicing = RateDraw(**taken(kw, RateDraw)), Slicing(**taken(kw, Slicing))
     return dict(kw, schedule=draw, slicing=slicing)
+
+
+def split_settings(**kw):
+    "The same for `SplitNet`"
+    return dict(regularizer=SplitPenalty(**taken(kw, SplitPenalty))) | kw
 
 
 def evolve_settings(policy='kels', rewind_epoch=None, **kw):

@@ -24,7 +24,7 @@ from paramfx.report.cost import cost
 from paramfx.splitnet.groups import class_groups
 from paramfx.splitnet.split import masked_model, split_model
 from paramfx.splitnet.plan import split_plan
-from paramfx.splitnet.callback import SplitNet
+from paramfx.splitnet.callback import SplitNet, SplitPenalty
 
 # the 20 superclasses of CIFAR-100, five classes each
 SUPER = {o.split(': ')[0]: o.split(': ')[1].split() for o in """aquatic mammals: beaver dolphin otter seal whale
@@ -49,7 +49,8 @@ vehicles 1: bicycle bus motorcycle pickup_truck train
 vehicles 2: lawn_mower rocket streetcar tank tractor""".splitlines()}
 GROUPS, WIDTHS = 4, (24, 48, 96)
 # the penalties five times as large as by default: the pull at a weight falls with their number, and the fit is short
-HOW = dict(gamma_weight=5., gamma_disjoint=5., gamma_balance=50., assign_lr=3e-2, disjoint_warmup=(.1, .4))
+HOW = dict(gamma_weight=5., gamma_disjoint=5., gamma_balance=50., disjoint_warmup=(.1, .4))
+ASSIGN_LR = 3e-2
 
 
 def network(seed, n_classes=100, widths=WIDTHS):
@@ -144,7 +145,7 @@ def run(seed=0, epochs=8, tune=3, lr=1e-2, make=learner, net=network, table=SUPE
     x = sample_batch(dls)
     supers = coarse(dls.vocab, table)
     add('dense', dense, dls, x, first+more)
-    cb = SplitNet(splits(), **HOW)
+    cb = SplitNet(splits(), SplitPenalty(**HOW), assign_lr=ASSIGN_LR)
     learn, took = go_on(copy_model(start), epochs, lr/5, cb)
     groups, left = cb.groups(), cb.history[-1]
     learn.materialize(x)
@@ -183,6 +184,6 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     rows, named = run(epochs=a.epochs, tune=a.tune, lr=a.lr, keep=a.networks, tell=lambda r: print(r, flush=True))
     note = NOTE.format(groups=GROUPS, epochs=a.epochs, tune=a.tune,
-        gammas=', '.join(f'{k}={v}' for k, v in HOW.items()), minutes=sum(r.get('seconds', 0) for r in rows)/60,
+        gammas=', '.join(f'{k}={v}' for k, v in [*HOW.items(), ('assign_lr', ASSIGN_LR)]), minutes=sum(r.get('seconds', 0) for r in rows)/60,
         named='\n'.join(f'- {k} ({len(v)}): {", ".join(v)}' for k, v in named.items()))
     print(table(rows)+note if a.dry else write_table('split_cifar100', rows, note, runs=[named]).read_text())

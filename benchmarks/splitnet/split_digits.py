@@ -20,7 +20,7 @@ from paramfx import zoo
 from paramfx.core.samples import sample_batch
 from paramfx.core.forward import copy_model
 from paramfx.splitnet.split import masked_model, split_model
-from paramfx.splitnet.callback import SplitNet
+from paramfx.splitnet.callback import SplitNet, SplitPenalty
 
 COST, SAME = .5, 3  # points of accuracy that masking may cost on average; seeds of four with one partition
 
@@ -48,9 +48,9 @@ def train(model, seed, epochs, lr, cb=None):
     return learn
 
 
-def learn_groups(model, splits, seed, epochs, lr, **kw):
+def learn_groups(model, splits, seed, epochs, lr, regularizer=SplitPenalty()):
     "The network that was trained with SplitNet, and its groups"
-    cb = SplitNet(splits, seed=seed, **kw)
+    cb = SplitNet(splits, regularizer, seed=seed)
     learn = train(model, seed, epochs, lr, cb)
     groups = cb.groups()
     learn.materialize(sample_batch(learn.dls))
@@ -77,7 +77,7 @@ def run_seed(start, make, splits, seed, epochs, tune, lr=1e-3):
            'split': outcome(split_model(model, x, **how)), 'split, finetuned': tuned(split_model(model, x, **how)),
            'dense, split at random': outcome(split_model(dense, x, **chance)), 'dense, split at random, finetuned': tuned(split_model(dense, x, **chance))}
     set_seed(seed)
-    other, groups = learn_groups(make(), splits, seed, epochs, lr, disjoint_warmup=None)
+    other, groups = learn_groups(make(), splits, seed, epochs, lr, SplitPenalty(disjoint_warmup=None))
     return res | {'SplitNet, untrained start, no warm-up': outcome(other, groups[[*groups][-1]])}
 
 

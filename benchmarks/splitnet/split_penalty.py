@@ -17,7 +17,7 @@ from benchmarks.timing import paired, quartiles, ratios, table, write_table
 from paramfx import zoo
 from paramfx.splitnet.gradients import add_split_grads
 from paramfx.splitnet.terms import balance_term, disjoint_term, layer_shares, scales, split_totals
-from paramfx.splitnet.callback import SplitNet
+from paramfx.splitnet.callback import SplitNet, SplitPenalty
 
 SPLITS, GAMMAS = {'layer4': 2, 'fc': 2}, (1., 1., 10.)
 SIZES = {32: {1: .15, 4: .05}, 64: {1: .07}}  # pixels -> {every: target of its share of a step}
@@ -50,7 +50,7 @@ def steps(pixels, splits=SPLITS, rounds=12, repeats=3, opt='SGD', net=NET, bs=32
     "Rows of one size of pictures: a plain step, and those with the penalty"
     name, ratio, share, plain = add_net(pixels, net, bs), {}, {}, []
     for r in range(repeats):
-        cbs = {f'every={k}': timed(SplitNet(splits, every=k, disjoint_warmup=None)) for k in (1, 4)}
+        cbs = {f'every={k}': timed(SplitNet(splits, SplitPenalty(every=k, disjoint_warmup=None))) for k in (1, 4)}
         runs = {k: Runner(make_learner(name, opt, cb, seed=r), PERIOD) for k, cb in {'plain': None, 'plain again': None, **cbs}.items()}
         for i in range(rounds):
             before = {k: cb.spent for k, cb in cbs.items()}

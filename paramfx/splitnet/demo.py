@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from ..core.registry import demo_picture, demo_row
 from .plots import plot_block_weights, plot_penalties, split_layers
 from .tree import plot_split_tree, split_widths
-from .callback import SplitNet
+from .callback import SplitNet, SplitPenalty
 
 # %% ../../nbs/splitnet/10_demo.ipynb #a4014300
 DEMO_SPLITS = {'6': 2, '11': 2}
@@ -22,7 +22,7 @@ DEMO_SPLITS = {'6': 2, '11': 2}
 def _split2(new, fit):
     learn = new()
     before = {n: learn.model.get_submodule(n).weight.detach().clone() for n in DEMO_SPLITS}
-    cb = SplitNet(DEMO_SPLITS, gamma_weight=3., assign_lr=5e-2, equal_groups=True)
+    cb = SplitNet(DEMO_SPLITS, SplitPenalty(gamma_weight=3.), assign_lr=5e-2, equal_groups=True)
     fit(learn, cbs=cb)
     learn.split_seen = SimpleNamespace(before=before, layers=split_layers(learn),
         history=[*cb.effect.history])

@@ -148,5 +148,6 @@ def _check_space(s, g, units, n):
     empty = (g.bincount(minlength=n) == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{s}: group {', '.join(map(str, empty))} of {n} is empty, so its branch "
-            "would have nothing there. Train with a higher gamma_balance, or use equal_groups=True.")
+            "would have nothing there. Train with a higher gamma_balance, as in "
+            "regularizer=SplitPenalty(gamma_balance=50.), or use equal_groups=True.")
     return g.long()

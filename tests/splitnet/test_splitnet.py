@@ -16,8 +16,9 @@ from paramfx.export.materialize import load_recipe, save_recipe
 from paramfx.splitnet.gradients import SplitWeight, LayerTerm, add_split_grads, mean_squares, split_values
 from paramfx.splitnet.terms import balance_term, disjoint_term, merge_groups, split_penalties, split_totals, weight_term
 from paramfx.splitnet.plan import merged_index
-from paramfx.splitnet.callback import SplitNet, hard_groups
+from paramfx.splitnet.callback import SplitNet, SplitPenalty, hard_groups
 from paramfx.core.state import effects
+from settings import split_settings
 from test_contracts import CPUPrecision
 
 f64 = torch.float64
@@ -247,7 +248,7 @@ class InLoss(EffectCallback):
         t.__dict__['effect'] = type('E', (), dict(clock=clock))
         g = mine(t)
         t.__dict__['effect'] = old
-        return sum(f*v for f, v in zip(g, split_totals(layers, soft, t.layer_weighting)))
+        return sum(f*v for f, v in zip(g, split_totals(layers, soft, t.regularizer.layer_weighting)))
     def on_step(self):
         scale = getattr(self.learn, 'scaler', None)
         if scale is not None and scale.is_enabled(): self.flat.grad.div_(256.)  # only the weights' gradients are unscaled
@@ -263,7 +264,8 @@ RUNS = dict(plain=(lambda: [], f64, 1e-9), accumulated=(lambda: [GradientAccumul
 def test_the_same_as_in_the_loss(mk, run, how):
     cbs, dtype, tol = RUNS[run]
     kw = dict(model=lambda: small_net().to(dtype), dls=lambda: tiny_dls(n=256, bs=32, dtype=dtype), opt_func=partial(SGD, mom=.9), lr=.05, metrics=[])
-    make = lambda: SplitNet({'0.3': 2, '1.2': 3}, gamma_weight=2., gamma_disjoint=3., disjoint_warmup=(.1, .7), assign_lr=.03, init_std=.5, layer_weighting=how)
+    pen = SplitPenalty(gamma_weight=2., gamma_disjoint=3., disjoint_warmup=(.1, .7), layer_weighting=how)
+    make = lambda: SplitNet({'0.3': 2, '1.2': 3}, pen, assign_lr=.03, init_std=.5)
     a = mk(make(), **kw)
     twin = mk(make(), **kw).split_net
     b = mk(InLoss(twin), **kw)
@@ -299,19 +301,21 @@ def test_only_each_fourth_step_four_times_as_large(mk):
         seed_all(3); learn.dls.train.rng.seed(3)
         learn.fit(1)
         return g.seen, learn
-    (plain, _), (each, l1), (fourth, l4) = go(), go(SplitNet([2], disjoint_warmup=None)), go(SplitNet([2], disjoint_warmup=None, every=4))
+    (plain, _), (each, l1) = go(), go(SplitNet([2], SplitPenalty(disjoint_warmup=None)))
+    fourth, l4 = go(SplitNet([2], SplitPenalty(disjoint_warmup=None, every=4)))
     assert N_STEPS == 8 and all(not torch.equal(a, b) for a, b in zip(plain, each))
     for i in range(8): assert torch.equal(plain[i], fourth[i]) == bool(i%4)
     assert torch.allclose(fourth[0]-plain[0], 4*(each[0]-plain[0]), rtol=1e-3, atol=1e-7)
     assert (l1.split_net.effect.values['updates'], l4.split_net.effect.values['updates']) == (8, 2)
     only = dict(gamma_weight=0., gamma_balance=0., disjoint_warmup=None)  # a gradient that keeps its direction
     start = mk(SplitNet([2])).split_net.effect.holder.flat
-    one, four = ((go(SplitNet([2], every=n, **only))[1].split_net.effect.holder.flat-start).abs().mean() for n in (1, 4))
+    ends = [go(SplitNet([2], SplitPenalty(every=n, **only)))[1].split_net.effect.holder.flat for n in (1, 4)]
+    one, four = ((end-start).abs().mean() for end in ends)
     assert .8 < float(four/one) < 1.2 and one > .05  # the assignments keep their pace
 
 
 def test_warmup_of_disjoint(mk):
-    cb = SplitNet([2], gamma_disjoint=2., disjoint_warmup=(.25, .75))
+    cb = SplitNet([2], SplitPenalty(gamma_disjoint=2., disjoint_warmup=(.25, .75)))
     class Look(Callback):
         order, run_valid = 10.6, False
         def before_step(self): self.learn.seen.append(cb.gammas.disjoint)
@@ -321,13 +325,13 @@ def test_warmup_of_disjoint(mk):
     want = [2*min(1, max(0, (i/16-.25)/.5)) for i in range(16)]
     assert learn.seen == pytest.approx(want)
     assert learn.seen[:5] == [0]*5 and learn.seen[12:] == [2]*4
-    assert SplitNet([2]).disjoint_warmup == (.3, .8)
+    assert SplitNet([2]).regularizer.disjoint_warmup == (.3, .8)
 
 
 def test_frozen_body_and_finetuning(mk):
     "Frozen weights stay, the assignments of what they put out are learned all the same"
     from contracts import two_groups
-    learn = mk(SplitNet({'0.3': 2, '1.2': 2}, disjoint_warmup=None), splitter=two_groups)
+    learn = mk(SplitNet({'0.3': 2, '1.2': 2}, SplitPenalty(disjoint_warmup=None)), splitter=two_groups)
     learn.freeze()
     w, p = learn.model[0][3].weight.detach().clone(), learn.split_net.assignments()['0.3']
     learn.fit(1)
@@ -427,6 +431,43 @@ def test_recipe(mk, tmp_path):
         load_recipe(tmp_path/'r.pth', nn.Sequential(small_net()[0], nn.Sequential(nn.Flatten(), nn.Dropout(0.), nn.Linear(48, 10))))
 
 
+@pytest.mark.parametrize('old,new', [(dict(gamma_weight=3., every=4), 'SplitPenalty(gamma_weight=3.0, every=4)'),
+    (dict(disjoint_warmup=None), 'SplitPenalty(disjoint_warmup=None)'),
+    (dict(regularizer=SplitPenalty(gamma_weight=2.), layer_weighting='mean'),
+        "SplitPenalty(gamma_weight=2.0, gamma_disjoint=1.0, gamma_balance=10.0, disjoint_warmup=(0.3, 0.8), layer_weighting='mean', every=1)")])
+def test_old_keywords_tell_the_new_form_which_works_when_pasted(old, new):
+    with pytest.raises(TypeError) as e: SplitNet([2], **old)
+    assert f'SplitNet: write regularizer={new} instead of' in str(e.value)
+    assert eval(f'SplitNet([2], regularizer={new})').regularizer == eval(new)
+
+
+def test_the_penalty_is_a_value(mk):
+    "An object with equal settings continues what is in force, another is told which setting differs"
+    learn = mk(SplitNet([2], SplitPenalty(every=2)))
+    learn.fit(1)
+    learn.remove_cb(learn.split_net)
+    learn.fit(1, cbs=SplitNet([2], SplitPenalty(every=2)))
+    with pytest.raises(ValueError, match=r'regularizer\.every=2 -> 1'): learn.add_cb(SplitNet([2]))
+    with pytest.raises(ValueError, match=r'regularizer=3\.0: give SplitPenalty'): SplitNet([2], 3.)
+    with pytest.raises(ValueError, match='regularizer=None: give SplitPenalty'): SplitNet([2], None)
+
+
+@pytest.mark.parametrize('flat', [True, False])
+def test_settings_in_a_recipe(mk, tmp_path, flat):
+    "Flat ones of version 0.0.1, and those of now: as name and settings"
+    learn = mk(SplitNet([2], SplitPenalty(gamma_weight=3., every=2), seed=4))
+    save_recipe(learn.model, tmp_path/'r.pth')
+    steps = torch.load(tmp_path/'r.pth', weights_only=True)['recipe']
+    own = steps[-1]['args']['settings']['regularizer']
+    assert own == dict(name='SplitPenalty', gamma_weight=3., gamma_disjoint=1., gamma_balance=10., disjoint_warmup=(.3, .8),
+        layer_weighting='weighted', every=2)
+    if flat:
+        del steps[-1]['args']['settings']['regularizer'], own['name']
+        steps[-1]['args']['settings'].update(own)
+    net = load_recipe(steps, small_net())
+    assert effects(net)['split_net'].settings == learn.split_net.settings
+
+
 BAD = {
     'negative': (dict(gamma_weight=-1.), r'gamma_weight=-1\.0.*0 or more'), 'nan': (dict(gamma_balance=float('nan')), 'gamma_balance=nan'),
     'text': (dict(gamma_disjoint='1'), "gamma_disjoint='1'"),
@@ -443,7 +484,7 @@ def test_bad_settings_are_refused(mk, case):
     kw, told = BAD[case]
     learn = mk()
     state, feet, cbs = snapshot(learn.model), footprint(learn.model), list(learn.cbs)
-    with pytest.raises(ValueError, match=told): learn.add_cb(SplitNet(**{**dict(splits=[2]), **kw}))
+    with pytest.raises(ValueError, match=told): learn.add_cb(SplitNet(**split_settings(**{**dict(splits=[2]), **kw})))
     assert not same(snapshot(learn.model), state) and footprint(learn.model) == feet and list(learn.cbs) == cbs and not effects(learn.model)
 
 
@@ -479,7 +520,7 @@ def test_fault_1_it_needs_no_gpu(mk):
 @pytest.mark.few(2)
 @pytest.mark.parametrize('splits', [{'layer4': 2, 'fc': 4}, {'layer3': 2, 'layer4': 3, 'fc': 5}, [2, 4], [2, 3, 3]])
 def test_fault_2_groups_may_grow_towards_the_output(mk, splits):
-    learn = rlearn(mk, SplitNet(splits, disjoint_warmup=None))
+    learn = rlearn(mk, SplitNet(splits, SplitPenalty(disjoint_warmup=None)))
     before = learn.split_net.assignments()
     learn.fit(1)
     last = list(splits.values())[-1] if isinstance(splits, dict) else splits[-1]
@@ -635,7 +676,7 @@ def test_dry_run(mk):
 @pytest.mark.parametrize('equal', [True, False])
 def test_the_cut_follows_the_groups(mk, equal):
     "Two levels, a projection, identity shortcuts: what is left is the network without the weights between groups"
-    learn = rlearn(mk, SplitNet({'layer4': 2, 'fc': 4}, equal_groups=equal, init_std=1., disjoint_warmup=None))
+    learn = rlearn(mk, SplitNet({'layer4': 2, 'fc': 4}, SplitPenalty(disjoint_warmup=None), equal_groups=equal, init_std=1.))
     learn.fit(1)
     h, groups = learn.split_net.effect.holder, learn.split_net.groups()
     assert {s: len(g.unique()) for s, g in groups.items()} == {s: n for s, (_, n) in h.free.items()}
