@@ -16,7 +16,7 @@ from numbers import Real
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
-from fastcore.basics import chunked, store_attr
+from fastcore.basics import chunked, patch, store_attr
 from fastai.basics import (BaseLoss, Callback, DataLoader, Datasets, LabelSmoothingCrossEntropy,
     Learner, apply, find_bs, to_device)
 from fastai.callback.mixup import MixHandler
@@ -167,21 +167,6 @@ class Distill(ExtraLoss):
         self.teacher.to(next(self.learn.model.parameters()).device).eval()
         forget_states(self.teacher) # a language model begins each epoch anew, as the student does
 
-    def _check(self):
-        "Raise what can be known before the first batch"
-        if 'teacher' not in self.__dict__:
-            raise ValueError("Distill: the teacher has not been saved with this Learner. Remove the "
-                "callback, as in `learn.remove_cb(Distill)`, or replace it by Distill(teacher).")
-        if {*root_module(self.teacher).modules()} & {*self.learn.model.modules()}:
-            raise ValueError("Distill: the student is its own teacher, in whole or in part. Give a "
-                "copy, as in Distill(deepcopy(learn.model)).")
-        inner,axis,_ = bare_loss(self.learn.loss_func)
-        if self.match is None and is_loss(inner, *SIGMOID, *SQUARE, *ABS): raise ValueError(
-            f"Distill: the loss is {getattr(inner, '__name__', type(inner).__name__)}, so the outputs "
-            "are no scores of classes that exclude each other. Give match=f(pred, teacher_pred), such "
-            "as F.mse_loss.")
-        self.__dict__['_axis'] = axis if self.axis is None else self.axis
-
     def term(self):
         "The loss that the teacher sets"
         target = self.answer(self.teacher, self.xb)
@@ -192,6 +177,23 @@ class Distill(ExtraLoss):
                     "the classes? The loss does not tell. Give axis=.")
             return distill_loss(self.pred, target, self.temperature,
                 1 if self._axis is None else self._axis)
+
+# %% ../nbs/losses.ipynb #ffac6691
+@patch
+def _check(self:Distill):
+    "Raise what can be known before the first batch"
+    if 'teacher' not in self.__dict__:
+        raise ValueError("Distill: the teacher has not been saved with this Learner. Remove the "
+            "callback, as in `learn.remove_cb(Distill)`, or replace it by Distill(teacher).")
+    if {*root_module(self.teacher).modules()} & {*self.learn.model.modules()}:
+        raise ValueError("Distill: the student is its own teacher, in whole or in part. Give a "
+            "copy, as in Distill(deepcopy(learn.model)).")
+    inner,axis,_ = bare_loss(self.learn.loss_func)
+    if self.match is None and is_loss(inner, *SIGMOID, *SQUARE, *ABS): raise ValueError(
+        f"Distill: the loss is {getattr(inner, '__name__', type(inner).__name__)}, so the outputs "
+        "are no scores of classes that exclude each other. Give match=f(pred, teacher_pred), such "
+        "as F.mse_loss.")
+    self.__dict__['_axis'] = axis if self.axis is None else self.axis
 
 # %% ../nbs/losses.ipynb #6887ae67
 def same_class_partners(

@@ -55,19 +55,6 @@ class Cut:
             self.other[u[np.sort(idx)]] = u[idx]
         self.other[-1] = -1
 
-    def index(self, lab):
-        "Positions that stay of the unit numbers `lab`, in their new order; None for all as they are"
-        pos = np.flatnonzero(self.live[lab])
-        want = self.other[lab[pos]]
-        if (want == lab[pos]).all(): return None if len(pos) == len(lab) else pos
-        occ,n = _occurrence(lab),len(lab)+1
-        order = np.argsort(key := lab*n+occ)
-        at = np.searchsorted(key[order], want*n+occ[pos]).clip(max=len(lab)-1)
-        if (key[order][at] != want*n+occ[pos]).any():
-            raise ValueError("The units of a space are read unequally often: keep them in ascending "
-                "order.")
-        return order[at]
-
     def indices(self) -> dict:
         "What stays of each tensor that gets smaller or is reordered: (module, tensor) -> [(dimension, positions)]"
         res = {}
@@ -84,6 +71,21 @@ class Cut:
 
     def __repr__(self):
         return f"Cut({', '.join(f'{n}: {len(k)} of {self.cmap[n].size}' for n,k in self.keep.items())})"
+
+# %% ../../nbs/channels/04_cuts.ipynb #19693000
+@patch
+def index(self:Cut, lab):
+    "Positions that stay of the unit numbers `lab`, in their new order; None for all as they are"
+    pos = np.flatnonzero(self.live[lab])
+    want = self.other[lab[pos]]
+    if (want == lab[pos]).all(): return None if len(pos) == len(lab) else pos
+    occ,n = _occurrence(lab),len(lab)+1
+    order = np.argsort(key := lab*n+occ)
+    at = np.searchsorted(key[order], want*n+occ[pos]).clip(max=len(lab)-1)
+    if (key[order][at] != want*n+occ[pos]).any():
+        raise ValueError("The units of a space are read unequally often: keep them in ascending "
+            "order.")
+    return order[at]
 
 # %% ../../nbs/channels/04_cuts.ipynb #0de324d8
 def _check_units(space, idx):

@@ -237,46 +237,21 @@ class Flow(TorchFunctionMode):
             _global_forward_hooks_with_kwargs.pop(h.id, None) # torch forgets this one
         return super().__exit__(*args)
 
-    def _enter(self, m, args):
-        if id(m) not in self.rec.names: return
-        self.rec.stack.append(m)
-        self.marks.append(self.rec.n)
-        self.inside += id(m) in self.within
-
-    def _close(self, m, ins, out):
-        "What goes into a pinned module stays whole, and so do its weights; what comes out is raw"
-        self.inside -= 1
-        for t in ins: self.rec.pin(get_ids(t), f'{self.rec.where} {PINNED}')
-        for t in m.parameters(): self.rec.whole(t)
-        self._tag(out, None)
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        ins,rec = _tensors((args, kwargs)),self.rec
-        rec.ran.update(id(t) for t in ins if id(t) in rec.owner)
-        if self.inside: return out
-        args,kwargs = _plain_call(args, kwargs)
-        name = getattr(func, '__name__', str(func))
-        if name == '__get__': name = func.__self__.__name__
-        base = name if name.startswith('__') else name.rstrip('_')
-        rule,wants = RULES.get(name) or RULES.get(base) or (None, 'any')
-        reads = base in READING
-        if rule is None and not reads and (name in ASKING or not _tensors(out)):
-            if name.startswith('new_'): self._tag(out, None)
-            return out
-        traced = [t for t in ins if is_traced(t)]
-        # else something came by a way that torch does not show
-        seen = all(is_traced(t) or id(t) in rec.known for t in ins)
-        if traced or seen and rule and wants == 'all' and any(id(t) in rec.owner for t in ins):
-            self._tag(out, self._ids(rule, wants, out, base, traced, args, kwargs))
-        else:
-            for t in ins:
-                if id(t) in rec.owner and not any(o is t for o in _tensors(out)):
-                    rec.whole(t, f'{rec.where} computes with '
-                        f'{".".join(filter(None, rec.owner[id(t)]))} ({base})')
-            if seen: self._tag(out, None)
+        ins = _tensors((args, kwargs))
+        self.rec.ran.update(id(t) for t in ins if id(t) in self.rec.owner)
+        if not self.inside: self._follow(func, ins, out, args, kwargs)
         return out
+
+# %% ../../nbs/channels/00_ids.ipynb #bf4efab4
+@patch
+def _enter(self:Flow, m, args):
+    if id(m) not in self.rec.names: return
+    self.rec.stack.append(m)
+    self.marks.append(self.rec.n)
+    self.inside += id(m) in self.within
 
 # %% ../../nbs/channels/00_ids.ipynb #4836029a
 @patch
@@ -294,6 +269,42 @@ def _leave(self:Flow, m, args, kwargs, out):
     if ins: self._tag(lost, None)
     self.rec.stack.pop()
 
+# %% ../../nbs/channels/00_ids.ipynb #01fd382a
+@patch
+def _close(self:Flow, m, ins, out):
+    "What goes into a pinned module stays whole, and so do its weights; what comes out is raw"
+    self.inside -= 1
+    for t in ins: self.rec.pin(get_ids(t), f'{self.rec.where} {PINNED}')
+    for t in m.parameters(): self.rec.whole(t)
+    self._tag(out, None)
+
+# %% ../../nbs/channels/00_ids.ipynb #852bd47c
+@patch
+def _follow(self:Flow, func, ins, out, args, kwargs):
+    "Ids for what a call puts out, by the rule of its operator"
+    rec = self.rec
+    args,kwargs = _plain_call(args, kwargs)
+    name = getattr(func, '__name__', str(func))
+    if name == '__get__': name = func.__self__.__name__
+    base = name if name.startswith('__') else name.rstrip('_')
+    rule,wants = RULES.get(name) or RULES.get(base) or (None, 'any')
+    reads = base in READING
+    if rule is None and not reads and (name in ASKING or not _tensors(out)):
+        if name.startswith('new_'): self._tag(out, None)
+        return
+    traced = [t for t in ins if is_traced(t)]
+    # else something came by a way that torch does not show
+    seen = all(is_traced(t) or id(t) in rec.known for t in ins)
+    if traced or seen and rule and wants == 'all' and any(id(t) in rec.owner for t in ins):
+        self._tag(out, self._ids(rule, wants, out, base, traced, args, kwargs))
+    else:
+        for t in ins:
+            if id(t) in rec.owner and not any(o is t for o in _tensors(out)):
+                rec.whole(t, f'{rec.where} computes with '
+                    f'{".".join(filter(None, rec.owner[id(t)]))} ({base})')
+        if seen: self._tag(out, None)
+
+# %% ../../nbs/channels/00_ids.ipynb #2d6184e5
 @patch
 def _ids(self:Flow, rule, wants, out, name, traced, args, kwargs):
     if wants != 'all' and all(get_ids(t) is None for t in traced): return None # raw in, raw out

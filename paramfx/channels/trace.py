@@ -62,18 +62,6 @@ class ChannelMap:
 
     def __getitem__(self, key) -> Space: return self.spaces[self.find(key)]
 
-    @property
-    def table(self) -> Table:
-        "A row per space"
-        size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
-        rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers),
-            readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
-        lists = {'Run in training only': self.late, 'Did not run, so stay as they are': self.unseen,
-            'Weights computed, so stay whole': self.computed,
-                 'Outside of layers, so stay whole': self.outside}
-        more = ''.join(f'. {what}: {short_list(names)}' for what,names in lists.items() if names)
-        return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold '
-            f'{100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
     def __repr__(self): return repr(self.table)
 
 # %% ../../nbs/channels/05_trace.ipynb #34f37697
@@ -105,6 +93,20 @@ def coverage(self:ChannelMap, spaces=None) -> float:
             if b is not None: free = free//n*int((~mine[b[1]]).sum())
         total,held = total+int(np.prod(shape)),held+int(np.prod(shape))-free
     return held/max(1, total)
+
+# %% ../../nbs/channels/05_trace.ipynb #179facbf
+@patch(as_prop=True)
+def table(self:ChannelMap) -> Table:
+    "A row per space"
+    size = lambda s: f'{s.size}' if s.channels == s.size else f'{s.size} x {s.channels/s.size:g}'
+    rows = [dict(space=s.name, size=size(s), producers=short_list(s.producers),
+        readers=short_list(s.readers), **{'whole because': s.why}) for s in self.spaces]
+    lists = {'Run in training only': self.late, 'Did not run, so stay as they are': self.unseen,
+        'Weights computed, so stay whole': self.computed,
+             'Outside of layers, so stay whole': self.outside}
+    more = ''.join(f'. {what}: {short_list(names)}' for what,names in lists.items() if names)
+    return Table(rows, note=f'{len(self.cuttable)} of {len(self)} spaces can be cut; they hold '
+        f'{100*self.coverage():.1f} % of the weights of convolutions and linear layers{more}')
 
 # %% ../../nbs/channels/05_trace.ipynb #ede0cb9e
 @patch

@@ -93,26 +93,6 @@ class _Kept:
         elif _is_plain(type(o)) and hasattr(o, '__dict__'): return [vars(o)]
         return ()
 
-    def put_back(self):
-        for m,cls,_ in self.mods:
-            if type(m) is not cls: m.__class__ = cls
-        for o in self.empty:
-            if o: self.redict(o, (), ())
-        for o,keys,values in self.dicts:
-            if (len(o) != len(keys) or not all(map(is_, o, keys))
-                or not all(map(is_, o.values(), values))):
-                self.redict(o, keys, values)
-        for o,old in self.held: self.refill(o, old)
-        for m,_,training in self.mods:
-            # a scripted module keeps its flag elsewhere
-            if m.training != training: m.training = training
-        with torch.no_grad(): lost = {id(t) for t,*old in self.tensors if not self.restore(t, *old)}
-        if not lost: return
-        names = [n for n,p in self.model.named_parameters() if id(p) in lost]
-        warnings.warn(f"{', '.join(names[:3])}: a forward pass of this model writes into these "
-            "parameters, and so has the one "
-                      "that looked at it. Look at a deepcopy of the model to keep them as they were.")
-
 # %% ../../nbs/core/08_forward.ipynb #38401d2c
 @patch
 def calls(self:_Kept, o): return next(v for k,v in _STATES.items() if isinstance(o, k))
@@ -150,6 +130,28 @@ def redict(self:_Kept, o, keys, values):
     kind = OrderedDict if isinstance(o, OrderedDict) else dict
     kind.clear(o)
     for k,v in zip(keys, values): kind.__setitem__(o, k, v)
+
+# %% ../../nbs/core/08_forward.ipynb #64cbe44b
+@patch
+def put_back(self:_Kept):
+    for m,cls,_ in self.mods:
+        if type(m) is not cls: m.__class__ = cls
+    for o in self.empty:
+        if o: self.redict(o, (), ())
+    for o,keys,values in self.dicts:
+        if (len(o) != len(keys) or not all(map(is_, o, keys))
+            or not all(map(is_, o.values(), values))):
+            self.redict(o, keys, values)
+    for o,old in self.held: self.refill(o, old)
+    for m,_,training in self.mods:
+        # a scripted module keeps its flag elsewhere
+        if m.training != training: m.training = training
+    with torch.no_grad(): lost = {id(t) for t,*old in self.tensors if not self.restore(t, *old)}
+    if not lost: return
+    names = [n for n,p in self.model.named_parameters() if id(p) in lost]
+    warnings.warn(f"{', '.join(names[:3])}: a forward pass of this model writes into these "
+        "parameters, and so has the one "
+                  "that looked at it. Look at a deepcopy of the model to keep them as they were.")
 
 # %% ../../nbs/core/08_forward.ipynb #9e2d30f8
 @patch

@@ -11,6 +11,7 @@ __all__ = ['text_dls', 'lm_dls']
 from collections import Counter
 from pathlib import Path
 import pandas as pd
+from fastcore.basics import patch
 from fastai.basics import (CrossEntropyLossFlat, DataLoaders, Tensor, TfmdDL, TitledStr, default_device,
     delegates, display_df, is_listy, torch)
 from .loading import check_loader, find_data
@@ -57,23 +58,6 @@ class TextStream:
     def new_empty(self):
         "No text, but all that is needed to predict"
         return type(self)(self.ids[:0].clone(), self.vocab, self.source)
-    def prompts(self, lines):
-        "The words of each line as a row, to predict what comes next"
-        words = [l.split() for l in lines]
-        if not words or not all(words):
-            raise ValueError(f'Nothing to predict from in {list(lines)!r}: each line needs a word')
-        ids = torch.full((len(words), max(map(len, words))), self.vocab.index(EOS))
-        flat = self.from_words([w for ws in words for w in ws], self.vocab).ids
-        for row,part in zip(ids, flat.split([len(ws) for ws in words])): row[:len(part)] = part
-        return type(self)(ids, self.vocab, 'lines')
-    def rows(self, bs):
-        "Inputs and targets as `bs` rows that are read side by side; less than a column is left out at the end"
-        if self.ids.ndim == 2: return self.ids,None
-        n = max(len(self.ids)-1, 0)//bs
-        if n == 0 and len(self.ids): raise ValueError(
-            f'bs={bs} needs at least {bs+1} words, {self.source or "the text"} has {len(self.ids)}: '
-            'pass a smaller bs')
-        return self.ids[:n*bs].view(bs,n),self.ids[1:][:n*bs].view(bs,n)
     def decode(self, o, full=True):
         "Words instead of numbers"
         return tuple(TitledStr(' '.join(self.vocab[i] for i in t.flatten().tolist())) for t in o)
@@ -81,6 +65,29 @@ class TextStream:
     def c(self)->int: return len(self.vocab)
     @property
     def loss_func(self): return CrossEntropyLossFlat()
+
+# %% ../../nbs/data/04_text.ipynb #134b7376
+@patch
+def rows(self:TextStream, bs):
+    "Inputs and targets as `bs` rows that are read side by side; less than a column is left out at the end"
+    if self.ids.ndim == 2: return self.ids,None
+    n = max(len(self.ids)-1, 0)//bs
+    if n == 0 and len(self.ids): raise ValueError(
+        f'bs={bs} needs at least {bs+1} words, {self.source or "the text"} has {len(self.ids)}: '
+        'pass a smaller bs')
+    return self.ids[:n*bs].view(bs,n),self.ids[1:][:n*bs].view(bs,n)
+
+# %% ../../nbs/data/04_text.ipynb #cbd75d45
+@patch
+def prompts(self:TextStream, lines):
+    "The words of each line as a row, to predict what comes next"
+    words = [l.split() for l in lines]
+    if not words or not all(words):
+        raise ValueError(f'Nothing to predict from in {list(lines)!r}: each line needs a word')
+    ids = torch.full((len(words), max(map(len, words))), self.vocab.index(EOS))
+    flat = self.from_words([w for ws in words for w in ws], self.vocab).ids
+    for row,part in zip(ids, flat.split([len(ws) for ws in words])): row[:len(part)] = part
+    return type(self)(ids, self.vocab, 'lines')
 
 # %% ../../nbs/data/04_text.ipynb #7b6580c9
 class StreamDL(TfmdDL):

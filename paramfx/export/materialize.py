@@ -141,22 +141,24 @@ class Recipe(list):
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
 
-    def apply(self, model:nn.Module) -> nn.Module:
-        "Do all steps again on a copy of `model`"
-        model = copy_model(root_module(model))
-        for i,s in enumerate(self):
-            if not isinstance(s, dict) or not {'verb', 'args'} <= s.keys():
-                raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
-            found = find_verb(s['verb']) if isinstance(s['verb'], str) else None
-            if found is None:
-                raise ValueError(f"{s['verb']}: this version knows no such step. There are: "
-                    f"{', '.join({**VERB_ROOMS, **VERBS})}.")
-            try: model = found[0](model, **s['args'])
-            except (TypeError, ValueError, NotImplementedError) as e:
-                raise ValueError(f"Step {i+1} of the recipe ({s['verb']}) does not fit this "
-                    f"{type(model).__name__}. Build the network as it was when the recorded one was "
-                    f"built. {e}") from e
-        return model
+# %% ../../nbs/export/00_materialize.ipynb #d9581171
+@patch
+def apply(self:Recipe, model:nn.Module) -> nn.Module:
+    "Do all steps again on a copy of `model`"
+    model = copy_model(root_module(model))
+    for i,s in enumerate(self):
+        if not isinstance(s, dict) or not {'verb', 'args'} <= s.keys():
+            raise ValueError(f'Step {i+1} of the recipe is damaged: {s!r:.100}.')
+        found = find_verb(s['verb']) if isinstance(s['verb'], str) else None
+        if found is None:
+            raise ValueError(f"{s['verb']}: this version knows no such step. There are: "
+                f"{', '.join({**VERB_ROOMS, **VERBS})}.")
+        try: model = found[0](model, **s['args'])
+        except (TypeError, ValueError, NotImplementedError) as e:
+            raise ValueError(f"Step {i+1} of the recipe ({s['verb']}) does not fit this "
+                f"{type(model).__name__}. Build the network as it was when the recorded one was "
+                f"built. {e}") from e
+    return model
 
 # %% ../../nbs/export/00_materialize.ipynb #5b88ae8a
 @recipe_verb('plain')

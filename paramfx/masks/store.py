@@ -94,26 +94,11 @@ class Masked:
     def tiled(self): return len(unit_view(self.weight.shape, self.mask.shape)[0]) > self.weight.ndim
     @property
     def trainable(self): return self.param.requires_grad
-    @property
-    def late(self) -> bool:
-        "Has anybody written into the mask since?"
-        now = [(t, _version(t)) for t in self.watched()]
-        return (len(now) != len(self.noted)
-            or any(a is not b or v != w for (a,v),(b,w) in zip(now, self.noted)))
 
     def __getstate__(self): # a copy counts versions anew
         return vars(self) | dict(noted=[] if self.late else [t for t,_ in self.noted])
     def __setstate__(self, state):
         vars(self).update(state, noted=[(t, _version(t)) for t in state.get('noted', ())])
-
-    @property
-    def bufs(self) -> list:
-        "Names of the buffers that it keeps in the module"
-        return [self.buf] if self.ever is None else [self.buf, f'{self.pname}_ever']
-    @property
-    def ever(self):
-        "Which units were ever live; None unless it was asked to `follow` them"
-        return self.module._buffers.get(f'{self.pname}_ever')
 
 # %% ../../nbs/masks/01_store.ipynb #ee542dd5
 @patch
@@ -135,6 +120,13 @@ def note(self:Masked):
 @patch
 def watched(self:Masked): return [self.mask]
 
+@patch(as_prop=True)
+def late(self:Masked) -> bool:
+    "Has anybody written into the mask since?"
+    now = [(t, _version(t)) for t in self.watched()]
+    return (len(now) != len(self.noted)
+        or any(a is not b or v != w for (a,v),(b,w) in zip(now, self.noted)))
+
 @patch
 def catch_up(self:Masked): self.refresh()
 
@@ -142,6 +134,17 @@ def catch_up(self:Masked): self.refresh()
 def loose(self:Masked) -> int:
     "Weights outside of the mask that are not 0"
     return int((self.weight.detach().ne(0) & ~self.full).sum())
+
+# %% ../../nbs/masks/01_store.ipynb #012340ac
+@patch(as_prop=True)
+def ever(self:Masked):
+    "Which units were ever live; None unless it was asked to `follow` them"
+    return self.module._buffers.get(f'{self.pname}_ever')
+
+@patch(as_prop=True)
+def bufs(self:Masked) -> list:
+    "Names of the buffers that it keeps in the module"
+    return [self.buf] if self.ever is None else [self.buf, f'{self.pname}_ever']
 
 @patch
 def follow(self:Masked): self.module.register_buffer(f'{self.pname}_ever', self.mask.clone())

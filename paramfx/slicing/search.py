@@ -101,37 +101,43 @@ class _Search:
 
     def trial(self, use, at): return self.cost(use, at),self.loss(use(self.counts(at)))
 
-    def uniform(self, use, budget):
-        "The widest slice of the same rate everywhere that fits"
-        for r in self.rates:
-            at = {n: next(i for i,(u,_) in enumerate(l) if u == self.plan.units(self.plan.cmap[n], r))
-                for n,l in self.levels.items()}
-            if self.cost(use, at) <= budget: return at,r
+# %% ../../nbs/slicing/10_search.ipynb #e514651e
+@patch
+def cut(self:_Search, use, at, cost, loss):
+    "The cut that costs the least loss for what it saves"
+    def _price(c, l):
+        return inf if c >= cost else (l-loss)/(cost-c) if l > loss else (l-loss)*(cost-c)
+    options = []
+    for n in (n for n in at if at[n] < self.narrow[n]):
+        c,l = self.trial(use, {**at, n: at[n]+1})
+        options.append((_price(c, l), l, n, c))
+    _,l,n,c = min(options)
+    return {**at, n: at[n]+1},c,l,n
 
-    def swap(self, use, at, budget):
-        "The best of all slices of which one layer is a step wider, and perhaps another one narrower"
-        wider = [n for n in at if at[n]]
-        moves = ([dict(widened=n) for n in wider]
-            + [dict(widened=n, narrowed=o) for n in wider for o in at if o != n
-            and at[o] < self.narrow[o]])
-        options = []
-        for i,m in enumerate(moves):
-            new = ({**at, m['widened']: at[m['widened']]-1}
-                | ({m['narrowed']: at[m['narrowed']]+1} if 'narrowed' in m else {}))
-            if (c := self.cost(use, new)) <= budget:
-                options.append((self.loss(use(self.counts(new))), i, c, new, ' for '.join(m.values())))
-        return min(options, default=(inf, 0, 0, at, ''))
+# %% ../../nbs/slicing/10_search.ipynb #de41bbf8
+@patch
+def uniform(self:_Search, use, budget):
+    "The widest slice of the same rate everywhere that fits"
+    for r in self.rates:
+        at = {n: next(i for i,(u,_) in enumerate(l) if u == self.plan.units(self.plan.cmap[n], r))
+            for n,l in self.levels.items()}
+        if self.cost(use, at) <= budget: return at,r
 
-    def cut(self, use, at, cost, loss):
-        "The cut that costs the least loss for what it saves"
-        def _price(c, l):
-            return inf if c >= cost else (l-loss)/(cost-c) if l > loss else (l-loss)*(cost-c)
-        options = []
-        for n in (n for n in at if at[n] < self.narrow[n]):
-            c,l = self.trial(use, {**at, n: at[n]+1})
-            options.append((_price(c, l), l, n, c))
-        _,l,n,c = min(options)
-        return {**at, n: at[n]+1},c,l,n
+# %% ../../nbs/slicing/10_search.ipynb #7019f232
+@patch
+def swap(self:_Search, use, at, budget):
+    "The best of all slices of which one layer is a step wider, and perhaps another one narrower"
+    wider = [n for n in at if at[n]]
+    moves = ([dict(widened=n) for n in wider]
+        + [dict(widened=n, narrowed=o) for n in wider for o in at if o != n
+        and at[o] < self.narrow[o]])
+    options = []
+    for i,m in enumerate(moves):
+        new = ({**at, m['widened']: at[m['widened']]-1}
+            | ({m['narrowed']: at[m['narrowed']]+1} if 'narrowed' in m else {}))
+        if (c := self.cost(use, new)) <= budget:
+            options.append((self.loss(use(self.counts(new))), i, c, new, ' for '.join(m.values())))
+    return min(options, default=(inf, 0, 0, at, ''))
 
 # %% ../../nbs/slicing/10_search.ipynb #f3552d5b
 def search_rates(

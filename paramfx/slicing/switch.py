@@ -16,6 +16,7 @@ from threading import local
 import torch
 from torch.autograd.function import BackwardCFunction
 from ..core.optimizers import warn_export
+from fastcore.basics import patch
 
 # %% ../../nbs/slicing/01_switch.ipynb #e64a82c4
 _here = ContextVar('paramfx_slices', default=None) # {id of a plan: key}
@@ -45,36 +46,6 @@ class Switch:
             return key
         return self._noted(key, grad, again)
 
-    def _noted(self, key, grad, again):
-        "Note from which autograd node on `key` is in force; for passes that recompute in the backward pass"
-        logs,_mine.last = (vars(_mine).get(id(self)),
-            None if again else (id(self), key, -1 if grad else _node_no()))
-        # on a GPU, a backward pass has a thread of its own
-        if again: key = self._then(key, self.logs if logs is None else logs)
-        elif logs is None:
-            logs = vars(_mine)[id(self)] = {True: deque(maxlen=10_000), False: deque(maxlen=10_000)}
-        if grad and not again: self.logs = logs
-        log = logs and logs[grad]
-        if logs and (not log or log[-1][1] != key or not grad and log[-1][0] != _node_no()):
-            log.append((_node_no(), key))
-        return key
-
-    def _then(self, key, logs):
-        "The slice that was in force when the autograd node was made that runs now"
-        node,first = torch._C._current_autograd_node(),None
-        if node is None or not logs: return key
-        n = node._sequence_nr()
-        # one that has run its part without gradients
-        for no,k in reversed(logs[False] if isinstance(node, BackwardCFunction) else ()):
-            if no <= n: break
-            if no == n+1: first = k
-        return next((k for no,k in reversed(logs[True]) if no <= n), key) if first is None else first
-
-    def since(self):
-        "An object that changes with each pass with gradients"
-        if self.era is None: self.era = object()
-        return self.era
-
     def __getstate__(self): return {k:v for k,v in vars(self).items() if k not in ('era', 'logs')}
 
     @contextmanager
@@ -86,3 +57,39 @@ class Switch:
         finally:
             _here.reset(token)
             if threads: self.current = old
+
+# %% ../../nbs/slicing/01_switch.ipynb #b4c9e3ed
+@patch
+def _noted(self:Switch, key, grad, again):
+    "Note from which autograd node on `key` is in force; for passes that recompute in the backward pass"
+    logs,_mine.last = (vars(_mine).get(id(self)),
+        None if again else (id(self), key, -1 if grad else _node_no()))
+    # on a GPU, a backward pass has a thread of its own
+    if again: key = self._then(key, self.logs if logs is None else logs)
+    elif logs is None:
+        logs = vars(_mine)[id(self)] = {True: deque(maxlen=10_000), False: deque(maxlen=10_000)}
+    if grad and not again: self.logs = logs
+    log = logs and logs[grad]
+    if logs and (not log or log[-1][1] != key or not grad and log[-1][0] != _node_no()):
+        log.append((_node_no(), key))
+    return key
+
+# %% ../../nbs/slicing/01_switch.ipynb #4f01c962
+@patch
+def _then(self:Switch, key, logs):
+    "The slice that was in force when the autograd node was made that runs now"
+    node,first = torch._C._current_autograd_node(),None
+    if node is None or not logs: return key
+    n = node._sequence_nr()
+    # one that has run its part without gradients
+    for no,k in reversed(logs[False] if isinstance(node, BackwardCFunction) else ()):
+        if no <= n: break
+        if no == n+1: first = k
+    return next((k for no,k in reversed(logs[True]) if no <= n), key) if first is None else first
+
+# %% ../../nbs/slicing/01_switch.ipynb #f8149727
+@patch
+def since(self:Switch):
+    "An object that changes with each pass with gradients"
+    if self.era is None: self.era = object()
+    return self.era

@@ -169,32 +169,40 @@ class _Row:
             if rare < 0 or k > 16 or b > k*-(-rare//8) + (rare+(size >> k)+7)//8:
                 raise self.bad(f'a mask with {n} of {size} units in {b} bytes, which cannot be')
 
-    def masks(self):
-        "Flat masks of the units, block by block"
-        at = self.code_at
-        for i,(n,k,b) in enumerate(self.blocks):
-            try:
-                yield decode_mask(np.frombuffer(self.src.read(at, b), np.uint8), n, k,
-                    min(BLOCK, self.n_units-i*BLOCK))
-            except ValueError as e: raise self.bad(str(e).rstrip('.')) from None
-            at += b
+# %% ../../nbs/sparse/14_files.ipynb #b8688d5d
+@patch
+def masks(self:_Row):
+    "Flat masks of the units, block by block"
+    at = self.code_at
+    for i,(n,k,b) in enumerate(self.blocks):
+        try:
+            yield decode_mask(np.frombuffer(self.src.read(at, b), np.uint8), n, k,
+                min(BLOCK, self.n_units-i*BLOCK))
+        except ValueError as e: raise self.bad(str(e).rstrip('.')) from None
+        at += b
 
-    def mask(self): return torch.from_numpy(np.concatenate([*self.masks()])).view(self.units)
-    def live(self):
-        return (self.masks() if self.units == self.shape
-            else flat_blocks(expand_units(self.mask(), self.shape)))
+@patch
+def mask(self:_Row): return torch.from_numpy(np.concatenate([*self.masks()])).view(self.units)
 
-    def _values(self, at, n):
-        raw = np.frombuffer(self.src.read(at, n*DTYPES[self.kind].itemsize), np.uint8)
-        return _typed(raw != 0 if self.kind == 'BOOL' else raw, DTYPES[self.kind])
+@patch
+def live(self:_Row):
+    return (self.masks() if self.units == self.shape
+        else flat_blocks(expand_units(self.mask(), self.shape)))
 
-    def pieces(self):
-        "Values in flat pieces, each with its mask, or None"
-        at,total = self.at,prod(self.shape)
-        for live in self.live() if self.coded else repeat(None, -(-total//BLOCK)):
-            v = self._values(at, min(BLOCK, total) if live is None else int(np.count_nonzero(live)))
-            at,total = at+len(v)*v.element_size(),total-BLOCK
-            yield v,live
+# %% ../../nbs/sparse/14_files.ipynb #870fbfe0
+@patch
+def _values(self:_Row, at, n):
+    raw = np.frombuffer(self.src.read(at, n*DTYPES[self.kind].itemsize), np.uint8)
+    return _typed(raw != 0 if self.kind == 'BOOL' else raw, DTYPES[self.kind])
+
+@patch
+def pieces(self:_Row):
+    "Values in flat pieces, each with its mask, or None"
+    at,total = self.at,prod(self.shape)
+    for live in self.live() if self.coded else repeat(None, -(-total//BLOCK)):
+        v = self._values(at, min(BLOCK, total) if live is None else int(np.count_nonzero(live)))
+        at,total = at+len(v)*v.element_size(),total-BLOCK
+        yield v,live
 
 # %% ../../nbs/sparse/14_files.ipynb #b3a6f89f
 def _row_ok(r):

@@ -87,32 +87,6 @@ class Tied(ComputedWeight):
     label = property(lambda self: self.key)
     tied = ('key', 'seed', 'shape', 'sign_hash', 'scale', 'n_places')
 
-    @classmethod
-    def of(cls,
-        layer:nn.Module, # `Linear` or convolution; it is left alone
-        bank:int, # Entries
-        units:int, # Places: weights, or kernels
-        key:str, # Name of the layer; with the seed it settles the table
-        seed:int=0, # Of the table
-        sign_hash:bool=False, # Read half of the places with a minus?
-        rescale_grad:bool=False # Divide the bank's gradient by `units/bank`?
-    ):
-        "The tied twin of `layer`: each entry begins as the weight at the first of its places"
-        w = layer.weight.detach()
-        unit = w.view(units, *w.shape[2:]) if units < w.numel() else w.flatten()
-        new = _remade(layer, cls, bank=nn.Parameter(unit[:bank].clone(), layer.weight.requires_grad))
-        vars(new).update(key=key, seed=seed, shape=tuple(w.shape), sign_hash=sign_hash,
-            scale=bank/units if rescale_grad else 1., n_places=units)
-        new._index()
-        new.register_buffer('code', _checksum(new.idx))
-        own = new.idx % bank
-        first = torch.full_like(own[:bank], units).scatter_reduce_(0, own,
-            torch.arange(units, device=own.device), 'amin')
-        with torch.no_grad():
-            new.bank.copy_(torch.where((new.idx[first] < bank).view(-1, *[1]*(unit.ndim-1)),
-                unit[first], -unit[first]))
-        return new._as_published()
-
     @property
     def weight(self):
         warn_export('Tied weights and their tables are')
@@ -143,6 +117,33 @@ class Tied(ComputedWeight):
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing,
                 unexpected, errors)
+
+# %% ../../nbs/sparse/08_tied.ipynb #497a8f30
+@patch(cls_method=True)
+def of(cls:Tied,
+    layer:nn.Module, # `Linear` or convolution; it is left alone
+    bank:int, # Entries
+    units:int, # Places: weights, or kernels
+    key:str, # Name of the layer; with the seed it settles the table
+    seed:int=0, # Of the table
+    sign_hash:bool=False, # Read half of the places with a minus?
+    rescale_grad:bool=False # Divide the bank's gradient by `units/bank`?
+):
+    "The tied twin of `layer`: each entry begins as the weight at the first of its places"
+    w = layer.weight.detach()
+    unit = w.view(units, *w.shape[2:]) if units < w.numel() else w.flatten()
+    new = _remade(layer, cls, bank=nn.Parameter(unit[:bank].clone(), layer.weight.requires_grad))
+    vars(new).update(key=key, seed=seed, shape=tuple(w.shape), sign_hash=sign_hash,
+        scale=bank/units if rescale_grad else 1., n_places=units)
+    new._index()
+    new.register_buffer('code', _checksum(new.idx))
+    own = new.idx % bank
+    first = torch.full_like(own[:bank], units).scatter_reduce_(0, own,
+        torch.arange(units, device=own.device), 'amin')
+    with torch.no_grad():
+        new.bank.copy_(torch.where((new.idx[first] < bank).view(-1, *[1]*(unit.ndim-1)),
+            unit[first], -unit[first]))
+    return new._as_published()
 
 # %% ../../nbs/sparse/08_tied.ipynb #9029a553
 @patch

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from ..channels.trace import trace_channels
 from ..core.layers import CONVS, all_matrices, left_out, pick_layers, stages, weighted_layers
 from ..core.tables import Table
@@ -82,29 +82,35 @@ class SplitPlan:
         made = {p.space for l in self.layers for p in l.outputs}
         return [s for s in self.free if s not in made]
 
-    def merges(self, n, into): return tuple(g for g in self.levels if into <= g < n)
-    def coarse(self,
-        groups:torch.Tensor, # Group of each unit, of `n`
-        n:int, # Groups
-        into:int # A number of groups that some layer has
-    ) -> torch.Tensor: # Supergroup of each unit
-        "Hard groups of a coarser level of the tree"
-        for g in self.merges(n, into): groups,n = merged_index(n, g)[groups],g
-        return groups
-
-    @property
-    def table(self) -> Table:
-        "A row per assignment, then a row per matrix"
-        reads = lambda s, side: [l.name for l in self.layers
-            if s in {p.space for p in getattr(l, side)}]
-        note = (f"{len(self.layers)} layers in {' and '.join(map(str, self.levels[::-1]))} groups"
-            + (f"; reads each channel alone: {short_list(self.depthwise)}" if self.depthwise else ''))
-        return Table([dict(assigned=s, units=u, groups=g, merged=', '.join(map(str, self.merged.get(s, []))),
-            produced=short_list(reads(s, 'outputs')) or 'by the trunk',
-                           read=short_list(reads(s, 'inputs')) or 'the classes')
-                           for s,(u,g) in self.free.items()]+[*self.matrices], note=note)
     def __repr__(self): return repr(self.table)
     def _repr_markdown_(self): return self.table._repr_markdown_()
+
+# %% ../../nbs/splitnet/02_plan.ipynb #2f2f0f71
+@patch
+def merges(self:SplitPlan, n, into): return tuple(g for g in self.levels if into <= g < n)
+
+@patch
+def coarse(self:SplitPlan,
+    groups:torch.Tensor, # Group of each unit, of `n`
+    n:int, # Groups
+    into:int # A number of groups that some layer has
+) -> torch.Tensor: # Supergroup of each unit
+    "Hard groups of a coarser level of the tree"
+    for g in self.merges(n, into): groups,n = merged_index(n, g)[groups],g
+    return groups
+
+# %% ../../nbs/splitnet/02_plan.ipynb #412db439
+@patch(as_prop=True)
+def table(self:SplitPlan) -> Table:
+    "A row per assignment, then a row per matrix"
+    reads = lambda s, side: [l.name for l in self.layers
+        if s in {p.space for p in getattr(l, side)}]
+    note = (f"{len(self.layers)} layers in {' and '.join(map(str, self.levels[::-1]))} groups"
+        + (f"; reads each channel alone: {short_list(self.depthwise)}" if self.depthwise else ''))
+    return Table([dict(assigned=s, units=u, groups=g, merged=', '.join(map(str, self.merged.get(s, []))),
+        produced=short_list(reads(s, 'outputs')) or 'by the trunk',
+                       read=short_list(reads(s, 'inputs')) or 'the classes')
+                       for s,(u,g) in self.free.items()]+[*self.matrices], note=note)
 
 # %% ../../nbs/splitnet/02_plan.ipynb #32ccd854
 def _top(model):

@@ -10,6 +10,7 @@ __all__ = ['BranchProcesses']
 # %% ../../nbs/splitnet/06_workers.ipynb #76741f71
 import torch, torch.multiprocessing as mp
 from .branches import Branches, branches
+from fastcore.basics import patch
 
 # %% ../../nbs/splitnet/06_workers.ipynb #4bb06c42
 def _work(pipe, branch, threads):
@@ -48,26 +49,31 @@ class BranchProcesses:
         feats = self.parts.trunk(*xs)
         return self.parts.join(self.ask([b.select(feats) for b in self.parts.branches]))
 
-    def ask(self, feats):
-        "Logits of each branch for its features"
-        for p,fs in zip(self.pipes, feats): p.send(tuple(f.contiguous() for f in fs))
-        outs = [self.receive(i) for i in range(len(self.pipes))]
-        bad = [o for o in outs if isinstance(o, str)]
-        if bad: raise RuntimeError(f'A branch broke off: {bad[0]}')
-        return outs
+# %% ../../nbs/splitnet/06_workers.ipynb #cd09a34b
+@patch
+def ask(self:BranchProcesses, feats):
+    "Logits of each branch for its features"
+    for p,fs in zip(self.pipes, feats): p.send(tuple(f.contiguous() for f in fs))
+    outs = [self.receive(i) for i in range(len(self.pipes))]
+    bad = [o for o in outs if isinstance(o, str)]
+    if bad: raise RuntimeError(f'A branch broke off: {bad[0]}')
+    return outs
 
-    def receive(self, i):
-        try: return self.pipes[i].recv()
-        except EOFError:
-            raise RuntimeError(f'The process of branch {i} has ended (exit code '
-                f'{self.procs[i].exitcode}). In a script, start processes below `if __name__ == '
-                '"__main__":`.') from None
+@patch
+def receive(self:BranchProcesses, i):
+    try: return self.pipes[i].recv()
+    except EOFError:
+        raise RuntimeError(f'The process of branch {i} has ended (exit code '
+            f'{self.procs[i].exitcode}). In a script, start processes below `if __name__ == '
+            '"__main__":`.') from None
 
-    def close(self):
-        "End the processes"
-        for p in self.pipes:
-            try: p.send(None)
-            except OSError: pass # it has ended
-            p.close()
-        for p in self.procs: p.join()
-        self.pipes,self.procs = [],[]
+# %% ../../nbs/splitnet/06_workers.ipynb #32a7b073
+@patch
+def close(self:BranchProcesses):
+    "End the processes"
+    for p in self.pipes:
+        try: p.send(None)
+        except OSError: pass # it has ended
+        p.close()
+    for p in self.procs: p.join()
+    self.pipes,self.procs = [],[]
