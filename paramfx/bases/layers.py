@@ -76,6 +76,19 @@ def _rank(name, n, groups, low=0):
             f"of {groups}.")
     return n
 
+def _ranks(conv, shared, unique):
+    "Layer whose basis is used or None, filters of its own, those of a basis of its own or None, and all"
+    owner,shape = shared if isinstance(shared, BasisConv2d) else None,conv.weight.shape[1:]
+    if owner is not None and owner.basis is not None and owner.basis.shape[1:] != shape: raise ValueError(
+        f"shared: its filters have shape {tuple(owner.basis.shape[1:])}, those of this layer "
+        f"{tuple(shape)}. Share between layers of equal input channels, groups and kernel.")
+    u = _rank('unique', unique, conv.groups)
+    own = None if owner is not None else _rank('shared', shared, conv.groups)
+    n = u+(own if owner is None else len(owner.basis))
+    if not n:
+        raise ValueError("shared=0, unique=0: there is no filter to combine. Give at least one.")
+    return owner,u,own,n
+
 # %% ../../nbs/bases/01_layers.ipynb #8d2a6a60
 class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
     "`nn.Conv2d` whose filters are combined from a shared basis and from unique filters"
@@ -95,20 +108,11 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
         device=None,
         dtype=None
     ):
-        owner,kw = (shared if isinstance(shared, BasisConv2d) else None),dict(device=device,
-            dtype=dtype)
+        kw = dict(device=device, dtype=dtype)
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
             bias, padding_mode, **kw)
-        shape,new = conv.weight.shape[1:],lambda n: nn.Parameter(
-            torch.empty(n, *conv.weight.shape[1:], **kw))
-        if owner is not None and owner.basis is not None and owner.basis.shape[1:] != shape: raise ValueError(
-            f"shared: its filters have shape {tuple(owner.basis.shape[1:])}, those of this layer "
-            f"{tuple(shape)}. Share between layers of equal input channels, groups and kernel.")
-        u,own = (_rank('unique', unique, groups),
-            None if owner is not None else _rank('shared', shared, groups))
-        n = u+(own if owner is None else len(owner.basis))
-        if not n:
-            raise ValueError("shared=0, unique=0: there is no filter to combine. Give at least one.")
+        owner,u,own,n = _ranks(conv, shared, unique)
+        new = lambda n: nn.Parameter(torch.empty(n, *conv.weight.shape[1:], **kw))
         params = dict(unique=new(u) if u else None,
             **({} if owner is not None else dict(shared=new(own) if own else None)))
         other = remade(conv, BasisConv2d, **params,
@@ -118,33 +122,7 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
         if owner is not None: self._share(owner)
         self.reset_parameters()
 
-    @classmethod
-    def of(cls,
-        conv:nn.Conv2d, # Ordinary convolution; it is left alone
-        shared, # Parameter with the shared filters, or None; or a `BasisConv2d` whose basis is used
-        unique:nn.Parameter, # Its own filters, or None
-        coeff:nn.Parameter, # Coefficients, (outputs, filters per group, 1, 1)
-        norm:nn.Module=None # Between filters and coefficients
-    ):
-        "A layer in the place of `conv`, with these tensors and its bias"
-        owner = shared if isinstance(shared, BasisConv2d) else None
-        new = remade(conv, cls, unique=unique, **({} if owner is not None else dict(shared=shared)),
-            coeff=coeff, bias=conv.bias)
-        new.register_module('norm', norm)
-        if owner is not None: new._share(owner)
-        return new.train(conv.training)
-
     # -- the ways through
-    @property
-    def filters(self) -> torch.Tensor:
-        "Unique and shared filters, as one kernel"
-        fs = [f for f in (self.unique, self.basis) if f is not None]
-        if len(fs) == 1: return fs[0]
-        if self.groups == 1: return torch.cat(fs)
-        return torch.cat([f.unflatten(0, (self.groups, -1)) for f in fs], 1).flatten(0, 1)
-
-    @property
-    def rank(self) -> int: return self.coeff.shape[1]*self.groups
 
     @property
     def weight(self):
@@ -155,6 +133,35 @@ class BasisConv2d(ComputedWeight, Sharing, nn.Conv2d):
         u,s = (0 if f is None else len(f) for f in (self.unique, self.basis))
         return (f"{super().extra_repr()}, "
             f"shared={s}{'' if self.owner is self else ' of another layer'}, unique={u}")
+
+# %% ../../nbs/bases/01_layers.ipynb #e44fc2f8
+@patch(as_prop=True)
+def filters(self:BasisConv2d) -> torch.Tensor:
+    "Unique and shared filters, as one kernel"
+    fs = [f for f in (self.unique, self.basis) if f is not None]
+    if len(fs) == 1: return fs[0]
+    if self.groups == 1: return torch.cat(fs)
+    return torch.cat([f.unflatten(0, (self.groups, -1)) for f in fs], 1).flatten(0, 1)
+
+@patch(as_prop=True)
+def rank(self:BasisConv2d) -> int: return self.coeff.shape[1]*self.groups
+
+# %% ../../nbs/bases/01_layers.ipynb #5e983c25
+@patch(cls_method=True)
+def of(cls:BasisConv2d,
+    conv:nn.Conv2d, # Ordinary convolution; it is left alone
+    shared, # Parameter with the shared filters, or None; or a `BasisConv2d` whose basis is used
+    unique:nn.Parameter, # Its own filters, or None
+    coeff:nn.Parameter, # Coefficients, (outputs, filters per group, 1, 1)
+    norm:nn.Module=None # Between filters and coefficients
+):
+    "A layer in the place of `conv`, with these tensors and its bias"
+    owner = shared if isinstance(shared, BasisConv2d) else None
+    new = remade(conv, cls, unique=unique, **({} if owner is not None else dict(shared=shared)),
+        coeff=coeff, bias=conv.bias)
+    new.register_module('norm', norm)
+    if owner is not None: new._share(owner)
+    return new.train(conv.training)
 
 # %% ../../nbs/bases/01_layers.ipynb #064de081
 @patch

@@ -127,23 +127,6 @@ class SliceTrain(EffectCallback):
             "changes are those of the others, "
                 f"{', '.join(left)}, too: what they have learned is lost. Train them together: fit with cbs={again}.")
 
-    # -- one batch
-    @property
-    def slices(self):
-        "The `SlicePlan` of the model"
-        return slice_plan(self.learn.model)
-
-    @property
-    def now(self) -> list:
-        "Rates of the step at hand; `lr_find` goes on from there, and counts nothing"
-        d = self.__dict__
-        if '_sched' not in d: d['_sched'] = self._schedule(self.slices.rates)
-        return d['_sched'].at(self.effect.clock.steps+d.get('_looked', 0))
-
-    @property
-    def _acts(self): # not a second instance, added by a cell run again
-        return getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name) is self
-
 # %% ../../nbs/slicing/08_callback.ipynb #f773214f
 @patch
 def _schedule(self:SliceTrain, rates):
@@ -200,6 +183,24 @@ def convert(self:SliceTrain, model, learn=None):
     rates = {f'rate_{i}': r for i,r in enumerate(slice_plan(model).rates)}
     return EffectState(self.name, self.settings, Clock(),
         SliceHolder(model, own, f'{self.name}_effect'), rows, **rates)
+
+# %% ../../nbs/slicing/08_callback.ipynb #05c1917d
+@patch(as_prop=True)
+def slices(self:SliceTrain):
+    "The `SlicePlan` of the model"
+    return slice_plan(self.learn.model)
+
+@patch(as_prop=True)
+def now(self:SliceTrain) -> list:
+    "Rates of the step at hand; `lr_find` goes on from there, and counts nothing"
+    d = self.__dict__
+    if '_sched' not in d: d['_sched'] = self._schedule(self.slices.rates)
+    return d['_sched'].at(self.effect.clock.steps+d.get('_looked', 0))
+
+# %% ../../nbs/slicing/08_callback.ipynb #dc6d8dd0
+@patch(as_prop=True)
+def _acts(self:SliceTrain): # not a second instance, added by a cell run again
+    return getattr(self.learn.__dict__.get('effect_keeper'), 'held', {}).get(self.name) is self
 
 # %% ../../nbs/slicing/08_callback.ipynb #213eee6b
 @patch

@@ -124,19 +124,18 @@ class IterativePrune(MaskedEffect, EffectCallback):
         return (f"this fit is without it, so it makes none of the prunes to come ({made} were made). Fit with "
             "cbs=learn.iterative_prune.")
 
-    # -- when
-    @property
-    def run_length(self) -> int:
-        "Epochs to train: all prunes, and `post`"
-        return self.start + self.every*(self.n_prunes-1) + self.post
-
-    # -- what is seen
     penalizes = property(lambda self: self.regularizer is not None) # else no loss is touched
 
-    @property
-    def traces(self) -> dict:
-        "For plots: lists over the prunes of step, epoch, units dropped and the sparsity of each parameter"
-        return self.over_time(('step','epoch'), pruned='dropped')
+# %% ../../nbs/sparse/06_prune.ipynb #019ea2e6
+@patch(as_prop=True)
+def run_length(self:IterativePrune) -> int:
+    "Epochs to train: all prunes, and `post`"
+    return self.start + self.every*(self.n_prunes-1) + self.post
+
+@patch(as_prop=True)
+def traces(self:IterativePrune) -> dict:
+    "For plots: lists over the prunes of step, epoch, units dropped and the sparsity of each parameter"
+    return self.over_time(('step','epoch'), pruned='dropped')
 
 # %% ../../nbs/sparse/06_prune.ipynb #b4408ba4
 @patch
