@@ -330,20 +330,22 @@ class CSKD(ExtraLoss):
         self.__dict__['_paired'] = self.learn.dl = PairedDL(self.learn.dl,
             same_class_partners(self._labels(self.learn.dl), self.seed, self.epoch))
 
-    def _labels(self, dl):
-        "Labels of the training set, collected once"
-        known = self.__dict__.get('_known')
-        if known is not None and known[0] is dl.dataset: return known[1]
-        codes = class_labels(dl, self.labels)
-        if len(codes.unique()) == len(codes):
-            raise ValueError(f"CSKD: each of the {len(codes)} training items is alone in its class, so "
-                "there are no pairs. Give labels= with fewer classes.")
-        self.__dict__['_known'] = dl.dataset,codes
-        return codes
-
     def term(self):
         "How far what is said of an item is from what is said of its partner"
         model,n = root_module(self.learn.model),getattr(self.dls, 'n_inp', 1)
         xb = to_device(self._paired.others[:n], self.x.device)
         with nullcontext() if self.update_stats else same_stats(model): target = self.answer(model, xb)
         with self.full(): return distill_loss(self.pred, target, self.temperature)
+
+# %% ../nbs/losses.ipynb #d7ae1ed6
+@patch
+def _labels(self:CSKD, dl):
+    "Labels of the training set, collected once"
+    known = self.__dict__.get('_known')
+    if known is not None and known[0] is dl.dataset: return known[1]
+    codes = class_labels(dl, self.labels)
+    if len(codes.unique()) == len(codes):
+        raise ValueError(f"CSKD: each of the {len(codes)} training items is alone in its class, so "
+            "there are no pairs. Give labels= with fewer classes.")
+    self.__dict__['_known'] = dl.dataset,codes
+    return codes

@@ -164,9 +164,6 @@ class OrthoReg(EffectCallback):
             raise ValueError(f"basis_wd={basis_wd!r}: say True or False.")
         ortho_penalty([([torch.eye(2)], [])], unique, norm, joint, side) # raises where these are none
 
-    def _value(self, parts):
-        return sum(ortho_penalty(g, self.unique, self.norm, True, self.side) for g in parts)
-
     def plan(self, model, learn=None):
         "A row per group; raises without shared bases"
         parts = basis_groups(model, self.joint)
@@ -183,10 +180,16 @@ class OrthoReg(EffectCallback):
         return ("this fit is without its penalty, so nothing holds the shared filters orthonormal. Fit "
             "with cbs=learn.ortho_reg.")
 
-    @property
-    def parts(self) -> list:
-        "Groups of the model, looked up once in each epoch"
-        return self.__dict__.get('_parts') or basis_groups(root_module(self.learn.model), self.joint)
+# %% ../../nbs/bases/04_callback.ipynb #ccb8944a
+@patch(as_prop=True)
+def parts(self:OrthoReg) -> list:
+    "Groups of the model, looked up once in each epoch"
+    return self.__dict__.get('_parts') or basis_groups(root_module(self.learn.model), self.joint)
+
+# %% ../../nbs/bases/04_callback.ipynb #8ac447c5
+@patch
+def _value(self:OrthoReg, parts):
+    return sum(ortho_penalty(g, self.unique, self.norm, True, self.side) for g in parts)
 
 # %% ../../nbs/bases/04_callback.ipynb #c173ef92
 @patch

@@ -130,6 +130,7 @@ def _joined(rec, a, b, why=''):
         or not b.any() else f'{rec.where} combines each of them with the same channel')
     return a if len(varying(a)) >= len(varying(b)) else b
 
+# %% ../../nbs/channels/01_rules.ipynb #7c8275be
 ELEMENTWISE = '''
  relu relu6 hardtanh hardswish hardsigmoid silu gelu mish elu selu celu leaky_relu rrelu softplus softsign tanh
  sigmoid logsigmoid log_sigmoid __eq__ hardshrink softshrink tanhshrink threshold exp expm1 log log1p log2 sqrt
@@ -174,6 +175,7 @@ def _reshape(rec, out, name, x, *args, **kwargs):
         rec.tie(res, [d for d in dims if d != free[0]], f'{rec.where} takes channels apart ({name})')
     return res
 
+# %% ../../nbs/channels/01_rules.ipynb #772151dc
 @channel_rule('permute', 'transpose', 'movedim', 'moveaxis', 'swapaxes', 'swapdims', 't', 'T', 'mT',
     'H', 'mH', 'adjoint', 'squeeze', 'unsqueeze', 'expand',
               'expand_as', 'broadcast_to', 'pixel_shuffle', 'pixel_unshuffle', 'tile', 'repeat',

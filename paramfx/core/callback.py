@@ -197,6 +197,7 @@ def _unlike(name, a, b):
             for d in _unlike(f'{name}.{f.name}', getattr(a, f.name), getattr(b, f.name))]
     return [f'{name}={reprlib.repr(a)} -> {reprlib.repr(b)}']
 
+# %% ../../nbs/core/06_callback.ipynb #7a1bf4ee
 class EffectSlot:
     "What `learn.<effect>` answers: the attached callback, else the one the keeper holds after the fit"
     def __init__(self, name): self.name = name
@@ -327,6 +328,7 @@ def columns(self:EffectCallback) -> dict: return {}
 def more_metrics(self:EffectCallback, metrics) -> list: # for this fit, besides those of the Learner
     return []
 
+# %% ../../nbs/core/06_callback.ipynb #46d2f4dc
 @patch
 def on_start(self:EffectCallback, learn): pass
 
@@ -348,7 +350,6 @@ def on_step(self:EffectCallback): pass
 @patch
 def on_batch(self:EffectCallback): pass
 
-# %% ../../nbs/core/06_callback.ipynb #4431c397
 @patch
 def on_epoch_end(self:EffectCallback): pass
 

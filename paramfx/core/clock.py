@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import yaml
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from fastai.callback.schedule import SchedCos
 
 # %% ../../nbs/core/04_clock.ipynb #bf7e3e9a
@@ -58,26 +58,28 @@ class Clock:
         self.mark = self.batches+1 # `batch` comes after it
     def close(self): self.batches = self.mark = self.planned
 
-    @property
-    def span_epoch(self) -> int:
-        "Epoch within the span: of this fit, or of all fits"
-        return self.epoch if self.span == 'fit' else (self.done+self.batches)//self.per_epoch
-
-    @property
-    def pos(self) -> float:
-        "Share of the span that is behind us, in [0, 1]"
-        return self._share(self.batches)
-
-    @property
-    def step_pos(self) -> float:
-        "As `pos`, where the optimizer step began: the same with and without gradient accumulation"
-        return self._share(self.mark)
-
-    def _share(self, batches):
-        if self.span == 'fit': return min(1., batches/self.planned) if self.planned else 0.
-        return min(1., (self.done+batches)/(self.epochs*self.per_epoch))
-
     def __repr__(self): return f'Clock({self.steps} steps, pos {self.pos:.3f} of {self.span})'
+
+# %% ../../nbs/core/04_clock.ipynb #ea018606
+@patch
+def _share(self:Clock, batches):
+    if self.span == 'fit': return min(1., batches/self.planned) if self.planned else 0.
+    return min(1., (self.done+batches)/(self.epochs*self.per_epoch))
+
+@patch(as_prop=True)
+def pos(self:Clock) -> float:
+    "Share of the span that is behind us, in [0, 1]"
+    return self._share(self.batches)
+
+@patch(as_prop=True)
+def step_pos(self:Clock) -> float:
+    "As `pos`, where the optimizer step began: the same with and without gradient accumulation"
+    return self._share(self.mark)
+
+@patch(as_prop=True)
+def span_epoch(self:Clock) -> int:
+    "Epoch within the span: of this fit, or of all fits"
+    return self.epoch if self.span == 'fit' else (self.done+self.batches)//self.per_epoch
 
 # %% ../../nbs/core/04_clock.ipynb #5d42912b
 class SchedCubic:

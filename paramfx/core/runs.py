@@ -136,6 +136,7 @@ def stored_steps(
     "The steps that `storing_steps` has put into a state dict"
     return next((m[_STEPS] for m in getattr(state, '_metadata', {}).values() if _STEPS in m), None)
 
+# %% ../../nbs/core/07_runs.ipynb #e929c8f1
 def missing_effects(model:nn.Module, state_dict:dict, prefix='') -> list:
     "Keys of effects in `state_dict` that `model` does not carry"
     have,ours = set(root_module(model).state_dict()),lambda v: getattr(v, 'dtype',

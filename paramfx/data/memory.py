@@ -87,6 +87,7 @@ def new_empty(self:InMemory):
     return self.new(self.x[:0].clone(), None if self.y is None else self.y[:0].clone(),
         self.split_idx)
 
+# %% ../../nbs/data/01_memory.ipynb #87d26dfe
 @patch
 def encode(self:InMemory, items):
     "Normalise new items: raw arrays or tensors of one input, what `reader` reads, or rows of a data set"
@@ -162,17 +163,6 @@ class MemoryDL(TfmdDL):
         perm = torch.randperm(len(idxs),
             generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
         return [idxs[i] for i in perm.tolist()]
-    def gather(self, rows):
-        "The batch of these rows; typed if a transform will look at the types"
-        b = self.dataset[rows]
-        return self._typed(b) if self.after_batch.fs else b
-    def _typed(self, b):
-        "The same batch with the types that transforms go by"
-        dims = self.dataset.x.ndim
-        xtype = (TensorBase if dims != 4 else TensorImageBW if self.dataset.x.shape[1] == 1
-            else TensorImage)
-        return (xtype(b[0]), *((TensorCategory if self.dataset.vocab else TensorBase)(o)
-            for o in b[1:]))
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader with the same settings; a list of raw items becomes a data set"
         if is_listy(dataset) or isinstance(dataset, (np.ndarray,Tensor)):
@@ -187,6 +177,22 @@ class MemoryDL(TfmdDL):
         "Show up to `max_n` images with target and prediction"
         if show and ctxs is None: ctxs = self._grid(min(max_n, len(b[0])))
         return self._fitted(super().show_results(b, out, max_n, ctxs, show, **kwargs), ctxs)
+
+# %% ../../nbs/data/01_memory.ipynb #87c06ac9
+@patch
+def gather(self:MemoryDL, rows):
+    "The batch of these rows; typed if a transform will look at the types"
+    b = self.dataset[rows]
+    return self._typed(b) if self.after_batch.fs else b
+
+@patch
+def _typed(self:MemoryDL, b):
+    "The same batch with the types that transforms go by"
+    dims = self.dataset.x.ndim
+    xtype = (TensorBase if dims != 4 else TensorImageBW if self.dataset.x.shape[1] == 1
+        else TensorImage)
+    return (xtype(b[0]), *((TensorCategory if self.dataset.vocab else TensorBase)(o)
+        for o in b[1:]))
 
 # %% ../../nbs/data/01_memory.ipynb #32d7e371
 @patch

@@ -99,10 +99,6 @@ class StreamDL(TfmdDL):
         super().__init__(dataset, bs=bs, num_workers=num_workers, n=-(-x.shape[1]//seq_len)*bs,
             **kwargs)
         self.seq_len,self.x,self.y = seq_len,x,y
-    def columns(self, k, rows=slice(None)):
-        "The columns of batch `k`"
-        cols = slice(k*self.seq_len, (k+1)*self.seq_len)
-        return tuple(o[rows,cols].contiguous() for o in (self.x,self.y) if o is not None)
     def shuffle_fn(self, idxs):
         "Whole batches in random order, to show a few; a state cannot be carried from one to the next"
         return [i for k in self.rng.sample(range(len(self)), len(self))
@@ -131,8 +127,17 @@ class StreamDL(TfmdDL):
         res = super().show_results(b, out, max_n, show=False)
         if not show: return res
         self._show([(*i,*o) for i,o in zip(*res[2:])], 'text', 'target', 'prediction')
-    def _show(self, rows, *names):
-        display_df(pd.DataFrame([[str(o) for o in r] for r in rows], columns=names[:len(rows[0])]))
+
+# %% ../../nbs/data/04_text.ipynb #799c743b
+@patch
+def columns(self:StreamDL, k, rows=slice(None)):
+    "The columns of batch `k`"
+    cols = slice(k*self.seq_len, (k+1)*self.seq_len)
+    return tuple(o[rows,cols].contiguous() for o in (self.x,self.y) if o is not None)
+
+@patch
+def _show(self:StreamDL, rows, *names):
+    display_df(pd.DataFrame([[str(o) for o in r] for r in rows], columns=names[:len(rows[0])]))
 
 # %% ../../nbs/data/04_text.ipynb #2ad47713
 def _loaders(texts, bs, seq_len, min_freq, val_bs, device, **kwargs):

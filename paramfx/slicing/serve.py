@@ -149,23 +149,25 @@ class LoadRun:
         "Which requests were turned away"
         return np.isnan(self.done)
 
-    @property
-    def row(self) -> dict:
-        "The run in one row; shares are of all requests, those per rate of the answered ones"
-        n,answered = len(self.arrived),self.rate[~self.rejected]
-        late,rejected = int(self.late.sum()),int(self.rejected.sum())
-        some = lambda v, k: float(v/k) if k else None
-        return dict(requests=n, in_time=some(n-late-rejected, n), late=late, rejected=rejected,
-            mean_rate=some(answered.sum(), len(answered)),
-            p99_ms=float(1e3*np.nanpercentile(self.latency, 99)) if len(answered) else None, busy=some(
-                (self.end-self.start).sum(), self.end[-1] if len(self.end) else 0),
-            **{f'at {r:g}': some((answered == r).sum(), len(answered)) for r in self.seconds})
-
-    @property
-    def table(self) -> Table:
-        "The run as a table of one row"
-        return Table([self.row], note=f'{len(self.start)} batches; bound {self.sla:g} s')
     def __repr__(self): return repr(self.table)
+
+# %% ../../nbs/slicing/13_serve.ipynb #33e19264
+@patch(as_prop=True)
+def row(self:LoadRun) -> dict:
+    "The run in one row; shares are of all requests, those per rate of the answered ones"
+    n,answered = len(self.arrived),self.rate[~self.rejected]
+    late,rejected = int(self.late.sum()),int(self.rejected.sum())
+    some = lambda v, k: float(v/k) if k else None
+    return dict(requests=n, in_time=some(n-late-rejected, n), late=late, rejected=rejected,
+        mean_rate=some(answered.sum(), len(answered)),
+        p99_ms=float(1e3*np.nanpercentile(self.latency, 99)) if len(answered) else None, busy=some(
+            (self.end-self.start).sum(), self.end[-1] if len(self.end) else 0),
+        **{f'at {r:g}': some((answered == r).sum(), len(answered)) for r in self.seconds})
+
+@patch(as_prop=True)
+def table(self:LoadRun) -> Table:
+    "The run as a table of one row"
+    return Table([self.row], note=f'{len(self.start)} batches; bound {self.sla:g} s')
 
 # %% ../../nbs/slicing/13_serve.ipynb #abea3fa7
 @patch

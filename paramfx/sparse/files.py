@@ -59,25 +59,29 @@ class _Part:
     def live(self): # made anew when asked for: it takes a byte per weight
         return as_kernels(self.t.nonzero()) if self.given is None else self.given().cpu()
 
-    def values(self):
-        "What is kept of it, in pieces"
-        live = flat_blocks(expand_units(self.live(), self.t.shape)) if self.blocks else repeat(None)
-        for p,l in zip(self.t.pieces(), live):
-            yield (p if l is None else self._kept(p, l)).view(torch.uint8).numpy()
+# %% ../../nbs/sparse/14_files.ipynb #69ecd762
+@patch
+def values(self:_Part):
+    "What is kept of it, in pieces"
+    live = flat_blocks(expand_units(self.live(), self.t.shape)) if self.blocks else repeat(None)
+    for p,l in zip(self.t.pieces(), live):
+        yield (p if l is None else self._kept(p, l)).view(torch.uint8).numpy()
 
-    def _kept(self, part, live):
-        old = _typed(as_ints(part)[live], part.dtype)
-        if self.given is not None and int(old.count_nonzero()) != int(part.count_nonzero()): raise ValueError(
-            f"{self.t.name}: some of its weights are not 0 where the mask is False, and would be lost. "
-            "Multiply the weight by its mask first.")
-        new = old.to(DTYPES[self.kind])
-        if (new.isinf() & ~old.isinf()).any(): raise ValueError(
-            f"{self.t.name}: a weight of {float(old.abs().max()):g} is too large for {new.dtype}. Use "
-            "dtype='bfloat16', or None.")
-        return new
+@patch
+def _kept(self:_Part, part, live):
+    old = _typed(as_ints(part)[live], part.dtype)
+    if self.given is not None and int(old.count_nonzero()) != int(part.count_nonzero()): raise ValueError(
+        f"{self.t.name}: some of its weights are not 0 where the mask is False, and would be lost. "
+        "Multiply the weight by its mask first.")
+    new = old.to(DTYPES[self.kind])
+    if (new.isinf() & ~old.isinf()).any(): raise ValueError(
+        f"{self.t.name}: a weight of {float(old.abs().max()):g} is too large for {new.dtype}. Use "
+        "dtype='bfloat16', or None.")
+    return new
 
-    def code(self):
-        return [encode_mask(b, k) for b,(_,k,_) in zip(flat_blocks(self.live()), self.blocks)]
+@patch
+def code(self:_Part):
+    return [encode_mask(b, k) for b,(_,k,_) in zip(flat_blocks(self.live()), self.blocks)]
 
 # %% ../../nbs/sparse/14_files.ipynb #acfff9c0
 def _as_dtype(dtype):

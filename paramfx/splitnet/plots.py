@@ -11,7 +11,7 @@ __all__ = ['plot_block_weights', 'split_layers', 'plot_assignments', 'plot_penal
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from ..core.callback import LeanCallback, finding_lr, in_fit
 from ..report.plots import plot_blocks, plot_traces
 from ..channels.spaces import short_list
@@ -274,27 +274,31 @@ class SplitPlots(LeanCallback):
         if not in_fit(self.learn) or finding_lr(self.learn): return
         if (self.epoch+1)%self.every == 0 or self.epoch == self.n_epoch-1: self._show(self.draw())
 
-    def draw(self):
-        "The figure, with what is known now"
-        import matplotlib.pyplot as plt
-        held = split_holder(self.learn)
-        if self.figure is None:
-            self.figure = plt.figure(figsize=(10, 2.8), layout='constrained')
-            plt.close(self.figure) # shown by us, not at the end of the cell
-        self.figure.clear()
-        axs = self.figure.subplots(1, 3)
-        plot_penalties(_history(self.learn), axs[0]).legend(fontsize='x-small', frameon=False)
-        plot_assignments({held.classes: held.soft()[held.classes]},
-            {held.classes: getattr(self.learn.dls, 'vocab', None)}, axs[1:2])
-        name = self.layer or held.layers[-1].name
-        plot_block_weights(split_layers(self.learn, [name]), axs=axs[2:])
-        return self.figure
+# %% ../../nbs/splitnet/08_plots.ipynb #60a8755c
+@patch
+def draw(self:SplitPlots):
+    "The figure, with what is known now"
+    import matplotlib.pyplot as plt
+    held = split_holder(self.learn)
+    if self.figure is None:
+        self.figure = plt.figure(figsize=(10, 2.8), layout='constrained')
+        plt.close(self.figure) # shown by us, not at the end of the cell
+    self.figure.clear()
+    axs = self.figure.subplots(1, 3)
+    plot_penalties(_history(self.learn), axs[0]).legend(fontsize='x-small', frameon=False)
+    plot_assignments({held.classes: held.soft()[held.classes]},
+        {held.classes: getattr(self.learn.dls, 'vocab', None)}, axs[1:2])
+    name = self.layer or held.layers[-1].name
+    plot_block_weights(split_layers(self.learn, [name]), axs=axs[2:])
+    return self.figure
 
-    def _show(self, fig):
-        if self.file is not None: return fig.savefig(self.file, dpi=80)
-        from IPython.display import display
-        if self.shown is None: self.shown = display(fig, display_id=True)
-        else: self.shown.update(fig)
+# %% ../../nbs/splitnet/08_plots.ipynb #1607c939
+@patch
+def _show(self:SplitPlots, fig):
+    if self.file is not None: return fig.savefig(self.file, dpi=80)
+    from IPython.display import display
+    if self.shown is None: self.shown = display(fig, display_id=True)
+    else: self.shown.update(fig)
 
 # %% ../../nbs/splitnet/08_plots.ipynb #3a024146
 def _shell():

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 
 # %% ../../nbs/zoo/00_networks.ipynb #6b291075
 def init_convs(
@@ -339,11 +340,6 @@ class LSTMLM(nn.Module):
         "Training and evaluation read different texts: forget, too"
         self.reset()
         return super().train(mode)
-    def _carried(self, x):
-        "The state that the last batch left, if this one can go on from it"
-        w,h = self.rnn.weight_hh_l0,None if self.state is None else self.state[0]
-        return (None if h is None or h.shape[1] != len(x) or h.device != w.device
-            or h.dtype != w.dtype else self.state)
     def forward(self, x):
         "Word numbers [batch, time] to logits of the word that follows each of them [batch, time, n_vocab]"
         y,state = self.rnn(self.drop_in(self.emb(x)), self._carried(x))
@@ -351,3 +347,11 @@ class LSTMLM(nn.Module):
         self.state = tuple(s.detach().to(self.rnn.weight_hh_l0.dtype) for s in state)
         return self.out(self.drop_out(y))
     def __getstate__(self): return {**self.__dict__, 'state': None} # copies and files begin afresh
+
+# %% ../../nbs/zoo/00_networks.ipynb #4d15717e
+@patch
+def _carried(self:LSTMLM, x):
+    "The state that the last batch left, if this one can go on from it"
+    w,h = self.rnn.weight_hh_l0,None if self.state is None else self.state[0]
+    return (None if h is None or h.shape[1] != len(x) or h.device != w.device
+        or h.dtype != w.dtype else self.state)
