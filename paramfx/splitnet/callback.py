@@ -164,7 +164,7 @@ class SplitPenalty:
     gamma_weight:float = 1. # Factor of the penalty on weights between groups
     gamma_disjoint:float = 1. # On units that belong to several groups
     gamma_balance:float = 10. # On groups of different size
-    disjoint_warmup:object = (.3, .8) # Positions in the fit between which `gamma_disjoint` grows; None: all of it at once
+    disjoint_warmup:object = (.3, .8) # Positions in the fit between which `gamma_disjoint` grows; None: at once
     layer_weighting:str = 'weighted' # 'weighted': layers that are far from a split count more; 'mean': all alike
     every:int = 1 # Steps from one with the penalty, then as many times as large, to the next
 
