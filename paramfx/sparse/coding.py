@@ -27,6 +27,8 @@ def _gaps(mask):
     rare = mask if 2*np.count_nonzero(mask) <= len(mask) else ~mask
     return np.diff(np.flatnonzero(rare), prepend=-1) - 1
 
+FEW = 1024 # gaps, below which bits that fill a byte weigh more than what the mean gap foretells
+
 def plan_code(
     mask:np.ndarray # Flat, bool
 ) -> tuple: # (live units, k, bytes of the code)
@@ -34,8 +36,9 @@ def plan_code(
     gaps,live = _gaps(mask),int(np.count_nonzero(mask))
     if not len(gaps): return live,0,0
     near = int(log2(max(gaps.mean()*log(2), 1)))
+    least = 0 if len(gaps) < FEW else max(near-1, 0)
     sizes = {k: k*-(-len(gaps)//8) + (len(gaps)+int((gaps >> k).sum())+7)//8
-        for k in range(max(near-1, 0), near+2)}
+        for k in range(least, near+2)}
     k = min(sizes, key=sizes.get)
     return live,k,sizes[k]
 

@@ -239,10 +239,9 @@ def terms(self:SplitNet) -> Penalties:
     return split_values(self.effect.holder.weights(soft), soft, self.regularizer.layer_weighting)
 
 @patch
-@torch.no_grad()
 def assignments(self:SplitNet) -> dict:
-    "Space -> soft assignment of its units [groups, units]"
-    return self.effect.holder.soft()
+    "Space -> soft assignment of its units [groups, units], without gradients"
+    with torch.no_grad(): return self.effect.holder.soft()
 
 # %% ../../nbs/splitnet/07_callback.ipynb #70661f5b
 def _norms(model, plan):

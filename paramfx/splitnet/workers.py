@@ -61,6 +61,7 @@ def ask(self:BranchProcesses, feats):
 
 @patch
 def receive(self:BranchProcesses, i):
+    "Logits of branch `i`, when they come"
     try: return self.pipes[i].recv()
     except EOFError:
         raise RuntimeError(f'The process of branch {i} has ended (exit code '
